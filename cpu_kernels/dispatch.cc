@@ -1,0 +1,65 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace quake {
+
+#if defined(QUAKE_HAVE_BASELINE)
+extern const KernelTable kBaselineTable;
+#endif
+#if defined(QUAKE_HAVE_AVX2)
+extern const KernelTable kAvx2Table;
+#endif
+#if defined(QUAKE_HAVE_AVX512)
+extern const KernelTable kAvx512Table;
+#endif
+#if defined(QUAKE_HAVE_NEON)
+extern const KernelTable kNeonTable;
+#endif
+
+std::vector<const KernelTable*> supported_tables() {
+  std::vector<const KernelTable*> tables;
+#if defined(QUAKE_HAVE_BASELINE)
+  tables.push_back(&kBaselineTable);
+#endif
+// The compiler's builtin asks cpuid and whether the operating system saves the wide registers.
+#if defined(QUAKE_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    tables.push_back(&kAvx2Table);
+  }
+#endif
+#if defined(QUAKE_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("f16c")) {
+    tables.push_back(&kAvx512Table);
+  }
+#endif
+// Every aarch64 processor has NEON with float16 conversions.
+#if defined(QUAKE_HAVE_NEON)
+  tables.push_back(&kNeonTable);
+#endif
+  return tables;
+}
+
+const KernelTable& active_table() {
+  static const KernelTable& table = []() -> const KernelTable& {
+    const std::vector<const KernelTable*> tables = supported_tables();
+    const char* wanted = std::getenv("QUAKE_JAX_ISA");
+    if (wanted == nullptr || *wanted == '\0') return *tables.back();
+    std::string names;
+    for (const KernelTable* candidate : tables) {
+      if (std::string(wanted) == candidate->isa) return *candidate;
+      names += names.empty() ? "" : ", ";
+      names += candidate->isa;
+    }
+    throw std::runtime_error("QUAKE_JAX_ISA is '" + std::string(wanted) +
+                             "', but this machine and build support: " + names +
+                             ". Unset it to use the best one.");
+  }();
+  return table;
+}
+
+}  // namespace quake

@@ -1,0 +1,74 @@
+// The exponential: 2^t = 2^floor(t) * 2^fraction(t), the first factor written into the exponent field, the
+// second a polynomial of degree `Order`. Source: QuAKE, arXiv 2412.00408 (its methods are orders 1 and 2);
+// the constants are derived in tools/derive_constants.py. Included inside an instruction set's namespace.
+//
+// Maximum relative error where the result is normal and finite: 2.99e-2, 2.7e-3, 1.08e-4, 3.6e-6, 2.5e-7.
+
+// The argument is a product x*w whose factor w carries the conversion into the unit that an order works in:
+// one nat is kUnit units. Order 1 without scalef wants 2^-23 of a power of two (one step of the result's
+// bits), orders 1 to 3 powers of two, orders 4 and 5 nats, because they reduce with a low part.
+template <int Order>
+constexpr float kUnit = Order >= 4                 ? 1.0f
+                        : Order == 1 && !kHasScalef ? constants::kLog2e * 0x1p23f
+                                                    : constants::kLog2e;
+
+// c[0] + c[1] x + … of the first Count coefficients, times `scale`.
+template <int Count, std::size_t N>
+QUAKE_INLINE vf horner(vf x, const float (&c)[N], float scale = 1.0f) {
+  vf p = set1(c[Count - 1] * scale);
+#pragma GCC unroll 16
+  for (int i = Count - 2; i >= 0; --i) p = fma(p, x, set1(c[i] * scale));
+  return p;
+}
+
+// 2^n for integral n with 0 <= n + 127 + Shift <= 255, times 2^Shift (0 and inf at the two ends).
+template <int Shift = 0>
+QUAKE_INLINE vf power_of_two(vf n) {
+  return as_float(as_int(n + (0x1p23f + 127 + Shift)) << 23);
+}
+
+struct NoCorrection {};
+QUAKE_INLINE vf corrected(vf r, NoCorrection) { return r; }
+QUAKE_INLINE vf corrected(vf r, vf low) { return r + low; }
+
+// e^(x*w) * 2^Shift for w in units. `low` corrects the rounding of the product (orders 4 and 5 only).
+// Overflow gives inf, a result below 2^-126 gives 0 (denormals are flushed), NaN gives NaN.
+template <int Order, int Shift = 0, class Low = NoCorrection>
+QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = constants::kOrder1Shift) {
+  using namespace constants;
+  if constexpr (Order == 1 && !kHasScalef) {
+    // The bits of the result as a number: exponent and mantissa in one sum.
+    return order1_bits(fma(x, w, set1((127 - order1_shift + Shift) * 0x1p23f)));
+  } else {
+    // scalef() has room for Shift in the polynomial's coefficients, the exponent field in the exponent.
+    constexpr float kScale = kHasScalef ? 1 << Shift : 1.0f;
+    vf n, f, p;
+    if constexpr (Order <= 3) {
+      n = Order == 1 ? fma(x, w, set1(-order1_shift)) : x * w;
+      if constexpr (kHasScalef) {
+        f = fraction(n);  // scalef() takes the floor itself, and saturates
+      } else {
+        const vf t = clamp_above(clamp_below(n, -127.0f - Shift), 128.0f - Shift);
+        n = floor(t);
+        f = t - n;
+      }
+      if constexpr (Order == 1) p = fma(f, set1(kScale), set1(kScale));
+      if constexpr (Order == 2) p = fma(horner<2>(f, kExp2Poly2, kScale), f, set1(kScale));
+      if constexpr (Order == 3) p = fma(horner<3>(f, kExp2Poly3, kScale), f, set1(kScale));
+    } else {
+      // Inside the range of power_of_two() by 0.01, so that floor() cannot leave it.
+      constexpr float kLn2 = 0.693147181f;
+      const vf u = clamp_above(clamp_below(x * w, (-127.0f - Shift) * kLn2 + 0.01f),
+                               (128.0f - Shift) * kLn2 + 0.01f);
+      n = floor(u * kLog2e);
+      f = corrected(fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), u)), low);
+      if constexpr (Order == 4) p = fma(horner<4>(f, kExpPoly4, kScale), f, set1(kScale));
+      if constexpr (Order == 5) p = fma(horner<5>(f, kExpPoly5, kScale), f, set1(kScale));
+    }
+    if constexpr (kHasScalef) {
+      return scalef(p, n);
+    } else {
+      return p * power_of_two<Shift>(n);
+    }
+  }
+}

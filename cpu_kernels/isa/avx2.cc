@@ -1,0 +1,97 @@
+// AVX2 with FMA and F16C: the vector shim, then the kernels.
+
+#include <immintrin.h>
+
+#include "generic/prelude.h"
+
+namespace quake {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr bool kHasScalef = false;
+constexpr int kReciprocalBits = 11;
+typedef float vf __attribute__((vector_size(32)));
+typedef std::int32_t vi __attribute__((vector_size(32)));
+using vh = __m128i;
+
+QUAKE_INLINE __m256i first_lanes(std::size_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+QUAKE_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+QUAKE_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+QUAKE_INLINE vf load_partial(const float* p, std::size_t n) {
+  return _mm256_maskload_ps(p, first_lanes(n));
+}
+QUAKE_INLINE void store_partial(float* p, vf v, std::size_t n) {
+  _mm256_maskstore_ps(p, first_lanes(n), v);
+}
+
+QUAKE_INLINE vh load_words(const std::uint16_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+QUAKE_INLINE void store_words(std::uint16_t* p, vh v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+}
+QUAKE_INLINE vi widen(vh v) { return (vi)_mm256_cvtepu16_epi32(v); }
+QUAKE_INLINE vh narrow(vi v) {
+  const __m256i w = (__m256i)v;
+  return _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+QUAKE_INLINE vf half_to_float(vh v) { return _mm256_cvtph_ps(v); }
+QUAKE_INLINE vh float_to_half(vf v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+QUAKE_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+QUAKE_INLINE vf product_error(vf a, vf b, vf p) { return _mm256_fmsub_ps(a, b, p); }
+
+// maxps and minps return their second operand if either is NaN.
+QUAKE_INLINE vf clamp_below(vf x, float lowest) { return _mm256_max_ps(_mm256_set1_ps(lowest), x); }
+QUAKE_INLINE vf clamp_above(vf x, float highest) {
+  return _mm256_min_ps(_mm256_set1_ps(highest), x);
+}
+QUAKE_INLINE vf magnitude_below(vf x, float highest) {
+  return clamp_above(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), highest);
+}
+QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm256_max_ps(x, accumulated); }
+
+QUAKE_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
+QUAKE_INLINE vf fraction(vf x) { return x; }      // never called without scalef
+QUAKE_INLINE vf scalef(vf p, vf) { return p; }    // never called
+QUAKE_INLINE vf reciprocal_estimate(vf d) { return _mm256_rcp_ps(d); }
+
+QUAKE_INLINE vf order1_bits(vf v) {
+  v = clamp_above(v, 0x7f800000);
+  const __m256 normal = _mm256_cmp_ps(v, _mm256_set1_ps(0x00800000), _CMP_GE_OQ);
+  const __m256 bits = _mm256_castsi256_ps(_mm256_cvtps_epi32(v));
+  const __m256 nan = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_or_ps(_mm256_and_ps(bits, normal), nan);
+}
+
+QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
+  return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(first_lanes(n)));
+}
+
+QUAKE_INLINE float reduce_add(vf v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+QUAKE_INLINE float reduce_max(vf v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+#include "generic/partial_words.h"
+#include "generic/simd.h"
+#include "generic/exp2.h"
+#include "generic/activations.h"
+#include "generic/softmax.h"
+#include "generic/table.h"
+
+}  // namespace
+
+extern const KernelTable kAvx2Table = make_table("avx2");
+
+}  // namespace quake

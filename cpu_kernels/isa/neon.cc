@@ -1,0 +1,77 @@
+// aarch64 NEON: the vector shim, then the kernels.
+
+#include <arm_neon.h>
+
+#include "generic/prelude.h"
+
+namespace quake {
+namespace {
+
+constexpr int kLanes = 4;
+constexpr bool kHasScalef = false;
+constexpr int kReciprocalBits = 8;
+typedef float vf __attribute__((vector_size(16)));
+typedef std::int32_t vi __attribute__((vector_size(16)));
+using vh = uint16x4_t;
+
+QUAKE_INLINE vf load(const float* p) { return (vf)vld1q_f32(p); }
+QUAKE_INLINE void store(float* p, vf v) { vst1q_f32(p, (float32x4_t)v); }
+QUAKE_INLINE vh load_words(const std::uint16_t* p) { return vld1_u16(p); }
+QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { vst1_u16(p, v); }
+QUAKE_INLINE vi widen(vh v) { return (vi)vmovl_u16(v); }
+QUAKE_INLINE vh narrow(vi v) { return vmovn_u32((uint32x4_t)v); }
+QUAKE_INLINE vf half_to_float(vh v) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(v)); }
+QUAKE_INLINE vh float_to_half(vf v) { return vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)); }
+
+QUAKE_INLINE vf fma(vf a, vf b, vf c) {
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+QUAKE_INLINE vf product_error(vf a, vf b, vf p) { return fma(a, b, -p); }
+
+// fmax and fmin return NaN if either operand is NaN, fmaxnm the other operand.
+QUAKE_INLINE vf clamp_below(vf x, float lowest) {
+  return (vf)vmaxq_f32((float32x4_t)x, vdupq_n_f32(lowest));
+}
+QUAKE_INLINE vf clamp_above(vf x, float highest) {
+  return (vf)vminq_f32((float32x4_t)x, vdupq_n_f32(highest));
+}
+QUAKE_INLINE vf magnitude_below(vf x, float highest) {
+  return clamp_above((vf)vabsq_f32((float32x4_t)x), highest);
+}
+QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) {
+  return (vf)vmaxnmq_f32((float32x4_t)accumulated, (float32x4_t)x);
+}
+
+QUAKE_INLINE vf floor(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
+QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
+QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
+QUAKE_INLINE vf reciprocal_estimate(vf d) { return (vf)vrecpeq_f32((float32x4_t)d); }
+
+QUAKE_INLINE vf order1_bits(vf v) {
+  v = clamp_above(v, 0x7f800000);
+  const vi bits = (vi)vcvtnq_s32_f32((float32x4_t)v) & (vi)(v >= 0x1p23f);
+  return (vf)(bits | ((vi)v & (vi)(v != v)));
+}
+
+QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
+  const vi lane = {0, 1, 2, 3};
+  const vi kept = (vi)(lane < static_cast<int>(n));
+  return (vf)((kept & (vi)v) | (~kept & (vi)(vf{} + fill)));
+}
+
+QUAKE_INLINE float reduce_add(vf v) { return vaddvq_f32((float32x4_t)v); }
+QUAKE_INLINE float reduce_max(vf v) { return vmaxnmvq_f32((float32x4_t)v); }
+
+#include "generic/partial_floats.h"
+#include "generic/partial_words.h"
+#include "generic/simd.h"
+#include "generic/exp2.h"
+#include "generic/activations.h"
+#include "generic/softmax.h"
+#include "generic/table.h"
+
+}  // namespace
+
+extern const KernelTable kNeonTable = make_table("neon");
+
+}  // namespace quake
