@@ -16,7 +16,7 @@ struct Sigmoid {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     const vf e = exp_product<Order>(clamp_below(x, -88.3f), set1(-kUnit<Order>));
-    return reciprocal<Order>(e + 1.0f);
+    return reciprocal(e + 1.0f);
   }
 };
 
@@ -26,16 +26,15 @@ struct Sigmoid {
 constexpr int kTailShift = 8;
 constexpr float kTailScale = 1 << kTailShift;
 
-template <int Order>
 QUAKE_INLINE vf gated(vf x, vf z, vf e) {
-  return fma(-(z * e), reciprocal<Order>(e + kTailScale), clamp_below(x, 0.0f));
+  return fma(-(z * e), reciprocal(e + kTailScale), clamp_below(x, 0.0f));
 }
 
 struct Silu {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     const vf z = magnitude_below(x, 100.0f);  // silu is 0 from -91.8 on; inf * 0 would be NaN
-    return gated<Order>(x, z, exp_product<Order, kTailShift>(z, set1(-kUnit<Order>)));
+    return gated(x, z, exp_product<Order, kTailShift>(z, set1(-kUnit<Order>)));
   }
 };
 
@@ -46,7 +45,7 @@ struct GeluTanh {
     constexpr float kLinear = -1.59576912f * kUnit<Order>;
     const vf z = magnitude_below(x, 12.0f);  // 0 from -10.1 on
     const vf w = fma(z * z, set1(0.044715f * kLinear), set1(kLinear));
-    return gated<Order>(x, z, exp_product<Order, kTailShift>(z, w));
+    return gated(x, z, exp_product<Order, kTailShift>(z, w));
   }
 };
 
@@ -58,7 +57,7 @@ struct GeluErf {
   QUAKE_INLINE vf apply(vf x) {
     using namespace constants;
     const vf z = magnitude_below(x, 14.0f);  // 0 from -13.2 on
-    const vf u = reciprocal<Order>(fma(z, set1(kGeluP[Order]), set1(1.0f)));
+    const vf u = reciprocal(fma(z, set1(kGeluP[Order]), set1(1.0f)));
     vf e;
     if constexpr (Order <= 3) {
       e = exp_product<Order>(z, z * (-0.5f * kUnit<Order>));
@@ -91,7 +90,7 @@ struct Tanh {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     using namespace constants;
-    const vf t = clamp_above(abs(x), 10.0f) * (2 * kLog2e);  // tanh rounds to 1 from 9.02 on
+    const vf t = clamp_above(abs(x) * (2 * kLog2e), 29.0f);  // integral, so that the limit is exactly 1
     vf n_power, f;
     if constexpr (kHasScalef) {
       n_power = scalef(set1(1.0f), t);
@@ -102,7 +101,7 @@ struct Tanh {
       f = t - n;
     }
     const vf e = fma(n_power * f, quotient<Order>(f), n_power - 1.0f);
-    return copy_sign(clamp_above(e * reciprocal<Order>(e + 2.0f), 1.0f), x);
+    return copy_sign(clamp_above(e * reciprocal(e + 2.0f), 1.0f), x);
   }
 
   template <int Order>

@@ -59,15 +59,17 @@ QUAKE_INLINE void store_partial(float16* p, vf v, std::size_t n) {
   store_words_partial(&p->bits, float_to_half(v), n);
 }
 
-// 1/d for positive d < 2^128; 0 where 1/d is below 2^-126. A Newton step doubles the bits of the estimate
-// and approaches from below, so that 1/(1 + e) is at most 1.
-template <int Order>
+// 1/d for positive d < 2^128; 0 where 1/d is below 2^-126. Of an estimate r with e = 1 - d r, Newton's step
+// r (1 + e) doubles the bits and r (1 + e + e^2) triples them; both approach from below, so that 1/(1 + x) is
+// at most 1, and it is 1 for x = 0.
 QUAKE_INLINE vf reciprocal(vf d) {
-  constexpr int kBitsNeeded = Order <= 4 ? 20 : 24;
   vf r = reciprocal_estimate(d);
 #pragma GCC unroll 2
-  for (int bits = kReciprocalBits; bits < kBitsNeeded; bits *= 2) {
-    r = fma(r, fma(-d, r, set1(1.0f)), r);
+  for (int bits = kReciprocalBits; bits < 24;) {
+    const vf e = fma(-d, r, set1(1.0f));
+    const bool tripled = bits * 2 < 24 && bits * 3 > 30;
+    r = fma(r, tripled ? fma(e, e, e) : e, r);
+    bits *= tripled ? 3 : 2;
   }
   return r;
 }
