@@ -3,6 +3,8 @@
 
 #include "ffi_handlers.h"
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <sstream>
@@ -21,6 +23,20 @@ namespace ffi = xla::ffi;
 // number of threads. A hop through the pool costs 10 to 30 µs, a chunk about as much: smaller calls stay on
 // the calling thread.
 constexpr std::size_t kChunkElements = std::size_t{1} << 16;
+
+// Outputs larger than the last-level cache are written past it: reading a line before overwriting it would be
+// a third of the traffic.
+Stores stores_for(std::size_t output_bytes) {
+  static const std::size_t cache = [] {
+    std::size_t bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (reported > 0) bytes = static_cast<std::size_t>(reported);
+#endif
+    return std::max(bytes, std::size_t{32} << 20);
+  }();
+  return output_bytes > cache ? Stores::kStreamed : Stores::kCached;
+}
 
 constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
@@ -81,9 +97,10 @@ ffi::Error run_elementwise(const char* target, Elementwise function, ffi::Thread
   const char* in = static_cast<const char*>(x.untyped_data());
   char* out = static_cast<char*>(y.untyped_data());
   const std::size_t count = x.element_count(), size = call->element_size;
+  const Stores stores = stores_for(count * size);
   parallel_for(pool, ceil_div(count, kChunkElements), [=](std::size_t chunk) {
     const std::size_t begin = chunk * kChunkElements;
-    kernel(in + begin * size, out + begin * size, std::min(kChunkElements, count - begin));
+    kernel(in + begin * size, out + begin * size, std::min(kChunkElements, count - begin), stores);
   });
   return ffi::Error::Success();
 }
@@ -104,10 +121,11 @@ ffi::Error run_softmax(ffi::ThreadPool pool, std::int32_t order, ffi::AnyBuffer 
   const std::size_t rows = count / columns;
   const std::size_t chunk_rows = std::max<std::size_t>(1, kChunkElements / columns);
   const std::size_t row_size = columns * call->element_size;
+  const Stores stores = stores_for(rows * row_size);
   parallel_for(pool, ceil_div(rows, chunk_rows), [=](std::size_t chunk) {
     const std::size_t begin = chunk * chunk_rows;
     kernel(in + begin * row_size, out + begin * row_size, std::min(chunk_rows, rows - begin),
-           columns);
+           columns, stores);
   });
   return ffi::Error::Success();
 }

@@ -36,9 +36,15 @@ inline constexpr int kMaxOrder = 5;
 // Contracts shared by all kernels:
 //  - `in` and `out` may be the same pointer, otherwise they do not overlap; neither need be aligned;
 //  - nothing outside the given elements is read or written, nothing is allocated, nothing is thrown;
-//  - denormals are flushed by the caller (FTZ and DAZ, see denormals.h): "too small" becomes 0 for free.
-using ElementwiseFn = void (*)(const void* in, void* out, std::size_t count);
-using SoftmaxFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns);
+//  - denormals are flushed by the caller (FTZ and DAZ, see denormals.h): "too small" becomes 0 for free;
+//  - `stores` changes the speed alone.
+enum class Stores {
+  kCached,
+  kStreamed,  // past the caches: for outputs that would not stay there
+};
+using ElementwiseFn = void (*)(const void* in, void* out, std::size_t count, Stores stores);
+using SoftmaxFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns,
+                           Stores stores);
 
 // One instruction set's kernels; the last index of each array is order - 1.
 struct KernelTable {

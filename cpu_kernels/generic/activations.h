@@ -7,7 +7,7 @@
 struct Exp {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
-    return exp_product<Order>(x, set1(kUnit<Order>));
+    return exp_product<Order, Range::kAny>(x, set1(kUnit<Order>));
   }
 };
 
@@ -15,7 +15,8 @@ struct Exp {
 struct Sigmoid {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
-    const vf e = exp_product<Order>(clamp_below(x, -88.3f), set1(-kUnit<Order>));
+    x = clamp_below(x, -88.3f);
+    const vf e = exp_product<Order, Range::kNoOverflow>(x, set1(-kUnit<Order>));
     return reciprocal(e + 1.0f);
   }
 };
@@ -34,7 +35,7 @@ struct Silu {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     const vf z = magnitude_below(x, 100.0f);  // silu is 0 from -91.8 on; inf * 0 would be NaN
-    return gated(x, z, exp_product<Order, kTailShift>(z, set1(-kUnit<Order>)));
+    return gated(x, z, exp_product<Order, Range::kModerate, kTailShift>(z, set1(-kUnit<Order>)));
   }
 };
 
@@ -45,7 +46,7 @@ struct GeluTanh {
     constexpr float kLinear = -1.59576912f * kUnit<Order>;
     const vf z = magnitude_below(x, 12.0f);  // 0 from -10.1 on
     const vf w = fma(z * z, set1(0.044715f * kLinear), set1(kLinear));
-    return gated(x, z, exp_product<Order, kTailShift>(z, w));
+    return gated(x, z, exp_product<Order, Range::kModerate, kTailShift>(z, w));
   }
 };
 
@@ -60,10 +61,11 @@ struct GeluErf {
     const vf u = reciprocal(fma(z, set1(kGeluP[Order]), set1(1.0f)));
     vf e;
     if constexpr (Order <= 3) {
-      e = exp_product<Order>(z, z * (-0.5f * kUnit<Order>));
+      e = exp_product<Order, Range::kModerate>(z, z * (-0.5f * kUnit<Order>));
     } else {
       const vf square = z * z;
-      e = exp_product<Order>(square, set1(-0.5f), product_error(z, z, square) * -0.5f);
+      e = exp_product<Order, Range::kModerate>(square, set1(-0.5f),
+                                                product_error(z, z, square) * -0.5f);
     }
     return fma(-(z * e), mills_ratio<Order>(u), clamp_below(x, 0.0f));
   }
@@ -117,16 +119,19 @@ struct Tanh {
 
 // Four independent vectors at a time hide the latency of the polynomial.
 template <class Functor, class T, int Order>
-void map(const void* in, void* out, std::size_t count) {
+void map(const void* in, void* out, std::size_t count, Stores stores) {
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
+  const bool streamed = streamable(y, 0, stores);
   std::size_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    vf v[4];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) v[k] = Functor::template apply<Order>(load(x + i + k * kLanes));
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) store(y + i + k * kLanes, v[k]);
+    Pair v[2] = {load_pair(x + i), load_pair(x + i + 2 * kLanes)};
+#pragma GCC unroll 2
+    for (Pair& pair : v) {
+      pair = {Functor::template apply<Order>(pair.first), Functor::template apply<Order>(pair.second)};
+    }
+    store_pair(y + i, v[0], streamed);
+    store_pair(y + i + 2 * kLanes, v[1], streamed);
   }
   for (; i + kLanes <= count; i += kLanes) {
     store(y + i, Functor::template apply<Order>(load(x + i)));
@@ -135,4 +140,5 @@ void map(const void* in, void* out, std::size_t count) {
     const std::size_t n = count - i;
     store_partial(y + i, Functor::template apply<Order>(load_partial(x + i, n)), n);
   }
+  if (streamed) stream_fence();
 }

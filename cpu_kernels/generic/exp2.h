@@ -27,19 +27,29 @@ QUAKE_INLINE vf power_of_two(vf n) {
   return as_float(as_int(n + (0x1p23f + 127 + Shift)) << 23);
 }
 
+// What the caller knows of u = x*w, in nats: whatever it rules out need not be clamped.
+enum class Range {
+  kAny,         // nothing
+  kNoOverflow,  // u + Shift ln 2 < 128 ln 2, or NaN
+  kModerate,    // that, and u > -2^16
+};
+
 struct NoCorrection {};
 QUAKE_INLINE vf corrected(vf r, NoCorrection) { return r; }
 QUAKE_INLINE vf corrected(vf r, vf low) { return r + low; }
 
 // e^(x*w) * 2^Shift for w in units. `low` corrects the rounding of the product (orders 4 and 5 only).
 // Overflow gives inf, a result below 2^-126 gives 0 (denormals are flushed), NaN gives NaN.
-template <int Order, int Shift = 0, class Low = NoCorrection>
+template <int Order, Range kRange, int Shift = 0, class Low = NoCorrection>
 QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = constants::kOrder1Shift) {
   using namespace constants;
   if constexpr (Order == 1 && !kHasScalef) {
     // The bits of the result as a number: exponent and mantissa in one sum.
     return order1_bits(fma(x, w, set1((127 - order1_shift + Shift) * 0x1p23f)));
   } else {
+    // scalef() saturates by itself, but the reduction of orders 4 and 5 would subtract infinities.
+    constexpr bool kClampAbove = kRange == Range::kAny && (!kHasScalef || Order >= 4);
+    constexpr bool kClampBelow = !kHasScalef || (Order >= 4 && kRange != Range::kModerate);
     // scalef() has room for Shift in the polynomial's coefficients, the exponent field in the exponent.
     constexpr float kScale = kHasScalef ? 1 << Shift : 1.0f;
     vf n, f, p;
@@ -48,7 +58,8 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
       if constexpr (kHasScalef) {
         f = fraction(n);  // scalef() takes the floor itself, and saturates
       } else {
-        const vf t = clamp_above(clamp_below(n, -127.0f - Shift), 128.0f - Shift);
+        vf t = clamp_below(n, -127.0f - Shift);
+        if constexpr (kClampAbove) t = clamp_above(t, 128.0f - Shift);
         n = floor(t);
         f = t - n;
       }
@@ -58,8 +69,9 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
     } else {
       // Inside the range of power_of_two() by 0.01, so that floor() cannot leave it.
       constexpr float kLn2 = 0.693147181f;
-      const vf u = clamp_above(clamp_below(x * w, (-127.0f - Shift) * kLn2 + 0.01f),
-                               (128.0f - Shift) * kLn2 + 0.01f);
+      vf u = x * w;
+      if constexpr (kClampBelow) u = clamp_below(u, (-127.0f - Shift) * kLn2 + 0.01f);
+      if constexpr (kClampAbove) u = clamp_above(u, (128.0f - Shift) * kLn2 + 0.01f);
       n = floor(u * kLog2e);
       f = corrected(fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), u)), low);
       if constexpr (Order == 4) p = fma(horner<4>(f, kExpPoly4, kScale), f, set1(kScale));

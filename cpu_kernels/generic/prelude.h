@@ -17,6 +17,7 @@
 #include "kernels.h"
 
 #define QUAKE_INLINE [[gnu::always_inline]] static inline
+#define QUAKE_INLINE_MEMBER [[gnu::always_inline]] inline
 
 namespace quake {
 

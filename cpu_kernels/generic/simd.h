@@ -8,7 +8,9 @@
 //   kHasScalef                      scalef() and fraction() are single instructions
 //   kReciprocalBits                 accuracy of reciprocal_estimate(d); 24 is a true division
 //   load(const float*), store, load_partial(p, n), store_partial(p, v, n)       0 < n < kLanes
-//   load_words(const uint16_t*), store_words and their _partial forms
+//   stream(float*, v)               store past the caches, to an address aligned to the vector
+//   load_words(const uint16_t*), store_words, stream_words and their _partial forms
+//   stream_fence()                  orders streamed stores before whatever follows
 //   widen(vh) -> vi, narrow(vi) -> vh, half_to_float(vh) -> vf, float_to_half(vf) -> vh
 //   fma(a, b, c)                    a*b + c, one rounding where the machine has it, else two
 //   product_error(a, b, p)          a*b - p, exact, for p the rounded product
@@ -35,12 +37,15 @@ QUAKE_INLINE vf copy_sign(vf magnitude, vf sign) {
 
 QUAKE_INLINE vf bfloat_to_float(vh words) { return as_float(widen(words) << 16); }
 
-// Round to nearest even. The NaNs that reach this have their low half clear (they come from a bfloat16
-// or from an invalid operation), so the addition cannot carry them into an infinity.
-QUAKE_INLINE vh float_to_bfloat(vf x) {
+// The bits of x with the upper half rounded to a bfloat16, to nearest even, and the lower half left over. The
+// NaNs that reach this have their low half clear (they come from a bfloat16 or from an invalid operation), so
+// the addition cannot carry them into an infinity.
+QUAKE_INLINE vi round_to_bfloat(vf x) {
   const vi bits = as_int(x);
-  return narrow(((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff);
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
+
+QUAKE_INLINE vh float_to_bfloat(vf x) { return narrow((round_to_bfloat(x) >> 16) & 0xffff); }
 
 QUAKE_INLINE vf load(const bfloat16* p) { return bfloat_to_float(load_words(&p->bits)); }
 QUAKE_INLINE vf load(const float16* p) { return half_to_float(load_words(&p->bits)); }
@@ -52,11 +57,56 @@ QUAKE_INLINE vf load_partial(const float16* p, std::size_t n) {
 }
 QUAKE_INLINE void store(bfloat16* p, vf v) { store_words(&p->bits, float_to_bfloat(v)); }
 QUAKE_INLINE void store(float16* p, vf v) { store_words(&p->bits, float_to_half(v)); }
+QUAKE_INLINE void stream(float16* p, vf v) { stream_words(&p->bits, float_to_half(v)); }
 QUAKE_INLINE void store_partial(bfloat16* p, vf v, std::size_t n) {
   store_words_partial(&p->bits, float_to_bfloat(v), n);
 }
 QUAKE_INLINE void store_partial(float16* p, vf v, std::size_t n) {
   store_words_partial(&p->bits, float_to_half(v), n);
+}
+
+// 2 * kLanes consecutive elements of an array as two vectors. The order of the elements in them depends on the
+// type alone: bfloat16 splits into even and odd ones, which takes a shift and a mask where widening takes
+// shuffles, and joins as cheaply.
+struct Pair {
+  vf first, second;
+};
+
+template <class T>
+QUAKE_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+QUAKE_INLINE Pair load_pair(const bfloat16* p) {
+  vi words;
+  std::memcpy(&words, p, sizeof words);
+  return {as_float(words << 16), as_float(words & ~0xffff)};
+}
+
+// The kind of stores to use for an output and a distance between the rows in it: streaming needs alignment.
+template <class T>
+QUAKE_INLINE bool streamable(const T* y, std::size_t stride, Stores stores) {
+  return stores == Stores::kStreamed && stride % (2 * kLanes) == 0 &&
+         reinterpret_cast<std::uintptr_t>(y) % (2 * kLanes * sizeof(T)) == 0;
+}
+
+template <class T>
+QUAKE_INLINE void store_pair(T* p, Pair v, bool streamed) {
+  if (streamed) {
+    stream(p, v.first);
+    stream(p + kLanes, v.second);
+  } else {
+    store(p, v.first);
+    store(p + kLanes, v.second);
+  }
+}
+QUAKE_INLINE void store_pair(bfloat16* p, Pair v, bool streamed) {
+  const vi even = (round_to_bfloat(v.first) >> 16) & 0xffff;
+  const vi words = even | (round_to_bfloat(v.second) & ~0xffff);
+  if (streamed) {
+    stream(reinterpret_cast<float*>(p), as_float(words));
+  } else {
+    std::memcpy(p, &words, sizeof words);
+  }
 }
 
 // 1/d for positive d < 2^128; 0 where 1/d is below 2^-126. Of an estimate r with e = 1 - d r, Newton's step

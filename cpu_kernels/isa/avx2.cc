@@ -21,6 +21,8 @@ QUAKE_INLINE __m256i first_lanes(std::size_t n) {
 
 QUAKE_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 QUAKE_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+QUAKE_INLINE void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
+QUAKE_INLINE void stream_fence() { _mm_sfence(); }
 QUAKE_INLINE vf load_partial(const float* p, std::size_t n) {
   return _mm256_maskload_ps(p, first_lanes(n));
 }
@@ -33,6 +35,9 @@ QUAKE_INLINE vh load_words(const std::uint16_t* p) {
 }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+}
+QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), v);
 }
 QUAKE_INLINE vi widen(vh v) { return (vi)_mm256_cvtepu16_epi32(v); }
 QUAKE_INLINE vh narrow(vi v) {

@@ -18,6 +18,8 @@ QUAKE_INLINE __mmask16 first_lanes(std::size_t n) { return static_cast<__mmask16
 
 QUAKE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUAKE_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+QUAKE_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
+QUAKE_INLINE void stream_fence() { _mm_sfence(); }
 QUAKE_INLINE vf load_partial(const float* p, std::size_t n) {
   return _mm512_maskz_loadu_ps(first_lanes(n), p);
 }
@@ -30,6 +32,9 @@ QUAKE_INLINE vh load_words(const std::uint16_t* p) {
 }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
+QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
 }
 QUAKE_INLINE vh load_words_partial(const std::uint16_t* p, std::size_t n) {
   return _mm256_maskz_loadu_epi16(first_lanes(n), p);

@@ -18,12 +18,16 @@ typedef std::uint16_t vh __attribute__((vector_size(8)));
 QUAKE_INLINE vf load(const float* p) { return _mm_loadu_ps(p); }
 QUAKE_INLINE void store(float* p, vf v) { _mm_storeu_ps(p, v); }
 
+QUAKE_INLINE void stream(float* p, vf v) { _mm_stream_ps(p, v); }
+QUAKE_INLINE void stream_fence() { _mm_sfence(); }
+
 QUAKE_INLINE vh load_words(const std::uint16_t* p) {
   vh v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { std::memcpy(p, &v, sizeof v); }
+QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { store_words(p, v); }
 QUAKE_INLINE vi widen(vh v) { return vi{v[0], v[1], v[2], v[3]}; }
 QUAKE_INLINE vh narrow(vi v) {
   return vh{static_cast<std::uint16_t>(v[0]), static_cast<std::uint16_t>(v[1]),

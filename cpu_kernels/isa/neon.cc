@@ -16,8 +16,12 @@ using vh = uint16x4_t;
 
 QUAKE_INLINE vf load(const float* p) { return (vf)vld1q_f32(p); }
 QUAKE_INLINE void store(float* p, vf v) { vst1q_f32(p, (float32x4_t)v); }
+// The hint for streaming stores (stnp) has no intrinsic, and little effect.
+QUAKE_INLINE void stream(float* p, vf v) { store(p, v); }
+QUAKE_INLINE void stream_fence() {}
 QUAKE_INLINE vh load_words(const std::uint16_t* p) { return vld1_u16(p); }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { vst1_u16(p, v); }
+QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { store_words(p, v); }
 QUAKE_INLINE vi widen(vh v) { return (vi)vmovl_u16(v); }
 QUAKE_INLINE vh narrow(vi v) { return vmovn_u32((uint32x4_t)v); }
 QUAKE_INLINE vf half_to_float(vh v) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(v)); }

@@ -85,7 +85,7 @@ void test_accuracy(const KernelTable& table, std::uint32_t stride) {
     std::vector<double> reference;
     for (float value : x) reference.push_back(exact(f.id, flushed(value)));
     for (int order = 1; order <= kMaxOrder; ++order) {
-      kernel(table, f.id, DType::kFloat32, order)(x.data(), y.data(), x.size());
+      kernel(table, f.id, DType::kFloat32, order)(x.data(), y.data(), x.size(), Stores::kCached);
       for (std::size_t i = 0; i < x.size(); ++i) {
         check(within(y[i], reference[i], f.bounds[order - 1], kStorage[0]),
               "%s %s order %d: f(%.9g) = %.9g, exact %.9g", table.isa, f.name, order, x[i], y[i],
@@ -104,7 +104,7 @@ void test_16_bit(const KernelTable& table) {
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<std::uint16_t>(i);
     for (const Function& f : kFunctions) {
       for (int order = 1; order <= kMaxOrder; ++order) {
-        kernel(table, f.id, storage.dtype, order)(x.data(), y.data(), x.size());
+        kernel(table, f.id, storage.dtype, order)(x.data(), y.data(), x.size(), Stores::kCached);
         for (std::size_t i = 0; i < x.size(); ++i) {
           const double in = storage.decode(x[i]), out = storage.decode(y[i]);
           check(within(out, exact(f.id, flushed(static_cast<float>(in))), f.bounds[order - 1], storage),
@@ -134,20 +134,20 @@ void test_special_values(const KernelTable& table) {
     for (const Case& c : cases) {
       const float x = static_cast<float>(c.x);
       float y;
-      kernel(table, c.function, DType::kFloat32, order)(&x, &y, 1);
+      kernel(table, c.function, DType::kFloat32, order)(&x, &y, 1, Stores::kCached);
       check(y == c.y, "%s %s order %d: f(%g) = %g, expected %g", table.isa,
             kFunctions[static_cast<int>(c.function)].name, order, c.x, y, c.y);
     }
     for (const Function& f : kFunctions) {
       float x[2] = {float_from_bits(0x7fffffff), float_from_bits(0xff800001)}, y[2];
-      kernel(table, f.id, DType::kFloat32, order)(x, y, 2);
+      kernel(table, f.id, DType::kFloat32, order)(x, y, 2, Stores::kCached);
       check(std::isnan(y[0]) && std::isnan(y[1]), "%s %s order %d: NaN gives %g, %g", table.isa, f.name,
             order, y[0], y[1]);
     }
     // The largest softmax weight is not distorted.
     const float zero = 0;
     float one;
-    kernel(table, Elementwise::kExp, DType::kFloat32, order)(&zero, &one, 1);
+    kernel(table, Elementwise::kExp, DType::kFloat32, order)(&zero, &one, 1, Stores::kCached);
     check(order == 1 || one == 1, "%s exp order %d: exp(0) = %.9g", table.isa, order, one);
   }
 }
@@ -157,12 +157,12 @@ void test_ranges(const KernelTable& table, std::uint32_t stride) {
   const std::vector<float> x = sweep(stride);
   std::vector<float> y(x.size());
   for (int order = 1; order <= kMaxOrder; ++order) {
-    kernel(table, Elementwise::kTanh, DType::kFloat32, order)(x.data(), y.data(), x.size());
+    kernel(table, Elementwise::kTanh, DType::kFloat32, order)(x.data(), y.data(), x.size(), Stores::kCached);
     for (std::size_t i = 0; i < x.size(); ++i) {
       check(std::fabs(y[i]) <= 1 && std::signbit(y[i]) == std::signbit(x[i]),
             "%s tanh order %d: f(%.9g) = %.9g", table.isa, order, x[i], y[i]);
     }
-    kernel(table, Elementwise::kSigmoid, DType::kFloat32, order)(x.data(), y.data(), x.size());
+    kernel(table, Elementwise::kSigmoid, DType::kFloat32, order)(x.data(), y.data(), x.size(), Stores::kCached);
     for (std::size_t i = 0; i < x.size(); ++i) {
       check(y[i] >= 0 && y[i] <= 1, "%s sigmoid order %d: f(%.9g) = %.9g", table.isa, order, x[i], y[i]);
     }
@@ -236,11 +236,12 @@ void test_tails(const KernelTable& table) {
           const std::vector<char> input = random_input(storage, count, random);
           const std::string what = std::string(table.isa) + " " + f.name + " " + storage.name + " order " +
                                    std::to_string(order) + " count " + std::to_string(count);
-          check_placements(input, [&](char* x, char* y) { run(x, y, count); }, what);
+          check_placements(input, [&](char* x, char* y) { run(x, y, count, Stores::kStreamed); }, what);
           std::vector<char> whole(input.size()), single(input.size());
-          run(input.data(), whole.data(), count);
+          run(input.data(), whole.data(), count, Stores::kCached);
           for (std::size_t i = 0; i < count; ++i) {
-            run(input.data() + i * storage.size, single.data() + i * storage.size, 1);
+            run(input.data() + i * storage.size, single.data() + i * storage.size, 1,
+                Stores::kCached);
           }
           check(whole == single, "%s: differs from element by element", what.c_str());
         }
@@ -253,7 +254,7 @@ void check_softmax(const KernelTable& table, const Storage& storage, int order, 
                    std::size_t columns, const std::vector<char>& input) {
   const SoftmaxFn run = table.softmax[static_cast<int>(storage.dtype)][order - 1];
   std::vector<char> output(input.size());
-  run(input.data(), output.data(), rows, columns);
+  run(input.data(), output.data(), rows, columns, Stores::kCached);
   for (std::size_t r = 0; r < rows; ++r) {
     double maximum = -kInfinity, sum = 0;
     for (std::size_t c = 0; c < columns; ++c) {
@@ -281,7 +282,7 @@ void test_softmax(const KernelTable& table) {
         for (const std::size_t rows : {std::size_t{1}, std::size_t{9}}) {
           const std::vector<char> input = random_input(storage, rows * columns, random);
           check_softmax(table, storage, order, rows, columns, input);
-          check_placements(input, [&](char* x, char* y) { run(x, y, rows, columns); },
+          check_placements(input, [&](char* x, char* y) { run(x, y, rows, columns, Stores::kStreamed); },
                            std::string(table.isa) + " softmax " + storage.name + " order " +
                                std::to_string(order) + " " + std::to_string(rows) + " x " +
                                std::to_string(columns));
@@ -301,7 +302,7 @@ void test_softmax_special_rows(const KernelTable& table) {
     for (const std::size_t columns : {3, 19, 64, 197, 5000}) {
       std::vector<float> x(columns), y(columns);
       const auto all_nan = [&] {
-        run(x.data(), y.data(), 1, columns);
+        run(x.data(), y.data(), 1, columns, Stores::kCached);
         for (float value : y) {
           if (!std::isnan(value)) return false;
         }
@@ -315,7 +316,7 @@ void test_softmax_special_rows(const KernelTable& table) {
         check(all_nan(), "%s order %d: an infinity at %zu of %zu", table.isa, order, at, columns);
         std::fill(x.begin(), x.end(), -inf);
         x[at] = -3.0f;
-        run(x.data(), y.data(), 1, columns);
+        run(x.data(), y.data(), 1, columns, Stores::kCached);
         for (std::size_t c = 0; c < columns; ++c) {
           check(std::fabs(y[c] - (c == at)) < 1e-6, "%s order %d: one finite logit at %zu of %zu: y[%zu] = %g",
                 table.isa, order, at, columns, c, y[c]);
@@ -326,14 +327,14 @@ void test_softmax_special_rows(const KernelTable& table) {
       // Logits so large that x * log2(e) overflows or is all rounding: no NaN, and the right weights.
       for (const float large : {1e10f, 3e38f, -1e10f, -3e38f}) {
         std::fill(x.begin(), x.end(), large);
-        run(x.data(), y.data(), 1, columns);
+        run(x.data(), y.data(), 1, columns, Stores::kCached);
         for (float value : y) {
           check(std::fabs(value * columns - 1) <= bounds::softmax[order - 1] + 1e-6,
                 "%s order %d: softmax of equal logits %g gives %g of 1/%zu", table.isa, order, large, value,
                 columns);
         }
         x[columns / 2] = -large;
-        run(x.data(), y.data(), 1, columns);
+        run(x.data(), y.data(), 1, columns, Stores::kCached);
         for (std::size_t c = 0; c < columns; ++c) {
           const bool is_maximum = (c == columns / 2) == (large < 0);
           const double expected = is_maximum ? (large < 0 ? 1 : 1.0 / (columns - 1)) : 0;
