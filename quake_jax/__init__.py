@@ -1,0 +1,25 @@
+"""QuAKE kernels for JAX on CPUs: fast approximate exponentials, softmax and activation functions.
+
+Each function has the signature of the one in jax.nn or jax.numpy that it replaces, and takes a
+keyword `order`, from 1 (fastest) to 5 (float32-accurate).
+
+Two environment variables are read once, at import. QUAKE_JAX_DISABLE=1 turns every function into
+the exact one that it replaces. QUAKE_JAX_ISA forces an instruction set (see `supported_isas`).
+"""
+
+from quake_jax import reference as reference
+from quake_jax._config import default_order as default_order
+from quake_jax._config import set_default_order as set_default_order
+from quake_jax._extension import disabled_export_checks as disabled_export_checks
+from quake_jax._extension import isa as isa
+from quake_jax._extension import supported_isas as supported_isas
+from quake_jax._extension import version as _version
+from quake_jax.activations import exp as exp
+from quake_jax.activations import gelu as gelu
+from quake_jax.activations import sigmoid as sigmoid
+from quake_jax.activations import silu as silu
+from quake_jax.activations import swish as swish
+from quake_jax.activations import tanh as tanh
+from quake_jax.softmax import softmax as softmax
+
+__version__ = _version()

@@ -1,0 +1,64 @@
+"""`python -m quake_jax`: what it prints and when it fails."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import run_python
+
+import quake_jax
+from quake_jax import __main__ as cli
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The self-check on small arrays, without repetitions."""
+    monkeypatch.setattr(cli, "_SHAPE", (16, 64))
+    monkeypatch.setattr(cli, "_SECONDS_PER_TIMING", 0.0)
+
+
+def test_report(quick, capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    for fact in (quake_jax.__version__, jax.__version__, quake_jax.isa(), "threads"):
+        assert fact in text
+    for name in ("exp", "sigmoid", "silu", "tanh", "gelu (tanh)", "gelu (erf)", "softmax"):
+        assert text.count(f" {name} ") >= 2, name
+    assert "accuracy: ok" in text
+
+
+def test_plain_text_without_rich(quick, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isascii() for line in lines)
+    header = next(line for line in lines if line.startswith("function"))
+    assert header.split() == ["function", *"order 1 order 2 order 3 order 4 order 5".split()]
+    assert any(line.startswith("softmax ") for line in lines)
+
+
+def test_an_inaccurate_function_fails(quick, capsys, monkeypatch):
+    def wrong(x, order):
+        return jnp.tanh(x) * 1.5
+
+    monkeypatch.setitem(cli._FUNCTIONS, "tanh", (wrong, jnp.tanh))
+    assert cli.main([]) == 1
+    text = capsys.readouterr().out
+    assert "5.0e-01 !" in text and "FAILED" in text
+
+
+def test_help_and_unknown_arguments(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--help"])
+    assert exit_info.value.code == 0 and "Exit code 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--fast"])
+    assert exit_info.value.code == 2
+
+
+def test_the_module_runs(tmp_path):
+    code = "import runpy; runpy.run_module('quake_jax', run_name='__main__')"
+    result = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1")
+    assert quake_jax.isa() in result.stdout
+    assert "QUAKE_JAX_DISABLE is set" in result.stdout

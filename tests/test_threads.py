@@ -1,0 +1,80 @@
+"""Kernels called from many threads at once, and with pools of different sizes."""
+
+import concurrent.futures
+import os
+import threading
+
+import jax
+import numpy as np
+import pytest
+from conftest import FUNCTIONS, inputs, run_python
+
+import quake_jax
+
+# Kernels share XLA's pool above some size: here both sides of it, and sizes that divide nothing.
+SHAPES = [(5,), (64, 100), (301, 1003)]
+
+
+def test_many_concurrent_calls_give_equal_results_and_do_not_deadlock():
+    calls = []
+    for function in FUNCTIONS:
+        for shape in SHAPES:
+            f, x = jax.jit(function.quake), inputs(shape)
+            calls.append((f, x, np.asarray(f(x))))
+    threads, rounds = 16, 4
+    start = threading.Barrier(threads)
+
+    def work(seed):
+        start.wait()
+        order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(calls)), rounds))
+        return all(np.array_equal(calls[i][0](calls[i][1]), calls[i][2]) for i in order)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        results = [pool.submit(work, seed) for seed in range(threads)]
+        assert all(r.result(timeout=100) for r in results)
+
+
+def test_kernels_that_run_beside_each_other_in_one_program():
+    # XLA runs independent calls of one program at the same time, on the pool that they share.
+    @jax.jit
+    def f(xs):
+        return [g(x) for x in xs for g in (quake_jax.softmax, quake_jax.gelu, quake_jax.exp)]
+
+    xs = [inputs((300, 1000), seed=k) for k in range(6)]
+    first = [np.asarray(y) for y in f(xs)]
+    for _ in range(5):
+        for y, expected in zip(f(xs), first, strict=True):
+            np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.name)
+def test_dispatch_without_waiting(function):
+    f, x = jax.jit(function.quake), inputs((200, 999))
+    expected = np.asarray(f(x))
+    results = [f(x) for _ in range(20)]
+    assert all(np.array_equal(y, expected) for y in results)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
+    code = """
+import hashlib, os
+if cpu := os.environ.get("TEST_CPU"):
+    os.sched_setaffinity(0, {int(cpu)})
+import jax, numpy as np, quake_jax
+digest = hashlib.sha256()
+functions = [getattr(quake_jax, n) for n in ("exp", "sigmoid", "silu", "tanh", "gelu", "softmax")]
+functions.append(lambda x: quake_jax.gelu(x, False))
+functions.append(lambda x: quake_jax.softmax(x, order=1))
+for shape in ((301, 1003), (3, 200_001), (70_001, 7), (1, 1)):
+    for dtype in ("float32", "bfloat16"):
+        x = np.random.default_rng(0).uniform(-8, 8, shape).astype(np.float32)
+        x = jax.numpy.asarray(x, dtype)
+        for f in functions:
+            digest.update(np.asarray(jax.jit(f)(x)).tobytes())
+print(digest.hexdigest())
+"""
+    settings = [{"NPROC": "1"}, {"NPROC": "7"}]
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        settings.append({"TEST_CPU": str(min(os.sched_getaffinity(0)))})
+    digests = {run_python(code, tmp_path, **setting).stdout for setting in settings}
+    assert len(digests) == 1 and digests != {""}
