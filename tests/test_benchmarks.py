@@ -47,8 +47,10 @@ def test_ratio_of_unequal_series_is_refused():
 
 def test_overhead_is_subtracted_per_call(monkeypatch):
     monkeypatch.setattr(timing, "read", lambda run, calls: reading(wall=calls * 5e-4, calls=calls))
-    runs = [Contestant("with", lambda calls: None, overhead=1e-4),
-            Contestant("without", lambda calls: None)]
+    runs = [
+        Contestant("with", lambda calls: None, overhead=1e-4),
+        Contestant("without", lambda calls: None),
+    ]
     series = timing.measure(runs, rounds=3, target=2e-3, threads=1)
     assert series["with"].times == pytest.approx([4e-4] * 3)
     assert series["without"].times == pytest.approx([5e-4] * 3)
@@ -76,13 +78,16 @@ def test_a_reading_counts_its_page_faults():
     assert timing.disturbance(taken) == "faults"
 
 
-@pytest.mark.parametrize(("taken", "reason"), [
-    (reading(), None),
-    (reading(faults=timing.MAX_FAULTS), None),
-    (reading(faults=timing.MAX_FAULTS + 1), "faults"),
-    (reading(waited=0.5e-3), "preempted"),
-    (reading(wall=1.0, waited=0.5 * timing.MAX_WAIT_SHARE), None),
-])
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [
+        (reading(), None),
+        (reading(faults=timing.MAX_FAULTS), None),
+        (reading(faults=timing.MAX_FAULTS + 1), "faults"),
+        (reading(waited=0.5e-3), "preempted"),
+        (reading(wall=1.0, waited=0.5 * timing.MAX_WAIT_SHARE), None),
+    ],
+)
 def test_disturbance(taken, reason):
     assert timing.disturbance(taken) == reason
 
@@ -97,9 +102,14 @@ def test_only_workers_count_as_waiting():
 def test_a_disturbed_reading_is_repeated_and_counted(monkeypatch):
     monkeypatch.setattr(timing, "NAP_SECONDS", 0)
     monkeypatch.setattr(timing, "calibrate", lambda run, target: 10)
-    script = iter([
-        reading(faults=999), reading(waited=1.0), reading(wall=2e-3), reading(wall=4e-3),
-    ])
+    script = iter(
+        [
+            reading(faults=999),
+            reading(waited=1.0),
+            reading(wall=2e-3),
+            reading(wall=4e-3),
+        ]
+    )
     monkeypatch.setattr(timing, "read", lambda run, calls: next(script))
     runs = [Contestant("one", lambda calls: None)]
     series = timing.measure(runs, rounds=2, target=1e-3, threads=1)["one"]
@@ -158,8 +168,14 @@ def result_with(ratio, threads=1, isa="avx512"):
     entry = {"median": ratio, "low": ratio, "high": ratio}
     return {
         "environment": {"threads": threads, "isa": isa},
-        "cases": [{"function": bar.function, "shape": list(bar.shape), "dtype": bar.dtype,
-                   "ratios": {f"order {bar.order}": {"jax.nn": entry}}}],
+        "cases": [
+            {
+                "function": bar.function,
+                "shape": list(bar.shape),
+                "dtype": bar.dtype,
+                "ratios": {f"order {bar.order}": {"jax.nn": entry}},
+            }
+        ],
         "call_overhead": {"tanh": {"difference_us": bars.CALL_OVERHEAD_US * 2}},
     }
 
@@ -179,21 +195,29 @@ def test_bars_are_not_judged_under_other_conditions(conditions):
 
 
 def run_benchmarks(*arguments):
-    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT,
-                          env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (("ops", "--shape", "12,no"), "'12,no'"),
-    (("ops", "--shape", "0,4"), "'0,4'"),
-    (("ops", "--rounds", "0"), "'0'"),
-    (("ops", "--function", "sine"), "'sine'"),
-    (("ops", "--order", "7"), "7"),
-    (("ops", "--json", "/no/such/folder/x.json"), "/no/such/folder"),
-    (("ops", "--json", "/"), "/"),
-    (("nothing",), "'nothing'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("ops", "--shape", "12,no"), "'12,no'"),
+        (("ops", "--shape", "0,4"), "'0,4'"),
+        (("ops", "--rounds", "0"), "'0'"),
+        (("ops", "--function", "sine"), "'sine'"),
+        (("ops", "--order", "7"), "7"),
+        (("ops", "--json", "/no/such/folder/x.json"), "/no/such/folder"),
+        (("ops", "--json", "/"), "/"),
+        (("nothing",), "'nothing'"),
+    ],
+)
 def test_bad_values_are_one_line(arguments, named):
     done = run_benchmarks(*arguments)
     assert done.returncode == 2
@@ -204,9 +228,25 @@ def test_bad_values_are_one_line(arguments, named):
 def test_a_quick_run_from_end_to_end(tmp_path):
     path, page = tmp_path / "ops.json", tmp_path / "ops.md"
     page.write_text("# Kept\n")
-    done = run_benchmarks("ops", "--quick", "--no-peers", "--function", "tanh", "--shape", "4,64",
-                          "--dtype", "float32", "--dtype", "float16", "--order", "3",
-                          "--json", str(path), "--markdown", str(page))
+    done = run_benchmarks(
+        "ops",
+        "--quick",
+        "--no-peers",
+        "--function",
+        "tanh",
+        "--shape",
+        "4,64",
+        "--dtype",
+        "float32",
+        "--dtype",
+        "float16",
+        "--order",
+        "3",
+        "--json",
+        str(path),
+        "--markdown",
+        str(page),
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     environment = result["environment"]
@@ -241,8 +281,13 @@ def test_plots_are_small_files(tmp_path):
     result = {
         "environment": {"threads": 1, "cpu": "a CPU"},
         "cases": [
-            {"function": function, "shape": [4, 8], "dtype": "float32", "copy": "copy (NumPy)",
-             "contestants": {"order 3": entry, "jax.nn": entry, "copy (NumPy)": copy}}
+            {
+                "function": function,
+                "shape": [4, 8],
+                "dtype": "float32",
+                "copy": "copy (NumPy)",
+                "contestants": {"order 3": entry, "jax.nn": entry, "copy (NumPy)": copy},
+            }
             for function in cases.FUNCTIONS
         ],
     }

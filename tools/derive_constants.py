@@ -495,12 +495,14 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     add(
         "softmax",
         lambda o: (
-            (1 + polynomial[1]) / (1 - polynomial[1]) - 1 + 2 * argument(1, 1)
-            if o == 1
-            else 2 * EXP_MAX_REL_ERROR[o] / (1 - EXP_MAX_REL_ERROR[o])
-        )
-        + difference
-        + 8 * ULP,
+            (
+                (1 + polynomial[1]) / (1 - polynomial[1]) - 1 + 2 * argument(1, 1)
+                if o == 1
+                else 2 * EXP_MAX_REL_ERROR[o] / (1 - EXP_MAX_REL_ERROR[o])
+            )
+            + difference
+            + 8 * ULP
+        ),
     )
     return {f: {o: round_up(b) for o, b in row.items()} for f, row in bounds.items()}
 
@@ -578,8 +580,7 @@ def render_cpp(c: Constants) -> str:
         array(f"kExpm1Poly{d}", v)
     lines += [
         "",
-        "// exp(z^2/2) Q(z) ~ m0 + m1 u + ... + mk u^k, u = 1/(1 + p z), "
-        f"0 <= z <= {GELU_Z_MAX},",
+        f"// exp(z^2/2) Q(z) ~ m0 + m1 u + ... + mk u^k, u = 1/(1 + p z), 0 <= z <= {GELU_Z_MAX},",
         "// Q the upper tail of the standard normal; m0 first. kGeluP is indexed by order.",
         "constexpr float kGeluP[] = {",
         "    0.0f,",

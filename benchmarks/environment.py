@@ -1,0 +1,125 @@
+"""What has to be settled before JAX starts (cores, threads, memory), and what a result must say
+about the machine that it came from.
+
+`prepare` must run before anything initialises a JAX backend: XLA sizes its thread pool once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.errors import BenchmarkError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# mallopt's parameters (malloc.h of glibc).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def prepare(threads: int, keep_pages: bool = True) -> None:
+    """Pin the process to as many cores as it may use threads, and keep freed memory mapped.
+
+    Threads inherit the pinning, so every pool that starts later shares those cores; XLA takes the
+    size of its pool from NPROC, and without it from the pinning.
+
+    Args:
+        threads: Number of cores and of threads of every measured library.
+        keep_pages: Stop glibc from returning freed memory to the kernel. XLA's softmax allocates a
+            temporary of the size of its input at each call; by default glibc maps it afresh each
+            time once it is large, and then page faults are most of what one measures.
+
+    Raises:
+        BenchmarkError: The process may not use that many cores.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        if threads > len(allowed):
+            raise BenchmarkError(f"--threads {threads}: this process may use {len(allowed)} cores")
+        # The last ones: interrupts and other processes prefer the first.
+        os.sched_setaffinity(0, allowed[-threads:])
+    os.environ["NPROC"] = str(threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if keep_pages:
+        _keep_freed_memory()
+
+    import jax
+
+    # A program runs on the thread that calls it, without a hop to another one on the same core.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _keep_freed_memory() -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc; readings with page faults are still rejected
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_ARENA_MAX, 1)
+
+
+def describe(threads: int) -> dict:
+    """Describe this machine and the software on it.
+
+    Args:
+        threads: The number that was given to `prepare`.
+
+    Returns:
+        A dictionary that json can write; what cannot be found out is None.
+    """
+    versions = {}
+    for name in ("jax", "jaxlib", "numpy", "torch", "onnxruntime"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    # From the module: in a checkout it need not be installed.
+    quake_jax = sys.modules.get("quake_jax")
+    versions["quake_jax"] = quake_jax.__version__ if quake_jax else None
+    changes = _git("status", "--porcelain")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "isa": quake_jax.isa() if quake_jax else None,
+        "threads": threads,
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "xla_pool_threads": _xla_pool_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else changes != "",
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None
+
+
+def _xla_pool_threads() -> int | None:
+    """Count XLA's intra-op threads by their name (Linux only), to check what `prepare` asked."""
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        return None
+    return sum("XLAEigen" in (task / "comm").read_text() for task in tasks.iterdir())
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
