@@ -9,7 +9,6 @@ import pytest
 from conftest import (
     DTYPES,
     ELEMENTWISE,
-    FUNCTIONS,
     SOFTMAX,
     assert_within,
     inputs,
