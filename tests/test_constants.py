@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ def _load(name, path):
 K = _load("_quake_constants_under_test", ROOT / "quake_jax" / "_constants.py")
 tool = _load("_derive_constants_under_test", ROOT / "tools" / "derive_constants.py")
 HEADER = (ROOT / "cpu_kernels" / "generic" / "constants.h").read_text(encoding="utf-8")
+BOUNDS = (ROOT / "cpu_kernels" / "tests" / "bounds.h").read_text(encoding="utf-8")
 
 ORDERS = (1, 2, 3, 4, 5)
 EPS = 2.0**-24  # half an ulp of a float32 in [1, 2)
@@ -66,6 +68,8 @@ def _arrays():
     arrays = {f"kExp2Poly{o}": K.EXP2_POLY[o] for o in (2, 3)}
     arrays |= {f"kExpPoly{o}": K.EXP_POLY[o] for o in (4, 5)}
     arrays |= {f"kExpm1Poly{o}": K.EXPM1_POLY[o] for o in ORDERS}
+    arrays |= {f"kExpm1Centered{o}": K.EXPM1_CENTERED[o] for o in ORDERS}
+    arrays |= {f"kLog1p{o}": K.LOG1P[o] for o in ORDERS}
     arrays |= {f"kGeluM{o}": K.GELU_M[o] for o in ORDERS}
     arrays["kGeluP"] = [0.0, *(K.GELU_P[o] for o in ORDERS)]
     return arrays
@@ -240,6 +244,80 @@ def test_expm1_polynomial_meets_its_bound(order):
     assert abs(sum(map(Fraction, coefficients)) - 1) <= EPS
 
 
+def _centered_grid(points=1_000_001):
+    f = np.float32(np.linspace(-0.5, 0.5, points)).astype(np.float64)
+    f = f[f != 0]
+    return f, np.expm1(f * LN2) / f
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_centered_expm1_polynomial_meets_its_bound(order):
+    coefficients = K.EXPM1_CENTERED[order]
+    assert len(coefficients) == order + 1
+    f, exact = _centered_grid()
+    bound = {1: 0.0185, 2: 4.6e-4, 3: 2.1e-5, 4: 4.6e-7, 5: 1.7e-8}[order]
+    assert bound < 0.65 * K.EXP_MAX_REL_ERROR[order]
+    assert _polynomial_error(coefficients, f, exact) <= bound
+    rounding = _rounding_bound(coefficients, np.abs(f), exact)
+    assert rounding <= 2 * EPS
+    assert _float32_error(coefficients, f, exact) <= bound + rounding
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_centered_expm1_polynomial_is_continuous_between_binades(order):
+    def two_to(f):
+        return 1 + f * sum(Fraction(c) * f**k for k, c in enumerate(K.EXPM1_CENTERED[order]))
+
+    half = Fraction(1, 2)
+    assert abs(two_to(half) - 2 * two_to(-half)) <= EPS  # half the spacing of float32 at sqrt(2)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_centered_expm1_polynomial_is_minimax(order):
+    """No change of the coefficients that keeps it continuous makes the error smaller.
+
+    As a linear program, independent of the derivation: the best change, in units of the error.
+    """
+    f, exact = _centered_grid(2001)
+    powers = np.arange(order + 1)
+    basis = f[:, None] ** powers / exact[:, None]
+    error = basis @ K.EXPM1_CENTERED[order] - 1
+    largest = np.max(np.abs(error))
+    # |error / largest + basis c| <= bound, bound minimal; Chebyshev-like scale of the columns.
+    scale = 2.0**powers
+    ones = np.ones((len(f), 1))
+    program = scipy.optimize.linprog(
+        [*np.zeros(order + 1), 1],
+        A_ub=np.block([[basis * scale, -ones], [-basis * scale, -ones]]),
+        b_ub=np.concatenate([-error, error]) / largest,
+        A_eq=[[*(0.5 * 0.5**powers + (-0.5) ** powers) * scale, 0]],
+        b_eq=[0],
+        bounds=(None, None),
+    )
+    assert program.status == 0
+    # Rounding the coefficients to float32 costs next to nothing.
+    assert largest <= 1.0005 * program.fun * largest + 0.25 * EPS
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_log1p_polynomial_meets_its_bound(order):
+    coefficients = K.LOG1P[order]
+    e = np.float32(np.linspace(0, 1, 1_000_001)[1:]).astype(np.float64)
+    exact = np.log1p(e) / e
+    bound = 0.3 * K.EXP_MAX_REL_ERROR[order] if order < 5 else 1.2e-7
+    assert _polynomial_error(coefficients, e, exact) <= bound
+    rounding = _rounding_bound(coefficients, e, exact)
+    assert rounding <= 3 * EPS  # well conditioned although the signs alternate
+    assert _float32_error(coefficients, e, exact) <= bound + rounding
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_log1p_polynomial_has_the_lowest_degree(order):
+    with tool.mp.workdps(tool.DIGITS):
+        _, error = tool.remez(tool.log1p_problem(len(K.LOG1P[order]) - 2))
+    assert error > tool.LOG1P_POLY_BOUND[order]
+
+
 def _mills(z):
     return scipy.special.erfcx(z / math.sqrt(2)) / 2
 
@@ -279,6 +357,7 @@ def _problems():
     cases = [(tool.exp2_problem, (d,), K.EXP2_POLY[d]) for d in (2, 3)]
     cases += [(tool.exp_problem, (d,), K.EXP_POLY[d]) for d in (4, 5)]
     cases += [(tool.expm1_problem, (d,), K.EXPM1_POLY[d]) for d in ORDERS]
+    cases += [(tool.log1p_problem, (len(K.LOG1P[o]) - 1,), K.LOG1P[o]) for o in ORDERS]
     cases += [(tool.gelu_problem, (len(K.GELU_M[o]) - 1, K.GELU_P[o]), K.GELU_M[o]) for o in ORDERS]
     return [pytest.param(*case, id=f"{case[0].__name__}{case[1]}") for case in cases]
 
@@ -290,9 +369,117 @@ def test_polynomials_are_minimax(make, arguments, committed):
         problem = make(*arguments)
         coefficients, largest = tool.remez(problem)
     error = problem.relative_error(coefficients)
-    free = problem.degree + 1 - len(problem.fixed) - (problem.end is not None)
+    free = problem.degree + 1 - len(problem.fixed) - (problem.linear is not None)
     levelled = error[np.abs(error) > largest * (1 - 1e-6)]
     assert 1 + np.count_nonzero(np.diff(np.sign(levelled))) == free + 1
     # Rounding the coefficients to float32 costs next to nothing.
     rounded = problem.relative_error([*map(float, problem.fixed.values()), *committed])
     assert np.max(np.abs(rounded)) <= 1.0001 * largest + 0.25 * EPS
+
+
+# --- Error bounds ------------------------------------------------------------------------------
+
+
+def test_header_holds_the_same_bounds_as_the_python_module():
+    rows = re.findall(r"constexpr double (\w+)\[\] = \{(.*?)\};", BOUNDS)
+    parsed = {name: [float(v) for v in row.split(", ")] for name, row in rows}
+    expected = {name: list(row.values()) for name, row in K.MAX_REL_ERROR.items()}
+    expected |= {f"{name}_absolute": list(row.values()) for name, row in K.MAX_ABS_ERROR.items()}
+    assert parsed == expected
+
+
+@pytest.mark.parametrize("table", [K.MAX_REL_ERROR, K.MAX_ABS_ERROR])
+def test_bounds_fall_with_the_order(table):
+    for row in table.values():
+        assert tuple(row) == ORDERS
+        values = list(row.values())
+        assert values == sorted(values, reverse=True)
+        assert len(set(values)) == len(values)
+
+
+def _expm1_float32(x, order, fused):
+    """The kernels' expm1 in float32, with fused multiply-adds or without."""
+
+    def rounded(v):
+        return np.float32(v).astype(np.float64)
+
+    def fma(a, b, c):
+        return rounded((a * b if fused else rounded(a * b)) + c)
+
+    t = rounded(x * K.LOG2E)
+    n = np.rint(t)
+    if order <= 3:
+        f = t - n
+    else:
+        f = rounded(fma(n, -K.LN2_LO, fma(n, -K.LN2_HI, x)) * K.LOG2E)
+    q = np.full_like(f, K.EXPM1_CENTERED[order][-1])
+    for c in reversed(K.EXPM1_CENTERED[order][:-1]):
+        q = fma(q, f, c)
+    power = np.exp2(n - 1)
+    half = rounded(power - 0.5)
+    return rounded(fma(power, 2 * rounded(f * q), half) + half)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_expm1_bounds_hold_in_float32(order, fused):
+    x = np.concatenate([np.linspace(-20, 88, 400_001), np.linspace(-2, 2, 400_001)])
+    x = np.float32(x[x != 0]).astype(np.float64)
+    error = np.abs(_expm1_float32(x, order, fused) / np.expm1(x) - 1)
+    assert 0.3 * K.MAX_REL_ERROR["expm1"][order] < np.max(error) <= K.MAX_REL_ERROR["expm1"][order]
+    negative = np.max(error[x < 0])
+    assert 0.3 * K.MAX_REL_ERROR["elu"][order] < negative <= K.MAX_REL_ERROR["elu"][order]
+
+
+def _mish(x, w):
+    positive = x * (1 + 2 * w) / (1 + 2 * w + 2 * w * w)
+    return np.where(x > 0, positive, x * w * (w + 2) / (w * w + 2 * w + 2))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("order", ORDERS)
+def test_bounds_cover_the_error_of_the_exponential(derived, order, sign):
+    """Whatever the exponential's error is: all that the order permits, upward (to 1) or downward.
+
+    The rest of a bound is for rounding, and for the polynomial of log(1 + e), measured here too.
+    """
+    x = np.linspace(-87, 87, 400_000)
+    e = np.exp(-np.abs(x))
+    wrong = np.minimum(e * (1 + sign * K.EXP_MAX_REL_ERROR[order]), 1)
+
+    def logarithm(e):
+        return e * np.polynomial.polynomial.polyval(e, K.LOG1P[order])
+
+    exact = np.maximum(x, 0) + np.log1p(e)
+    error = np.maximum(x, 0) + logarithm(wrong) - exact
+    for name in ("softplus", "log_sigmoid"):
+        assert np.max(np.abs(error / exact)) <= K.MAX_REL_ERROR[name][order]
+    # x is the difference of the two operands.
+    assert np.max(np.abs(error)) <= K.MAX_ABS_ERROR["logaddexp"][order]
+    # The bound of mish has the polynomial's own error, not the promise that exp rounds it up to.
+    own = tool.order1_error(derived)
+    if order > 1:
+        coefficients, end, function, _ = _exp_case(order)
+        own = _polynomial_error(coefficients, unit := np.linspace(0, end, 100_001), function(unit))
+    error = _mish(x, e * (1 + sign * own)) / _mish(x, e) - 1
+    assert np.max(np.abs(error)) <= K.MAX_REL_ERROR["mish"][order]
+    # Each exponential of a row, and with them their sum.
+    of_sum = np.abs(np.log1p(sign * K.EXP_MAX_REL_ERROR[order]))
+    for name in ("logsumexp", "log_softmax"):
+        assert of_sum <= K.MAX_ABS_ERROR[name][order]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_logsumexp_bound_covers_a_row_summed_in_blocks(order):
+    """The sum of float32 exponentials in the worst allowed order: a large one, then small ones."""
+    rng = np.random.default_rng(order)
+    spread = rng.uniform(0.1, 10, (200, 1))
+    d = np.float32(-spread * rng.exponential(size=(200, tool.SUM_DEPTH)))
+    d[:, 0] = 0
+    exact = np.log(np.exp(d.astype(np.float64)).sum(axis=1))
+    e = np.float32(np.exp(d.astype(np.float64)) * (1 + K.EXP_MAX_REL_ERROR[order]))
+    total = e[:, 0]
+    for column in e.T[1:]:
+        total = total + column  # float32
+    error = np.abs(np.float32(np.log(total.astype(np.float64))) - exact)
+    assert np.all(error <= K.MAX_ABS_ERROR["logsumexp"][order] + 2.0**-22 * exact)

@@ -38,6 +38,8 @@ EXP_MAX_REL_ERROR = {1: 0.0299, 2: 0.0027, 3: 1.08e-4, 4: 3.6e-6, 5: 2.5e-7}
 GELU_Z_MAX = 13.3
 # The polynomial in GELU may use this share of the error that exp of the same order has.
 GELU_ERROR_SHARE = 0.3
+# That of log(1 + e) likewise; at order 5 half the error of exp, which is mostly arithmetic.
+LOG1P_POLY_BOUND = {o: 0.3 * e for o, e in EXP_MAX_REL_ERROR.items()} | {5: 1.2e-7}
 GELU_P_STEP = 1 / 256  # p is searched on this lattice: exact in float32, and robust
 
 SOFTMAX_ROWS, SOFTMAX_WIDTH, SOFTMAX_SIGMA = 8192, 128, 2.0
@@ -65,14 +67,14 @@ class Problem:
       target: values of the function at those points (mpf), non-zero.
       degree: highest power.
       fixed: coefficients that are given, by power.
-      end: (a, b) requires the polynomial to have the value b at a, or None.
+      linear: (weights w, value b) requires sum_k w_k c_k = b, or None; w_degree is not 0.
     """
 
     x: Sequence[mp.mpf]
     target: Sequence[mp.mpf]
     degree: int
     fixed: Mapping[int, mp.mpf] = dataclasses.field(default_factory=dict)
-    end: tuple[mp.mpf, mp.mpf] | None = None
+    linear: tuple[Sequence[mp.mpf], mp.mpf] | None = None
 
     @functools.cached_property
     def table(self) -> np.ndarray:
@@ -90,25 +92,25 @@ class Problem:
 
 
 def _row(problem: Problem, point: int, free: Sequence[int], fixed: Mapping[int, mp.mpf]):
-    """One equation sum_free c_k phi_k = rhs at a point, the last power eliminated by `end`."""
+    """One equation sum_free c_k phi_k = rhs at a point, the last power eliminated by `linear`."""
     x, target = problem.x[point], problem.target[point]
     phi = {k: x**k / target for k in (*free, *fixed, problem.degree)}
     rhs = 1 - mp.fsum(c * phi[k] for k, c in fixed.items())
-    if problem.end is None:
+    if problem.linear is None:
         return [phi[k] for k in free], rhs
-    a, b = problem.end
-    rest = (b - mp.fsum(c * a**k for k, c in fixed.items())) / a**problem.degree
-    last = phi[problem.degree]
-    return [phi[k] - a ** (k - problem.degree) * last for k in free], rhs - rest * last
+    weights, b = problem.linear
+    rest = b - mp.fsum(c * weights[k] for k, c in fixed.items())
+    last = phi[problem.degree] / weights[problem.degree]
+    return [phi[k] - weights[k] * last for k in free], rhs - rest * last
 
 
 def _complete(problem: Problem, free, fixed, values) -> list[mp.mpf]:
-    """All coefficients, from those given and those solved for (and the one `end` determines)."""
+    """All coefficients, from those given and those solved for (and the one `linear` determines)."""
     known = {**fixed, **dict(zip(free, values, strict=True))}
-    if problem.end is not None and problem.degree not in known:
-        a, b = problem.end
-        rest = b - mp.fsum(c * a**k for k, c in known.items())
-        known[problem.degree] = rest / a**problem.degree
+    if problem.linear is not None and problem.degree not in known:
+        weights, b = problem.linear
+        rest = b - mp.fsum(c * weights[k] for k, c in known.items())
+        known[problem.degree] = rest / weights[problem.degree]
     return [known[k] for k in range(problem.degree + 1)]
 
 
@@ -123,22 +125,25 @@ def remez(problem: Problem, fixed: Mapping[int, mp.mpf] | None = None):
       (coefficients, largest relative error on the points).
     """
     fixed = {**problem.fixed, **(fixed or {})}
-    dependent = set() if problem.end is None else {problem.degree}
+    dependent = set() if problem.linear is None else {problem.degree}
     free = [k for k in range(problem.degree + 1) if k not in fixed and k not in dependent]
     size, points = len(free), len(problem.x)
+
+    def levelled(reference: Sequence[int], signs: Sequence[float]) -> list[mp.mpf]:
+        """The coefficients with errors of one size and those signs at the reference."""
+        rows = [_row(problem, i, free, fixed) for i in reference]
+        matrix = mp.matrix([[*row, sign] for (row, _), sign in zip(rows, signs, strict=True)])
+        solution = mp.lu_solve(matrix, mp.matrix([rhs for _, rhs in rows]))
+        return _complete(problem, free, fixed, list(solution)[:size])
+
+    if problem.x[0] * problem.x[-1] < 0:
+        coefficients = levelled(*_single_exchange(problem, free, fixed))
+        return coefficients, float(np.max(np.abs(problem.relative_error(coefficients))))
     # Start from Chebyshev's points, then move to the extrema of the error until it is levelled.
-    angles = math.pi * (np.arange(size + 1) + 0.5) / (size + 1)
-    reference = [int(i) for i in np.rint((1 - np.cos(angles)) / 2 * (points - 1))]
+    reference = _chebyshev_points(size + 1, points)
     best, best_error = None, math.inf
     for _ in range(30):
-        if size:
-            rows = [_row(problem, i, free, fixed) for i in reference]
-            matrix = mp.matrix([[*row, (-1) ** j] for j, (row, _) in enumerate(rows)])
-            solution = mp.lu_solve(matrix, mp.matrix([rhs for _, rhs in rows]))
-            values = list(solution)[:size]
-        else:
-            values = []
-        coefficients = _complete(problem, free, fixed, values)
+        coefficients = levelled(reference, [(-1) ** j for j in range(size + 1)])
         error = problem.relative_error(coefficients)
         largest = float(np.max(np.abs(error)))
         if largest < best_error:
@@ -152,6 +157,65 @@ def remez(problem: Problem, fixed: Mapping[int, mp.mpf] | None = None):
             break
         reference = extrema
     return best, best_error
+
+
+def _chebyshev_points(count: int, points: int) -> list[int]:
+    """Indices of the extrema of a Chebyshev polynomial, the ends left out."""
+    angles = math.pi * (np.arange(count) + 0.5) / count
+    return [int(i) for i in np.rint((1 - np.cos(angles)) / 2 * (points - 1))]
+
+
+def _single_exchange(problem: Problem, free: Sequence[int], fixed: Mapping[int, mp.mpf]):
+    """Points and signs of the largest errors of the best approximation, on both sides of 0.
+
+    There the powers without the constant one are no Chebyshev system, nor are those that meet a
+    condition on both ends: the errors need not alternate. So points are exchanged one at a time,
+    and the ratio test of the simplex method picks the one that leaves (Stiefel 1960).
+    """
+    size, phi = len(free), problem.table
+    matrix = phi[free]
+    rhs = sum((-float(c) * phi[k] for k, c in fixed.items()), np.ones(len(problem.x)))
+    if problem.linear is not None and problem.degree not in fixed:
+        weights, b = problem.linear
+        rest = float(b - mp.fsum(c * weights[k] for k, c in fixed.items()))
+        last = phi[problem.degree] / float(weights[problem.degree])
+        matrix = matrix - np.array([float(weights[k]) for k in free])[:, None] * last
+        rhs = rhs - rest * last
+    matrix = matrix.T
+    reference = np.array(_chebyshev_points(size + 1, len(problem.x)))
+    # The weights that annihilate the columns have the signs of the errors.
+    weights = _solve(matrix[reference[:-1]].T, -matrix[reference[-1]])
+    signs = np.where(np.append(weights, 1.0) < 0, -1.0, 1.0)
+    for _ in range(100):
+        basis = np.column_stack([signs[:, None] * matrix[reference], np.ones(size + 1)])
+        *coefficients, level = _solve(basis, signs * rhs[reference])[:, 0]
+        if level < 0:
+            signs = -signs
+            continue
+        residual = rhs - sum((c * m for c, m in zip(coefficients, matrix.T, strict=True)), 0.0)
+        enter = int(np.argmax(np.abs(residual)))
+        if enter in reference:
+            break
+        sign = math.copysign(1.0, residual[enter])
+        sides = np.column_stack([np.eye(size + 1)[-1], [*(sign * matrix[enter]), 1.0]])
+        weights, change = _solve(basis.T, sides).T
+        ratios = np.where(change > 1e-12, weights / np.maximum(change, 1e-12), np.inf)
+        leave = int(np.argmin(ratios))
+        reference[leave], signs[leave] = enter, sign
+    return reference.tolist(), signs.tolist()
+
+
+def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """Solves a small linear system, to the same bits on every machine."""
+    rows = np.column_stack([matrix, rhs])
+    size = len(matrix)
+    for k in range(size):
+        pivot = k + int(np.argmax(np.abs(rows[k:, k])))
+        rows[[k, pivot]] = rows[[pivot, k]]
+        rows[k] /= rows[k, k]
+        others = np.arange(size) != k
+        rows[others] -= rows[others, k, None] * rows[k]
+    return rows[:, size:]
 
 
 def round_to_float32(problem: Problem, beam: int = 6) -> list[float]:
@@ -186,26 +250,52 @@ def _interval(upper: mp.mpf) -> list[mp.mpf]:
     return [upper * (1 - mp.cospi(mp.mpf(i) / (GRID - 1))) / 2 for i in range(GRID)]
 
 
+def _value_at(a: mp.mpf, b: int, degree: int) -> tuple[list[mp.mpf], mp.mpf]:
+    """The linear condition that a polynomial has the value b at a."""
+    return [a**k for k in range(degree + 1)], mp.mpf(b)
+
+
 # --- What is approximated ----------------------------------------------------------------------
 
 
 def exp2_problem(degree: int) -> Problem:
     """2^f on [0, 1] with p(0) = 1 and p(1) = 2."""
     x = _interval(mp.mpf(1))
-    return Problem(x, [mp.mpf(2) ** v for v in x], degree, {0: mp.mpf(1)}, (mp.mpf(1), mp.mpf(2)))
+    end = _value_at(mp.mpf(1), 2, degree)
+    return Problem(x, [mp.mpf(2) ** v for v in x], degree, {0: mp.mpf(1)}, end)
 
 
 def exp_problem(degree: int) -> Problem:
     """e^r on [0, ln 2] with P(0) = 1 and P(ln 2) = 2."""
     x = _interval(mp.ln2)
-    return Problem(x, [mp.exp(v) for v in x], degree, {0: mp.mpf(1)}, (+mp.ln2, mp.mpf(2)))
+    end = _value_at(+mp.ln2, 2, degree)
+    return Problem(x, [mp.exp(v) for v in x], degree, {0: mp.mpf(1)}, end)
 
 
 def expm1_problem(degree: int) -> Problem:
     """(2^f - 1)/f on [0, 1] with q(1) = 1; the limit at 0 is ln 2."""
     x = _interval(mp.mpf(1))
     target = [mp.expm1(v * mp.ln2) / v if v else +mp.ln2 for v in x]
-    return Problem(x, target, degree, {}, (mp.mpf(1), mp.mpf(1)))
+    return Problem(x, target, degree, {}, _value_at(mp.mpf(1), 1, degree))
+
+
+def expm1_centered_problem(degree: int) -> Problem:
+    """(2^f - 1)/f on [-1/2, 1/2], where 1 + f q(f) doubles from one end to the other.
+
+    So 2^n (1 + f q(f)) is continuous where n = round(t) steps. The condition
+    1 + q(1/2)/2 = 2 (1 - q(-1/2)/2) is q(1/2)/2 + q(-1/2) = 1.
+    """
+    half = mp.mpf(1) / 2
+    x = [v - half for i, v in enumerate(_interval(mp.mpf(1))) if i != (GRID - 1) // 2]
+    target = [mp.expm1(v * mp.ln2) / v for v in x]
+    weights = [half**k / 2 + (-half) ** k for k in range(degree + 1)]
+    return Problem(x, target, degree, {}, (weights, mp.mpf(1)))
+
+
+def log1p_problem(degree: int) -> Problem:
+    """log(1 + e)/e on [0, 1]; the limit at 0 is 1."""
+    x = _interval(mp.mpf(1))
+    return Problem(x, [mp.log1p(v) / v if v else mp.mpf(1) for v in x], degree)
 
 
 def mills(z: mp.mpf) -> mp.mpf:
@@ -260,6 +350,19 @@ def derive_gelu(order: int) -> tuple[float, list[float]]:
         worst = float(np.max(np.abs(problem.relative_error(coefficients))))
         if worst <= GELU_ERROR_SHARE * EXP_MAX_REL_ERROR[order]:
             return p, coefficients
+    raise ArithmeticError(f"no polynomial of degree below 12 serves order {order}")
+
+
+def derive_log1p(order: int) -> list[float]:
+    """Coefficients of the lowest degree within LOG1P_POLY_BOUND."""
+    for degree in range(1, 12):
+        problem = log1p_problem(degree)
+        if remez(problem)[1] > LOG1P_POLY_BOUND[order]:
+            continue
+        coefficients = round_to_float32(problem)
+        worst = float(np.max(np.abs(problem.relative_error(coefficients))))
+        if worst <= LOG1P_POLY_BOUND[order]:
+            return coefficients
     raise ArithmeticError(f"no polynomial of degree below 12 serves order {order}")
 
 
@@ -329,6 +432,8 @@ class Constants:
     exp2_poly: dict[int, list[float]]
     exp_poly: dict[int, list[float]]
     expm1_poly: dict[int, list[float]]
+    expm1_centered: dict[int, list[float]]
+    log1p: dict[int, list[float]]
     gelu_p: dict[int, float]
     gelu_m: dict[int, list[float]]
     ln2_hi: float
@@ -357,6 +462,8 @@ def derive() -> Constants:
             exp2_poly={d: round_to_float32(exp2_problem(d)) for d in (2, 3)},
             exp_poly={d: round_to_float32(exp_problem(d)) for d in (4, 5)},
             expm1_poly={d: round_to_float32(expm1_problem(d)) for d in orders},
+            expm1_centered={d: round_to_float32(expm1_centered_problem(d)) for d in orders},
+            log1p={order: derive_log1p(order) for order in orders},
             gelu_p={order: p for order, (p, _) in gelu.items()},
             gelu_m={order: m for order, (_, m) in gelu.items()},
             ln2_hi=float32(ln2_hi),
@@ -431,6 +538,13 @@ def measure(constants: Constants, points: int = 200_001) -> list[Report]:
     for d, c in constants.expm1_poly.items():
         errors = _measure(c, unit[1:], lambda f: np.expm1(f * math.log(2)) / f)
         reports.append(Report("(2^f - 1)/f", d, d, *errors, EXPM1_POLY_BOUND[d]))
+    centered = unit[unit != 0.5] - np.float32(0.5)
+    for d, c in constants.expm1_centered.items():
+        errors = _measure(c, centered, lambda f: np.expm1(f * math.log(2)) / f)
+        reports.append(Report("the same, centered", d, d, *errors, EXPM1_POLY_BOUND[d]))
+    for order, c in constants.log1p.items():
+        errors = _measure(c, unit[1:], lambda e: np.log1p(e) / e)
+        reports.append(Report("log(1 + e)/e", order, len(c) - 1, *errors, LOG1P_POLY_BOUND[order]))
     with mp.workdps(DIGITS):
         z = np.linspace(0, GELU_Z_MAX, 4001, dtype=np.float32)
         exact = np.array([float(mills(mp.mpf(float(v)))) for v in z])
@@ -447,14 +561,122 @@ def measure(constants: Constants, points: int = 200_001) -> list[Report]:
 # --- Error bounds -------------------------------------------------------------------------------
 
 ULP = 2.0**-24  # half a unit in the last place of a float32 in [1, 2)
+LOG2E_ERROR = abs(float32(1 / math.log(2)) * math.log(2) - 1)  # relative, of the float32 constant
+
+# Forms that multiply an exponential by x reach exponents of -134 before the result is below 2^-126.
+DEEPEST = 134 * math.log(2)
+
+# A row's sum is formed in blocks. In a row of LONGEST_ROW elements none passes through more than
+# SUM_DEPTH additions: 67 in its block, one for each 1024 elements, 4 to join the lanes.
+SUM_DEPTH = 80
+LONGEST_ROW = 8192
+
+QUICK_GELU_SCALE = 1.702
+
+
+def half_ulp(value: np.ndarray) -> np.ndarray:
+    """The largest error of rounding to `value` in float32."""
+    _, exponent = np.frexp(value)
+    return np.where(value == 0, 0.0, np.ldexp(ULP, exponent - 1))
+
+
+def horner_rounding(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
+    """Bound of the rounding error of Horner's rule in float32 at each x, to first order.
+
+    Every product and every sum is rounded, as on machines without FMA; with FMA it is less.
+    """
+    value, error = np.full_like(x, coefficients[-1]), np.zeros_like(x)
+    for c in reversed(coefficients[:-1]):
+        product = value * x
+        value = product + c
+        error = error * np.abs(x) + half_ulp(product) + half_ulp(value)
+    return error
+
+
+def expm1_error(constants: Constants, order: int) -> tuple[float, float]:
+    """Bounds of the relative error of E = 2^n g + (2^n - 1), g = f q(f), for x < 0 and for all x.
+
+    Where n is 0, E is g. Elsewhere the error of 2^n g counts against |E|, which makes it at most
+    sqrt(2) times as large, at n = 1 and f = -1/2. To it come the rounding of the argument (of t for
+    orders 1 to 3; of r and of r log2(e) for orders 4 and 5, where n LN2_HI is exact), of 2^n - 1,
+    exact while |n| <= 24, and of two sums: half of 2^n - 1 is added at a time, lest 2^128 overflow.
+    """
+    f = np.linspace(-0.5, 0.5, 2001)
+    f = f[f != 0]
+    g = np.expm1(f * math.log(2))
+    c = constants.expm1_centered[order]
+    q_error = np.abs(np.polynomial.polynomial.polyval(f, c) - g / f) + horner_rounding(c, f)
+    g_error = np.abs(f) * q_error + ULP * np.abs(g)
+    worst = {True: 0.0, False: 0.0}
+    for n in range(-30, 129):
+        power = 2.0**n
+        exact = power * g + (power - 1)
+        if order <= 3:
+            argument = np.abs(n + f) * math.log(2) * (ULP + LOG2E_ERROR)
+        else:
+            r = f * math.log(2)
+            argument = np.abs(r) * (ULP + LOG2E_ERROR) + 2 * abs(n * constants.ln2_lo) * ULP
+            argument += half_ulp(r) if n else 0.0
+        error = power * g_error + power * (1 + g) * argument
+        if n:
+            error += 2 * ULP * np.abs(exact)
+        if abs(n) > 24:
+            error += ULP * abs(power - 1)
+        for negative in worst:
+            side = (exact < 0) == negative
+            relative = float(np.max(error[side] / np.abs(exact[side]), initial=0.0))
+            worst[negative] = max(worst[negative], relative)
+    return worst[True], max(worst.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Relative errors of what the functions are built from, by order."""
+
+    polynomial: dict[int, float]  # of 2^f or e^r; order 1: of the bit trick
+    exponential: dict[int, float]  # the same with Horner's rule in float32, argument apart
+    log1p: dict[int, float]  # e P(e), arithmetic included
+    reports: dict[tuple[str, int], float]  # of polynomials by name
+
+
+def _parts(constants: Constants) -> Parts:
+    reports = {(r.name, r.order): r.polynomial for r in measure(constants)}
+    polynomial = {1: order1_error(constants)}
+    for name in ("2^f", "e^r"):
+        polynomial |= {order: e for (n, order), e in reports.items() if n == name}
+    unit = np.linspace(0, 1, 20_001)
+
+    def with_rounding(order: int) -> float:
+        if order == 1:
+            # 127 - shift rounds by 2^-18 at most, and so does t where the two are added.
+            return polynomial[1] + 2.0**-18 + 2.0**-17
+        in_nats = order >= 4
+        x = unit * math.log(2) if in_nats else unit
+        c = [1.0, *(constants.exp_poly if in_nats else constants.exp2_poly)[order]]
+        rounding = horner_rounding(c, x) / (np.exp(x) if in_nats else np.exp2(x))
+        # The reduced argument is rounded too, by half a ULP, and in nats its low part.
+        return polynomial[order] + float(np.max(rounding)) + ULP
+
+    def log1p(order: int) -> float:
+        e, c = unit[1:], constants.log1p[order]
+        rounding = horner_rounding(c, e) * e / np.log1p(e)
+        return reports["log(1 + e)/e", order] + float(np.max(rounding)) + ULP
+
+    return Parts(
+        polynomial,
+        {order: with_rounding(order) for order in EXP_MAX_REL_ERROR},
+        {order: log1p(order) for order in EXP_MAX_REL_ERROR},
+        reports,
+    )
 
 
 def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     """Bounds of the relative error of every function over all float32 inputs, for each order.
 
     They hold where the exact result is normal and finite, up to 2^-126 in absolute terms (results
-    below that are flushed). p is the polynomial's error, m that of M(z); the rest is rounding. The
-    exponent t of a result down to 2^-126 is below 128; forms that multiply by x reach 134.
+    below that are flushed; in selu up to 2^-125, as it multiplies what may have been flushed). p is
+    the polynomial's error, m that of M(z); the rest is rounding. The exponent t of a result down to
+    2^-126 is below 128; forms that multiply by x reach 134.
 
     - exp: the promise of the library.
     - sigmoid = 1/(1 + e): an error ε of e becomes at most ε/(1 - ε).
@@ -463,11 +685,19 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     - tanh = E/(E + 2): at most that of E.
     - softmax: the quotient of two exponentials of rounded differences of up to 2^7 ln 2 (order 1:
       2^t is off by a factor from [c, 1.0615 c], and c cancels).
+    - exp2: the argument is not multiplied (or, in nats, only its fraction is), so that no rounding
+      of an exponent counts; order 1 adds its 127.
+    - expm1: see expm1_error(); elu is that of x < 0, and selu has two constants and two products.
+    - softplus, log_sigmoid = ±(max(±x, 0) + log(1 + e)), e <= 1 at every order: log(1 + e) is
+      concave in e and 0 at 0, so that a factor of e in [1 - ε, 1 + ε] changes it by no more; the
+      sum of two terms of one sign has at most the larger error.
+    - mish = x w (w + 2)/(w^2 + 2 w + 2), w = e^x, for x < 0: the derivative of the logarithm by
+      log w is in [0, 1], so at most the error of w, which goes down to where x w underflows. For
+      x >= 0, x (1 + 2 w)/(1 + 2 w + 2 w^2), w = e^-x, it is in [-0.54, 0].
+    - quick_gelu: as silu; 1.702 x is rounded, and 1.702 itself, also in nats.
     """
-    polynomial = {1: order1_error(constants)}
-    reports = {(r.name, r.order): r.polynomial for r in measure(constants)}
-    for name in ("2^f", "e^r"):
-        polynomial |= {order: e for (n, order), e in reports.items() if n == name}
+    parts = _parts(constants)
+    polynomial, reports = parts.polynomial, parts.reports
     bounds: dict[str, dict[int, float]] = {"exp": dict(EXP_MAX_REL_ERROR)}
 
     def add(function: str, value: Callable[[int], float]) -> None:
@@ -476,15 +706,14 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     # Rounding of an exponent of up to 134 powers of two: in t, once and by the error of log2(e); in
     # nats, not at all (a low part carries it).
     def argument(order: int, roundings: float) -> float:
-        relative = ULP + abs(constants.log2e * math.log(2) - 1)
         # Order 1 adds its 127 and rounds to 2^7 units of 2^-23.
         trick = 2.0**-17 if order == 1 else 0.0
-        return trick + roundings * 134 * math.log(2) * (relative if order <= 3 else 0.0)
+        return trick + roundings * DEEPEST * (ULP + LOG2E_ERROR if order <= 3 else 0.0)
 
     add("sigmoid", lambda o: EXP_MAX_REL_ERROR[o] / (1 - EXP_MAX_REL_ERROR[o]) + 4 * ULP)
     add("silu", lambda o: polynomial[o] + argument(o, 1) + 8 * ULP)
     # x (a + b x^2) is rounded three times, also in nats.
-    cubic = 3 * 134 * math.log(2) * ULP
+    cubic = 3 * DEEPEST * ULP
     add("gelu_tanh", lambda o: polynomial[o] + argument(o, 1) + cubic + 8 * ULP)
     add(
         "gelu_erf",
@@ -504,6 +733,48 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
             + 8 * ULP
         ),
     )
+    add("exp2", lambda o: parts.exponential[o])
+    expm1 = {order: expm1_error(constants, order) for order in EXP_MAX_REL_ERROR}
+    add("expm1", lambda o: expm1[o][1])
+    add("elu", lambda o: expm1[o][0])
+    add("selu", lambda o: (1 + expm1[o][0]) * (1 + 4 * ULP) - 1)
+    for function in ("softplus", "log_sigmoid"):
+        add(function, lambda o: (1 + EXP_MAX_REL_ERROR[o]) * (1 + parts.log1p[o]) - 1 + ULP)
+    # Seven operations and a reciprocal that may be off by two.
+    add("mish", lambda o: parts.exponential[o] + argument(o, 1) + 9 * ULP)
+    scaled = DEEPEST * (ULP + abs(float32(QUICK_GELU_SCALE) / QUICK_GELU_SCALE - 1))
+    add("quick_gelu", lambda o: parts.exponential[o] + argument(o, 1) + scaled + 6 * ULP)
+    return {f: {o: round_up(b) for o, b in row.items()} for f, row in bounds.items()}
+
+
+def absolute_error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
+    """Bounds of the absolute error of the functions that are logarithms, for each order.
+
+    |error| <= bound + 2^-22 s, where s is |result| or, in log_softmax, |x - max|. The second term
+    is the rounding of x - max and of the result.
+
+    - logsumexp = max + log(sum), log_softmax = (x - max) - log(sum): a relative error ε of the sum
+      becomes one of at most -log(1 - ε). The sum has the error of its exponentials, that of exp at
+      every order (a common factor of them does not cancel here, so order 1 takes the shift of exp
+      and not that of softmax), and that of SUM_DEPTH additions. The rounding of a difference d from
+      the maximum, ULP |d|, enters with d's weight in the softmax: the mean of |d| is the entropy of
+      the weights less log(sum), so at most log(LONGEST_ROW). So is log(sum), of which up to three
+      ULP count: log itself may be off by one unit in the last place, and the result by ULP log(sum)
+      more than s tells.
+    - logaddexp = max + log(1 + e): an error ε of e <= 1 becomes -log(1 - ε/2) at most; that of
+      log(1 + e) counts with its value, up to ln 2; the rounding of d = |a - b| adds at most
+      ULP d/(1 + e^d) < 0.3 ULP.
+    """
+    parts = _parts(constants)
+    log_length = math.log(LONGEST_ROW)
+    bounds: dict[str, dict[int, float]] = {}
+    for order, exp_error in EXP_MAX_REL_ERROR.items():
+        of_sum = exp_error + (SUM_DEPTH + log_length) * ULP
+        logarithm = -math.log1p(-of_sum) + 3 * log_length * ULP
+        for function in ("log_softmax", "logsumexp"):
+            bounds.setdefault(function, {})[order] = logarithm
+        of_pair = -math.log1p(-exp_error / 2) + math.log(2) * parts.log1p[order] + 0.3 * ULP
+        bounds.setdefault("logaddexp", {})[order] = of_pair
     return {f: {o: round_up(b) for o, b in row.items()} for f, row in bounds.items()}
 
 
@@ -580,6 +851,15 @@ def render_cpp(c: Constants) -> str:
         array(f"kExpm1Poly{d}", v)
     lines += [
         "",
+        "// The same on [-1/2, 1/2], where 1 + f q(f) doubles from end to end, d = order.",
+    ]
+    for d, v in c.expm1_centered.items():
+        array(f"kExpm1Centered{d}", v)
+    lines += ["", "// log(1 + e) ~ e (l0 + l1 e + ... + lk e^k) on [0, 1]; l0 first."]
+    for order, v in c.log1p.items():
+        array(f"kLog1p{order}", v)
+    lines += [
+        "",
         f"// exp(z^2/2) Q(z) ~ m0 + m1 u + ... + mk u^k, u = 1/(1 + p z), 0 <= z <= {GELU_Z_MAX},",
         "// Q the upper tail of the standard normal; m0 first. kGeluP is indexed by order.",
         "constexpr float kGeluP[] = {",
@@ -596,17 +876,19 @@ def render_cpp(c: Constants) -> str:
 def render_cpp_bounds(c: Constants) -> str:
     """The text of cpu_kernels/tests/bounds.h."""
     lines = [
-        f"// Generated by `{_COMMAND}`; do not edit. error_bounds() there derives",
-        "// these relative error bounds (index: order - 1); quake_jax/_constants.py has them.",
+        f"// Generated by `{_COMMAND}`; do not edit. error_bounds() and",
+        "// absolute_error_bounds() there derive them (index: order - 1) and say what they mean;",
+        "// quake_jax/_constants.py has them too.",
         "#ifndef QUAKE_TESTS_BOUNDS_H_",
         "#define QUAKE_TESTS_BOUNDS_H_",
         "",
         "namespace quake::bounds {",
         "",
     ]
-    for function, row in error_bounds(c).items():
+    absolute = {f"{name}_absolute": row for name, row in absolute_error_bounds(c).items()}
+    for name, row in (error_bounds(c) | absolute).items():
         values = ", ".join(f"{v:g}" for v in row.values())
-        lines.append(f"constexpr double {function}[] = {{{values}}};")
+        lines.append(f"constexpr double {name}[] = {{{values}}};")
     lines += ["", "}  // namespace quake::bounds", "", "#endif  // QUAKE_TESTS_BOUNDS_H_"]
     return "\n".join(lines) + "\n"
 
@@ -649,6 +931,14 @@ def render_python(c: Constants) -> str:
         *(f'    "{name}": {row!r},' for name, row in error_bounds(c).items()),
         "}",
     )
+    add(
+        "Absolute error of logarithms, in rows of up to "
+        f"{LONGEST_ROW} elements: |error| <= bound + 2^-22 s,",
+        "# where s is |result| or, in log_softmax, |x - max|.",
+        "MAX_ABS_ERROR = {",
+        *(f'    "{name}": {row!r},' for name, row in absolute_error_bounds(c).items()),
+        "}",
+    )
     add("log2(e).", f"LOG2E = {c.log2e!r}")
     add(
         "ln 2 = LN2_HI + LN2_LO; n * LN2_HI is exact for every float32 exponent n.",
@@ -676,6 +966,14 @@ def render_python(c: Constants) -> str:
     add(
         "2^f - 1 ~ f (q0 + q1 f + ... + qd f^d) on [0, 1], q(1) = 1, d = order.",
         table("EXPM1_POLY", c.expm1_poly),
+    )
+    add(
+        "The same on [-1/2, 1/2], where 1 + f q(f) doubles from end to end, d = order.",
+        table("EXPM1_CENTERED", c.expm1_centered),
+    )
+    add(
+        "log(1 + e) ~ e (l0 + l1 e + ... + lk e^k) on [0, 1]; l0 first.",
+        table("LOG1P", c.log1p),
     )
     lines += [
         f"# exp(z^2/2) Q(z) ~ m0 + m1 u + ... + mk u^k, u = 1/(1 + p z), 0 <= z <= {GELU_Z_MAX},",

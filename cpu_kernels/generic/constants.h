@@ -76,6 +76,80 @@ constexpr float kExpm1Poly5[] = {
     0x1.b2a1cp-13f,  // 0.00020724861
 };
 
+// The same on [-1/2, 1/2], where 1 + f q(f) doubles from end to end, d = order.
+constexpr float kExpm1Centered1[] = {
+    0x1.68ac6p-1f,  // 0.704440117
+    0x1.d029p-3f,  // 0.226640701
+};
+constexpr float kExpm1Centered2[] = {
+    0x1.62ea7ap-1f,  // 0.693195164
+    0x1.efc654p-3f,  // 0.2420775
+    0x1.c4c7b6p-5f,  // 0.0552710108
+};
+constexpr float kExpm1Centered3[] = {
+    0x1.62e26cp-1f,  // 0.693133712
+    0x1.ec07b8p-3f,  // 0.240249097
+    0x1.c9cd5p-5f,  // 0.0558840334
+    0x1.37d97ep-7f,  // 0.00951689389
+};
+constexpr float kExpm1Centered4[] = {
+    0x1.62e42ep-1f,  // 0.693147123
+    0x1.ebfa4ap-3f,  // 0.240223482
+    0x1.c6b3bp-5f,  // 0.0555056036
+    0x1.3cc12p-7f,  // 0.00966657698
+    0x1.5cd0acp-10f,  // 0.0013306241
+};
+constexpr float kExpm1Centered5[] = {
+    0x1.62e43p-1f,  // 0.693147182
+    0x1.ebfbdep-3f,  // 0.240226492
+    0x1.c6af8p-5f,  // 0.0555036068
+    0x1.3b2c92p-7f,  // 0.0096183503
+    0x1.5f0c46p-10f,  // 0.00133914163
+    0x1.423b2p-13f,  // 0.000153651694
+};
+
+// log(1 + e) ~ e (l0 + l1 e + ... + lk e^k) on [0, 1]; l0 first.
+constexpr float kLog1p1[] = {
+    0x1.fe8dap-1f,  // 0.997174263
+    -0x1.c66e2ep-2f,  // -0.443779677
+    0x1.223986p-3f,  // 0.14171128
+};
+constexpr float kLog1p2[] = {
+    0x1.ffcc7ep-1f,  // 0.999607027
+    -0x1.f2168ep-2f,  // -0.486414164
+    0x1.041f26p-2f,  // 0.254025072
+    -0x1.30827p-4f,  // -0.0743431449
+};
+constexpr float kLog1p3[] = {
+    0x1.fffee6p-1f,  // 0.999991596
+    -0x1.ff588cp-2f,  // -0.499361217
+    0x1.4d02ap-2f,  // 0.325205326
+    -0x1.ae2bc4p-3f,  // -0.210044414
+    0x1.9e958ep-4f,  // 0.101216845
+    -0x1.87086ep-6f,  // -0.0238667559
+};
+constexpr float kLog1p4[] = {
+    0x1.fffffap-1f,  // 0.999999821
+    -0x1.fff95ap-2f,  // -0.499974638
+    0x1.54bf54p-2f,  // 0.332761109
+    -0x1.f5ba82p-3f,  // -0.244984642
+    0x1.6b9292p-3f,  // 0.177525654
+    -0x1.b974dp-4f,  // -0.107777417
+    0x1.69b438p-5f,  // 0.0441533178
+    -0x1.185e48p-7f,  // -0.00855616108
+};
+constexpr float kLog1p5[] = {
+    0x1p+0f,  // 1
+    -0x1.ffff14p-2f,  // -0.499996483
+    0x1.5535dep-2f,  // 0.3332133
+    -0x1.fd1366p-3f,  // -0.248572156
+    0x1.884544p-3f,  // 0.191538364
+    -0x1.19af5ep-3f,  // -0.137541518
+    0x1.446ffp-4f,  // 0.0792083144
+    -0x1.eca218p-6f,  // -0.030067943
+    0x1.5f9f3ap-8f,  // 0.0053653256
+};
+
 // exp(z^2/2) Q(z) ~ m0 + m1 u + ... + mk u^k, u = 1/(1 + p z), 0 <= z <= 13.3,
 // Q the upper tail of the standard normal; m0 first. kGeluP is indexed by order.
 constexpr float kGeluP[] = {
