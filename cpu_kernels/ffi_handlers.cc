@@ -5,10 +5,13 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -50,31 +53,34 @@ std::string describe(const ffi::AnyBuffer& buffer) {
   return text.str();
 }
 
-// What every handler checks of its one operand, one result and order.
+bool same_dimensions(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_type() == b.element_type() && std::ranges::equal(a.dimensions(), b.dimensions());
+}
+
+ffi::Error invalid(const char* target, const std::string& problem) {
+  return ffi::Error::InvalidArgument(std::string(target) + ": " + problem);
+}
+
+// How a table is indexed for a call, and the size of an element.
 struct Call {
   int dtype;
   int order_index;
   std::size_t element_size;
 };
 
-ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyBuffer& in,
-                         const ffi::AnyBuffer& out) {
+// Checks what all handlers have in common: the order, and that `others` have x's type.
+ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyBuffer& x,
+                         std::initializer_list<const ffi::AnyBuffer*> others) {
   if (order < 1 || order > kMaxOrder) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": order is " +
-                                                       std::to_string(order) +
-                                                       ", expected 1 to 5"));
+    return ffi::Unexpected(invalid(target, "order is " + std::to_string(order) + ", expected 1 to 5"));
   }
-  bool same = in.element_type() == out.element_type() &&
-              in.dimensions().size() == out.dimensions().size();
-  for (std::size_t i = 0; same && i < in.dimensions().size(); ++i) {
-    same = in.dimensions()[i] == out.dimensions()[i];
+  for (const ffi::AnyBuffer* other : others) {
+    if (other->element_type() != x.element_type()) {
+      return ffi::Unexpected(invalid(target, "buffers " + describe(x) + " and " + describe(*other) +
+                                                 ", expected the same type"));
+    }
   }
-  if (!same) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        std::string(target) + ": the operand is " + describe(in) + " and the result " +
-        describe(out) + ", expected the same type and shape"));
-  }
-  switch (in.element_type()) {
+  switch (x.element_type()) {
     case ffi::F32:
       return Call{static_cast<int>(DType::kFloat32), order - 1, 4};
     case ffi::BF16:
@@ -82,20 +88,30 @@ ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyB
     case ffi::F16:
       return Call{static_cast<int>(DType::kFloat16), order - 1, 2};
     default:
-      return ffi::Unexpected(ffi::Error::InvalidArgument(
-          std::string(target) + ": the operand is " + describe(in) +
-          ", expected float32, bfloat16 or float16"));
+      return ffi::Unexpected(
+          invalid(target, "operand " + describe(x) + ", expected float32, bfloat16 or float16"));
   }
 }
 
+ffi::Error mismatch(const char* target, const ffi::AnyBuffer& a, const ffi::AnyBuffer& b,
+                    const char* expected) {
+  return invalid(target, "buffers " + describe(a) + " and " + describe(b) + ", expected " + expected);
+}
+
+const char* bytes(const ffi::AnyBuffer& buffer) { return static_cast<const char*>(buffer.untyped_data()); }
+char* bytes(ffi::Result<ffi::AnyBuffer>& buffer) { return static_cast<char*>(buffer->untyped_data()); }
+
+// ---- Element-wise ----
+
 ffi::Error run_elementwise(const char* target, Elementwise function, ffi::ThreadPool pool,
-                           std::int32_t order, const ffi::AnyBuffer& x, ffi::AnyBuffer& y) {
-  const ffi::ErrorOr<Call> call = check(target, order, x, y);
+                           std::int32_t order, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
   if (call.has_error()) return call.error();
+  if (!same_dimensions(x, *y)) return mismatch(target, x, *y, "the same shape");
   const ElementwiseFn kernel =
       active_table().elementwise[static_cast<int>(function)][call->dtype][call->order_index];
-  const char* in = static_cast<const char*>(x.untyped_data());
-  char* out = static_cast<char*>(y.untyped_data());
+  const char* in = bytes(x);
+  char* out = bytes(y);
   const std::size_t count = x.element_count(), size = call->element_size;
   const Stores stores = stores_for(count * size);
   parallel_for(pool, ceil_div(count, kChunkElements), [=](std::size_t chunk) {
@@ -105,61 +121,312 @@ ffi::Error run_elementwise(const char* target, Elementwise function, ffi::Thread
   return ffi::Error::Success();
 }
 
-ffi::Error run_softmax(ffi::ThreadPool pool, std::int32_t order, ffi::AnyBuffer x,
-                       ffi::Result<ffi::AnyBuffer> y) {
-  const ffi::ErrorOr<Call> call = check("quake_jax_softmax", order, x, *y);
-  if (call.has_error()) return call.error();
-  if (x.dimensions().size() == 0) {
-    return ffi::Error::InvalidArgument("quake_jax_softmax: the operand has rank 0, expected 1 or more");
+// ---- Two operands ----
+
+// Runs a binary kernel over rows of `columns` elements, the operands' rows being a_stride and b_stride apart. A single
+// row is cut into chunks of its own.
+void run_binary_rows(Binary function, const Call& call, ffi::ThreadPool pool, const char* a,
+                     std::size_t a_stride, const char* b, std::size_t b_stride, char* y, std::size_t rows,
+                     std::size_t columns) {
+  if (rows == 0 || columns == 0) return;
+  const BinaryFn kernel =
+      active_table().binary[static_cast<int>(function)][call.dtype][call.order_index];
+  const std::size_t size = call.element_size;
+  const Stores stores = stores_for(rows * columns * size);
+  if (rows == 1) {
+    parallel_for(pool, ceil_div(columns, kChunkElements), [=](std::size_t chunk) {
+      const std::size_t begin = chunk * kChunkElements, offset = begin * size;
+      kernel(a + offset, 0, b + offset, 0, y + offset, 1, std::min(kChunkElements, columns - begin),
+             stores);
+    });
+    return;
   }
-  const std::size_t columns = static_cast<std::size_t>(x.dimensions().back());
-  const std::size_t count = x.element_count();
-  if (count == 0) return ffi::Error::Success();
-  const SoftmaxFn kernel = active_table().softmax[call->dtype][call->order_index];
-  const char* in = static_cast<const char*>(x.untyped_data());
-  char* out = static_cast<char*>(y->untyped_data());
-  const std::size_t rows = count / columns;
   const std::size_t chunk_rows = std::max<std::size_t>(1, kChunkElements / columns);
-  const std::size_t row_size = columns * call->element_size;
-  const Stores stores = stores_for(rows * row_size);
   parallel_for(pool, ceil_div(rows, chunk_rows), [=](std::size_t chunk) {
     const std::size_t begin = chunk * chunk_rows;
-    kernel(in + begin * row_size, out + begin * row_size, std::min(chunk_rows, rows - begin),
-           columns, stores);
+    kernel(a + begin * a_stride * size, a_stride, b + begin * b_stride * size, b_stride,
+           y + begin * columns * size, std::min(chunk_rows, rows - begin), columns, stores);
+  });
+}
+
+ffi::Error run_binary(const char* target, Binary function, ffi::ThreadPool pool, std::int32_t order,
+                      ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, a, {&b, &*y});
+  if (call.has_error()) return call.error();
+  if (!same_dimensions(a, b)) return mismatch(target, a, b, "the same shape");
+  if (!same_dimensions(a, *y)) return mismatch(target, a, *y, "the same shape");
+  run_binary_rows(function, *call, pool, bytes(a), 0, bytes(b), 0, bytes(y), 1, a.element_count());
+  return ffi::Error::Success();
+}
+
+// Gate and value are the halves of the last axis of x.
+ffi::Error run_split(const char* target, Binary function, ffi::ThreadPool pool, std::int32_t order,
+                     std::int32_t gate_first, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
+  if (call.has_error()) return call.error();
+  const auto from = x.dimensions(), to = y->dimensions();
+  const std::size_t rank = from.size();
+  if (rank == 0 || to.size() != rank || from.back() != 2 * to.back() ||
+      !std::equal(from.begin(), from.end() - 1, to.begin())) {
+    return mismatch(target, x, *y, "a result with half of the operand's last axis");
+  }
+  const std::size_t columns = static_cast<std::size_t>(to.back());
+  const std::size_t rows = columns == 0 ? 0 : y->element_count() / columns;
+  const char* first = bytes(x);
+  const char* second = first + columns * call->element_size;
+  run_binary_rows(function, *call, pool, gate_first ? first : second, 2 * columns,
+                  gate_first ? second : first, 2 * columns, bytes(y), rows, columns);
+  return ffi::Error::Success();
+}
+
+ffi::Error run_biased(const char* target, Binary function, ffi::ThreadPool pool, std::int32_t order,
+                      ffi::AnyBuffer x, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&bias, &*y});
+  if (call.has_error()) return call.error();
+  if (!same_dimensions(x, *y)) return mismatch(target, x, *y, "the same shape");
+  if (x.dimensions().size() == 0 || bias.dimensions().size() != 1 ||
+      bias.dimensions()[0] != x.dimensions().back()) {
+    return mismatch(target, x, bias, "a bias as long as the operand's last axis");
+  }
+  const std::size_t columns = static_cast<std::size_t>(x.dimensions().back());
+  const std::size_t rows = columns == 0 ? 0 : x.element_count() / columns;
+  run_binary_rows(function, *call, pool, bytes(x), columns, bytes(bias), 0, bytes(y), rows, columns);
+  return ffi::Error::Success();
+}
+
+// ---- Reductions of an axis ----
+
+// A buffer as outer x length x inner around an axis.
+struct AxisView {
+  std::size_t outer = 1, length = 1, inner = 1;
+};
+
+AxisView view(const ffi::AnyBuffer& x, std::int32_t axis) {
+  AxisView v;
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.dimensions().size()); ++i) {
+    const auto size = static_cast<std::size_t>(x.dimensions()[static_cast<std::size_t>(i)]);
+    (i < axis ? v.outer : i == axis ? v.length : v.inner) *= size;
+  }
+  return v;
+}
+
+ffi::Error check_axis(const char* target, std::int32_t axis, const ffi::AnyBuffer& x,
+                      const ffi::AnyBuffer& y, bool removed) {
+  const auto from = x.dimensions(), to = y.dimensions();
+  const auto rank = static_cast<std::int32_t>(from.size());
+  if (axis < 0 || axis >= rank) {
+    return invalid(target, "axis is " + std::to_string(axis) + " for " + describe(x) +
+                               ", expected 0 to " + std::to_string(rank - 1));
+  }
+  std::vector<std::int64_t> expected(from.begin(), from.end());
+  if (removed) expected.erase(expected.begin() + axis);
+  if (!std::ranges::equal(expected, to)) {
+    return mismatch(target, x, y, removed ? "a result without the axis" : "the same shape");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error run_reduction(const char* target, Reduction reduction, ffi::ThreadPool pool,
+                         std::int32_t order, std::int32_t axis, ffi::AnyBuffer x,
+                         ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
+  if (call.has_error()) return call.error();
+  const bool removed = reduction == Reduction::kLogSumExp;
+  if (ffi::Error error = check_axis(target, axis, x, *y, removed); error.failure()) return error;
+  const AxisView v = view(x, axis);
+  if (v.outer * v.length * v.inner == 0) {
+    // A result without the axis may have elements all the same: the logarithm of an empty sum.
+    if (y->element_count() > 0) return invalid(target, "the axis of " + describe(x) + " is empty");
+    return ffi::Error::Success();
+  }
+  const std::size_t size = call->element_size, out_length = removed ? 1 : v.length;
+  const Stores stores = stores_for(v.outer * out_length * v.inner * size);
+  const char* in = bytes(x);
+  char* out = bytes(y);
+  if (v.inner == 1) {
+    const RowsFn kernel = active_table().rows[static_cast<int>(reduction)][call->dtype][call->order_index];
+    const std::size_t chunk_rows = std::max<std::size_t>(1, kChunkElements / v.length);
+    parallel_for(pool, ceil_div(v.outer, chunk_rows), [=](std::size_t chunk) {
+      const std::size_t begin = chunk * chunk_rows;
+      kernel(in + begin * v.length * size, out + begin * out_length * size,
+             std::min(chunk_rows, v.outer - begin), v.length, stores);
+    });
+    return ffi::Error::Success();
+  }
+  // Whole cache lines of columns, so that no two threads write to one.
+  constexpr std::size_t kColumnStep = 64;
+  const ColumnsFn kernel =
+      active_table().columns[static_cast<int>(reduction)][call->dtype][call->order_index];
+  const std::size_t chunk_columns =
+      std::max<std::size_t>(1, kChunkElements / v.length / kColumnStep) * kColumnStep;
+  const std::size_t blocks = ceil_div(v.inner, chunk_columns);
+  parallel_for(pool, v.outer * blocks, [=](std::size_t chunk) {
+    const std::size_t outer = chunk / blocks, column = chunk % blocks * chunk_columns;
+    kernel(in + (outer * v.length * v.inner + column) * size,
+           out + (outer * out_length * v.inner + column) * size, v.length, v.inner,
+           std::min(chunk_columns, v.inner - column));
   });
   return ffi::Error::Success();
 }
 
-#define QUAKE_ELEMENTWISE_HANDLER(name, Functor)                                              \
-  XLA_FFI_DEFINE_HANDLER(                                                                     \
-      k##Functor##Handler,                                                                    \
-      [](ffi::ThreadPool pool, std::int32_t order, ffi::AnyBuffer x,                          \
-         ffi::Result<ffi::AnyBuffer> y) {                                                     \
-        return run_elementwise("quake_jax_" #name, Elementwise::k##Functor, pool, order, x, *y); \
-      },                                                                                      \
-      ffi::Ffi::Bind()                                                                        \
-          .Ctx<ffi::ThreadPool>()                                                             \
-          .Attr<std::int32_t>("order")                                                        \
-          .Arg<ffi::AnyBuffer>()                                                              \
-          .Ret<ffi::AnyBuffer>());
-QUAKE_ELEMENTWISE_KERNELS(QUAKE_ELEMENTWISE_HANDLER)
-#undef QUAKE_ELEMENTWISE_HANDLER
+// For each row of x, where its bytes begin in a mask of the same rank whose axes other than the last may be 1.
+std::vector<std::size_t> mask_offsets(const ffi::AnyBuffer& x, const ffi::AnyBuffer& mask) {
+  std::vector<std::size_t> offsets = {0};
+  std::size_t stride = static_cast<std::size_t>(mask.dimensions().back());
+  std::size_t inner_rows = 1;
+  offsets.resize(x.element_count() / stride);
+  // From the last axis but one outwards: repeat what is there with the axis's offset added.
+  for (std::size_t i = x.dimensions().size() - 1; i-- > 0;) {
+    const auto size = static_cast<std::size_t>(x.dimensions()[i]);
+    const auto mask_size = static_cast<std::size_t>(mask.dimensions()[i]);
+    for (std::size_t k = 1; k < size; ++k) {
+      for (std::size_t r = 0; r < inner_rows; ++r) {
+        offsets[k * inner_rows + r] = offsets[r] + (mask_size == 1 ? 0 : k * stride);
+      }
+    }
+    inner_rows *= size;
+    stride *= mask_size;
+  }
+  return offsets;
+}
 
-XLA_FFI_DEFINE_HANDLER(kSoftmaxHandler, run_softmax,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Attr<std::int32_t>("order")
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>());
+ffi::Error run_masked(const char* target, Reduction reduction, ffi::ThreadPool pool, std::int32_t order,
+                      std::int32_t axis, ffi::AnyBuffer x, ffi::AnyBuffer mask,
+                      ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
+  if (call.has_error()) return call.error();
+  if (ffi::Error error = check_axis(target, axis, x, *y, false); error.failure()) return error;
+  const auto dims = x.dimensions(), mask_dims = mask.dimensions();
+  bool fits = mask.element_type() == ffi::PRED && mask_dims.size() == dims.size() &&
+              mask_dims.back() == dims.back();
+  for (std::size_t i = 0; fits && i < dims.size(); ++i) {
+    fits = mask_dims[i] == dims[i] || mask_dims[i] == 1;
+  }
+  if (!fits || axis + 1 != static_cast<std::int32_t>(dims.size())) {
+    return mismatch(target, x, mask, "the last axis, and a boolean mask that broadcasts over the others");
+  }
+  if (x.element_count() == 0) return ffi::Error::Success();
+  const MaskedRowsFn kernel =
+      active_table().masked_rows[static_cast<int>(reduction)][call->dtype][call->order_index];
+  const std::size_t columns = static_cast<std::size_t>(dims.back()), rows = x.element_count() / columns;
+  const std::size_t row_size = columns * call->element_size;
+  const std::size_t chunk_rows = std::max<std::size_t>(1, kChunkElements / columns);
+  const std::vector<std::size_t> offsets = mask_offsets(x, mask);
+  const char* in = bytes(x);
+  char* out = bytes(y);
+  const auto* kept = static_cast<const unsigned char*>(mask.untyped_data());
+  const std::size_t* row_offsets = offsets.data();
+  parallel_for(pool, ceil_div(rows, chunk_rows), [=](std::size_t chunk) {
+    const std::size_t begin = chunk * chunk_rows;
+    kernel(in + begin * row_size, kept, row_offsets + begin, out + begin * row_size,
+           std::min(chunk_rows, rows - begin), columns);
+  });
+  return ffi::Error::Success();
+}
+
+// ---- The handlers: one function per target ----
+
+#define QUAKE_NAME(name, Functor) "quake_jax_" #name,
+constexpr const char* kElementwiseNames[] = {QUAKE_ELEMENTWISE_KERNELS(QUAKE_NAME)};
+constexpr const char* kBinaryNames[] = {QUAKE_BINARY_KERNELS(QUAKE_NAME)};
+#define QUAKE_SPLIT_NAME(name, Functor) "quake_jax_" #name "_split",
+constexpr const char* kSplitNames[] = {QUAKE_GATED_KERNELS(QUAKE_SPLIT_NAME)};
+constexpr int kFirstGated = static_cast<int>(Binary::kGlu);
+constexpr const char* kReductionNames[] = {"quake_jax_softmax", "quake_jax_log_softmax",
+                                           "quake_jax_logsumexp"};
+constexpr const char* kMaskedNames[] = {"quake_jax_softmax_where", "quake_jax_log_softmax_where"};
+
+auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<std::int32_t>("order"); }
+
+template <Elementwise function>
+XLA_FFI_Error* elementwise_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To([](auto... arguments) {
+                               return run_elementwise(kElementwiseNames[static_cast<int>(function)],
+                                                      function, arguments...);
+                             })
+                             .release();
+  return handler->Call(frame);
+}
+
+// The handler of operands of one shape, or of an operand and a bias.
+template <Binary function, auto run>
+XLA_FFI_Error* binary_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Arg<ffi::AnyBuffer>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To([](auto... arguments) {
+                               return run(kBinaryNames[static_cast<int>(function)], function,
+                                          arguments...);
+                             })
+                             .release();
+  return handler->Call(frame);
+}
+
+template <Binary function>
+XLA_FFI_Error* split_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<std::int32_t>("gate_first")
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To([](auto... arguments) {
+                               return run_split(kSplitNames[static_cast<int>(function) - kFirstGated],
+                                                function, arguments...);
+                             })
+                             .release();
+  return handler->Call(frame);
+}
+
+template <Reduction reduction>
+XLA_FFI_Error* reduction_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<std::int32_t>("axis")
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To([](auto... arguments) {
+                               return run_reduction(kReductionNames[static_cast<int>(reduction)],
+                                                    reduction, arguments...);
+                             })
+                             .release();
+  return handler->Call(frame);
+}
+
+template <Reduction reduction>
+XLA_FFI_Error* masked_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<std::int32_t>("axis")
+                             .Arg<ffi::AnyBuffer>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To([](auto... arguments) {
+                               return run_masked(kMaskedNames[static_cast<int>(reduction)], reduction,
+                                                 arguments...);
+                             })
+                             .release();
+  return handler->Call(frame);
+}
 
 }  // namespace
 
 std::vector<FfiTarget> ffi_targets() {
+#define QUAKE_ELEMENTWISE(name, Functor) {"quake_jax_" #name, elementwise_handler<Elementwise::k##Functor>},
+#define QUAKE_SAME_SHAPE(name, Functor) {"quake_jax_" #name, binary_handler<Binary::k##Functor, run_binary>},
+#define QUAKE_SPLIT(name, Functor) {"quake_jax_" #name "_split", split_handler<Binary::k##Functor>},
+#define QUAKE_BIASED(name, Functor) {"quake_jax_" #name, binary_handler<Binary::k##Functor, run_biased>},
   return {
-#define QUAKE_TARGET(name, Functor) {"quake_jax_" #name, k##Functor##Handler},
-      QUAKE_ELEMENTWISE_KERNELS(QUAKE_TARGET)
-#undef QUAKE_TARGET
-          {"quake_jax_softmax", kSoftmaxHandler},
+      QUAKE_ELEMENTWISE_KERNELS(QUAKE_ELEMENTWISE)          //
+      QUAKE_SAME_SHAPE(logaddexp, LogAddExp)                //
+      QUAKE_GATED_KERNELS(QUAKE_SAME_SHAPE)                 //
+      QUAKE_GATED_KERNELS(QUAKE_SPLIT)                      //
+      QUAKE_BIASED_KERNELS(QUAKE_BIASED)                    //
+      {kReductionNames[0], reduction_handler<Reduction::kSoftmax>},
+      {kReductionNames[1], reduction_handler<Reduction::kLogSoftmax>},
+      {kReductionNames[2], reduction_handler<Reduction::kLogSumExp>},
+      {kMaskedNames[0], masked_handler<Reduction::kSoftmax>},
+      {kMaskedNames[1], masked_handler<Reduction::kLogSoftmax>},
   };
 }
 

@@ -17,7 +17,31 @@
   X(silu, Silu)                      \
   X(tanh, Tanh)                      \
   X(gelu_tanh, GeluTanh)             \
-  X(gelu_erf, GeluErf)
+  X(gelu_erf, GeluErf)               \
+  X(exp2, Exp2)                      \
+  X(expm1, Expm1)                    \
+  X(softplus, Softplus)              \
+  X(log_sigmoid, LogSigmoid)         \
+  X(elu, Elu)                        \
+  X(selu, Selu)                      \
+  X(mish, Mish)                      \
+  X(quick_gelu, QuickGelu)
+
+// The kernels of two operands: X(name, Functor), in three families that differ in their FFI targets. Gated
+// ones are activation(gate) * value, biased ones activation(x + bias).
+#define QUAKE_GATED_KERNELS(X) \
+  X(glu, Glu)                  \
+  X(swiglu, Swiglu)            \
+  X(geglu_tanh, GegluTanh)     \
+  X(geglu_erf, GegluErf)
+#define QUAKE_BIASED_KERNELS(X)     \
+  X(bias_silu, BiasSilu)            \
+  X(bias_gelu_tanh, BiasGeluTanh)   \
+  X(bias_gelu_erf, BiasGeluErf)
+#define QUAKE_BINARY_KERNELS(X) \
+  X(logaddexp, LogAddExp)       \
+  QUAKE_GATED_KERNELS(X)        \
+  QUAKE_BIASED_KERNELS(X)
 
 namespace quake {
 
@@ -27,6 +51,16 @@ enum class Elementwise : int {
 #undef QUAKE_ENUMERATOR
       kCount
 };
+
+enum class Binary : int {
+#define QUAKE_ENUMERATOR(name, Functor) k##Functor,
+  QUAKE_BINARY_KERNELS(QUAKE_ENUMERATOR)
+#undef QUAKE_ENUMERATOR
+      kCount
+};
+
+// What is made of the exponentials along an axis.
+enum class Reduction : int { kSoftmax, kLogSoftmax, kLogSumExp, kCount };
 
 // Storage types; the arithmetic is float32 for all of them.
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kCount };
@@ -43,15 +77,28 @@ enum class Stores {
   kStreamed,  // past the caches: for outputs that would not stay there
 };
 using ElementwiseFn = void (*)(const void* in, void* out, std::size_t count, Stores stores);
-using SoftmaxFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns,
-                           Stores stores);
+// Rows of `columns` elements; the rows of an operand are `stride` elements apart (0: one row for all).
+using BinaryFn = void (*)(const void* a, std::size_t a_stride, const void* b, std::size_t b_stride,
+                          void* out, std::size_t rows, std::size_t columns, Stores stores);
+// Over each row. kLogSumExp writes one element a row.
+using RowsFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores);
+// Over each column of a matrix of `length` rows, `stride` elements apart; kLogSumExp writes one row.
+using ColumnsFn = void (*)(const void* in, void* out, std::size_t length, std::size_t stride,
+                           std::size_t columns);
+// Over the elements of each row whose byte in `mask` is not 0; row r's bytes begin at mask_offsets[r].
+using MaskedRowsFn = void (*)(const void* in, const unsigned char* mask, const std::size_t* mask_offsets,
+                              void* out, std::size_t rows, std::size_t columns);
 
 // One instruction set's kernels; the last index of each array is order - 1.
 struct KernelTable {
   const char* isa;
   ElementwiseFn elementwise[static_cast<int>(Elementwise::kCount)][static_cast<int>(DType::kCount)]
                            [kMaxOrder];
-  SoftmaxFn softmax[static_cast<int>(DType::kCount)][kMaxOrder];
+  BinaryFn binary[static_cast<int>(Binary::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
+  RowsFn rows[static_cast<int>(Reduction::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
+  ColumnsFn columns[static_cast<int>(Reduction::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
+  // kSoftmax and kLogSoftmax only.
+  MaskedRowsFn masked_rows[2][static_cast<int>(DType::kCount)][kMaxOrder];
 };
 
 }  // namespace quake

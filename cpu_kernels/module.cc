@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy_bindings.h"
 #include "dispatch.h"
 #include "ffi_handlers.h"
 
@@ -36,4 +37,5 @@ NB_MODULE(_quake_jax_cpu, m) {
   });
   m.def("version", [] { return std::string(QUAKE_VERSION); });
   m.def("source_digest", [] { return std::string(QUAKE_SOURCE_DIGEST); });
+  quake::bind_accuracy(m);
 }

@@ -1,5 +1,5 @@
-// The element-wise non-linearities as functors, and the loop that maps one over an array. Included inside
-// an instruction set's namespace. A functor's apply<Order>() takes and returns one vector of float32.
+// The element-wise non-linearities as functors. Included inside an instruction set's namespace. A functor's
+// apply<Order>() takes one or two vectors of float32 and returns one.
 //
 // Adding one: a functor here, a row in QUAKE_ELEMENTWISE_KERNELS (kernels.h), and on the Python side a row
 // in _primitives.py, a function in reference.py and one in activations.py.
@@ -79,11 +79,6 @@ struct GeluErf {
     if constexpr (Order == 4) return polynomial(u, kGeluM4);
     if constexpr (Order == 5) return polynomial(u, kGeluM5);
   }
-
-  template <std::size_t N>
-  QUAKE_INLINE vf polynomial(vf u, const float (&c)[N]) {
-    return horner<static_cast<int>(N)>(u, c);
-  }
 };
 
 // E/(E + 2) with E = e^(2|x|) - 1 = 2^n f q(f) + (2^n - 1): near 0, n is 0 and E is f q(f), whose relative
@@ -109,36 +104,128 @@ struct Tanh {
   template <int Order>
   QUAKE_INLINE vf quotient(vf f) {
     using namespace constants;
-    if constexpr (Order == 1) return horner<2>(f, kExpm1Poly1);
-    if constexpr (Order == 2) return horner<3>(f, kExpm1Poly2);
-    if constexpr (Order == 3) return horner<4>(f, kExpm1Poly3);
-    if constexpr (Order == 4) return horner<5>(f, kExpm1Poly4);
-    if constexpr (Order == 5) return horner<6>(f, kExpm1Poly5);
+    if constexpr (Order == 1) return polynomial(f, kExpm1Poly1);
+    if constexpr (Order == 2) return polynomial(f, kExpm1Poly2);
+    if constexpr (Order == 3) return polynomial(f, kExpm1Poly3);
+    if constexpr (Order == 4) return polynomial(f, kExpm1Poly4);
+    if constexpr (Order == 5) return polynomial(f, kExpm1Poly5);
   }
 };
 
-// Four independent vectors at a time hide the latency of the polynomial.
-template <class Functor, class T, int Order>
-void map(const void* in, void* out, std::size_t count, Stores stores) {
-  const T* x = static_cast<const T*>(in);
-  T* y = static_cast<T*>(out);
-  const bool streamed = streamable(y, 0, stores);
-  std::size_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    Pair v[2] = {load_pair(x + i), load_pair(x + i + 2 * kLanes)};
-#pragma GCC unroll 2
-    for (Pair& pair : v) {
-      pair = {Functor::template apply<Order>(pair.first), Functor::template apply<Order>(pair.second)};
+struct Exp2 {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    if constexpr (Order <= 3) {
+      // kUnit has the unit of a power of two in it, and log2(e).
+      return exp_product<Order, Range::kAny>(x, set1(Order == 1 && !kHasScalef ? 0x1p23f : 1.0f));
+    } else {
+      x = clamp_above(clamp_below(x, -127.0f), 128.0f);
+      const vf n = floor(x);
+      return exp_reduced<Order>(n, (x - n) * 0.693147181f);
     }
-    store_pair(y + i, v[0], streamed);
-    store_pair(y + i + 2 * kLanes, v[1], streamed);
   }
-  for (; i + kLanes <= count; i += kLanes) {
-    store(y + i, Functor::template apply<Order>(load(x + i)));
+};
+
+struct Expm1 {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    return copy_sign(exp_minus_1<Order>(x), x);  // the sign is that of x, also for -0
   }
-  if (i < count) {
-    const std::size_t n = count - i;
-    store_partial(y + i, Functor::template apply<Order>(load_partial(x + i, n)), n);
+};
+
+// max(x, 0) + log(1 + e^-|x|), log(1 + e) being e times a polynomial: relative accuracy where x < 0.
+struct Softplus {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    const vf e = exp_product<Order, Range::kNoOverflow>(abs(x), set1(-kUnit<Order>));
+    return fma(e, log1p_over_e<Order>(e), clamp_below(x, 0.0f));
   }
-  if (streamed) stream_fence();
-}
+};
+
+// -softplus(-x)
+struct LogSigmoid {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    const vf e = exp_product<Order, Range::kNoOverflow>(abs(x), set1(-kUnit<Order>));
+    return fma(-e, log1p_over_e<Order>(e), clamp_above(x, 0.0f));
+  }
+};
+
+struct Elu {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    return clamp_below(x, 0.0f) + exp_minus_1<Order>(clamp_above(x, 0.0f));
+  }
+};
+
+// Klambauer et al., arXiv 1706.02515: scale (x > 0 ? x : alpha (e^x - 1)).
+struct Selu {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    constexpr float kScale = 1.05070099f, kScaleAlpha = 1.75809934f;
+    return fma(exp_minus_1<Order>(clamp_above(x, 0.0f)), set1(kScaleAlpha),
+               clamp_below(x, 0.0f) * kScale);
+  }
+};
+
+// x tanh(softplus(x)) = max(x, 0) - z w (b w + c)/(a + w (b w + 2)), z = |x|, w = e^-z, where (a, b, c) is (1, 2, 0)
+// for x >= 0 and (2, 1, 2) for x < 0. As in gated(), z w is formed from w times 2^8.
+struct Mish {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    const vf z = magnitude_below(x, 100.0f);
+    const vf scaled = exp_product<Order, Range::kModerate, kTailShift>(z, set1(-kUnit<Order>));
+    const vf w = scaled * (1 / kTailScale);
+    const vf s = copy_sign(set1(0.5f), x), bw = (s + 1.5f) * w;
+    const vf numerator = (1.0f - 2.0f * s + bw) * (1 / kTailScale);
+    const vf denominator = fma(w, bw + 2.0f, 1.5f - s);
+    return fma(-(z * scaled), numerator * reciprocal(denominator), clamp_below(x, 0.0f));
+  }
+};
+
+// x sigmoid(1.702 x)
+struct QuickGelu {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x) {
+    const vf z = magnitude_below(x, 60.0f);  // 0 from -53.7 on
+    return gated(x, z, exp_product<Order, Range::kModerate, kTailShift>(z, set1(-1.702f * kUnit<Order>)));
+  }
+};
+
+// ---- Two operands ----
+
+// log(e^a + e^b) = max(a, b) + log(1 + e^-|a - b|)
+struct LogAddExp {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf a, vf b) {
+    // Equal infinities have difference 0; a NaN stays in the difference.
+    constexpr float kLargest = 0x1.fffffep127f;
+    const vf difference = clamp_above(clamp_below(a, -kLargest), kLargest) -
+                          clamp_above(clamp_below(b, -kLargest), kLargest);
+    const vf e = exp_product<Order, Range::kNoOverflow>(abs(difference), set1(-kUnit<Order>));
+    return fma(e, log1p_over_e<Order>(e), max_skip_nan(a, b));
+  }
+};
+
+template <class Activation>
+struct Gated {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf gate, vf value) {
+    return Activation::template apply<Order>(gate) * value;
+  }
+};
+using Glu = Gated<Sigmoid>;
+using Swiglu = Gated<Silu>;
+using GegluTanh = Gated<GeluTanh>;
+using GegluErf = Gated<GeluErf>;
+
+template <class Activation>
+struct Biased {
+  template <int Order>
+  QUAKE_INLINE vf apply(vf x, vf bias) {
+    return Activation::template apply<Order>(x + bias);
+  }
+};
+using BiasSilu = Biased<Silu>;
+using BiasGeluTanh = Biased<GeluTanh>;
+using BiasGeluErf = Biased<GeluErf>;

@@ -21,6 +21,12 @@ QUAKE_INLINE vf horner(vf x, const float (&c)[N], float scale = 1.0f) {
   return p;
 }
 
+// The same of all coefficients.
+template <std::size_t N>
+QUAKE_INLINE vf polynomial(vf x, const float (&c)[N], float scale = 1.0f) {
+  return horner<static_cast<int>(N)>(x, c, scale);
+}
+
 // 2^n for integral n with 0 <= n + 127 + Shift <= 255, times 2^Shift (0 and inf at the two ends).
 template <int Shift = 0>
 QUAKE_INLINE vf power_of_two(vf n) {
@@ -33,6 +39,21 @@ enum class Range {
   kNoOverflow,  // u + Shift ln 2 < 128 ln 2, or NaN
   kModerate,    // that, and u > -2^16
 };
+
+// 2^n e^r 2^Shift, with e^r as 1 + r (c1 + …): orders 4 and 5, r in [0, ln 2].
+template <int Order, int Shift = 0>
+QUAKE_INLINE vf exp_reduced(vf n, vf r) {
+  using namespace constants;
+  constexpr float kScale = kHasScalef ? 1 << Shift : 1.0f;
+  vf p;
+  if constexpr (Order == 4) p = fma(horner<4>(r, kExpPoly4, kScale), r, set1(kScale));
+  if constexpr (Order == 5) p = fma(horner<5>(r, kExpPoly5, kScale), r, set1(kScale));
+  if constexpr (kHasScalef) {
+    return scalef(p, n);
+  } else {
+    return p * power_of_two<Shift>(n);
+  }
+}
 
 struct NoCorrection {};
 QUAKE_INLINE vf corrected(vf r, NoCorrection) { return r; }
@@ -74,8 +95,7 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
       if constexpr (kClampAbove) u = clamp_above(u, (128.0f - Shift) * kLn2 + 0.01f);
       n = floor(u * kLog2e);
       f = corrected(fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), u)), low);
-      if constexpr (Order == 4) p = fma(horner<4>(f, kExpPoly4, kScale), f, set1(kScale));
-      if constexpr (Order == 5) p = fma(horner<5>(f, kExpPoly5, kScale), f, set1(kScale));
+      return exp_reduced<Order, Shift>(n, f);
     }
     if constexpr (kHasScalef) {
       return scalef(p, n);
@@ -83,4 +103,45 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
       return p * power_of_two<Shift>(n);
     }
   }
+}
+
+// e^x - 1 = 2^n g + (2^n - 1), g = 2^f - 1 = f q(f), for n the integer nearest to x log2(e): near 0, n is 0 and the
+// result is g, whose relative error is the polynomial's. With h = 2^(n-1), which stays finite, it is
+// (h 2g + (h - 1/2)) + (h - 1/2).
+template <int Order>
+QUAKE_INLINE vf exp_minus_1(vf x) {
+  using namespace constants;
+  vf n, f, q;  // q is twice the polynomial
+  if constexpr (Order <= 3) {
+    const vf t = clamp_above(clamp_below(x * kLog2e, -30.0f), 128.5f);
+    n = round(t);
+    f = t - n;
+  } else {
+    x = clamp_above(clamp_below(x, -20.7f), 89.0f);
+    n = round(x * kLog2e);
+    f = fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), x)) * kLog2e;
+  }
+  if constexpr (Order == 1) q = polynomial(f, kExpm1Centered1, 2.0f);
+  if constexpr (Order == 2) q = polynomial(f, kExpm1Centered2, 2.0f);
+  if constexpr (Order == 3) q = polynomial(f, kExpm1Centered3, 2.0f);
+  if constexpr (Order == 4) q = polynomial(f, kExpm1Centered4, 2.0f);
+  if constexpr (Order == 5) q = polynomial(f, kExpm1Centered5, 2.0f);
+  vf h;
+  if constexpr (kHasScalef) {
+    h = scalef(set1(0.5f), n);
+  } else {
+    h = power_of_two<-1>(n);
+  }
+  return fma(h, f * q, h - 0.5f) + (h - 0.5f);
+}
+
+// log(1 + e) for e in [0, 1], less the factor e.
+template <int Order>
+QUAKE_INLINE vf log1p_over_e(vf e) {
+  using namespace constants;
+  if constexpr (Order == 1) return polynomial(e, kLog1p1);
+  if constexpr (Order == 2) return polynomial(e, kLog1p2);
+  if constexpr (Order == 3) return polynomial(e, kLog1p3);
+  if constexpr (Order == 4) return polynomial(e, kLog1p4);
+  if constexpr (Order == 5) return polynomial(e, kLog1p5);
 }

@@ -5,6 +5,7 @@
 //   kLanes                          floats in a vector
 //   vf, vi, vh                      kLanes floats; kLanes int32 (GCC vector types: + - * & | << work);
 //                                   kLanes 16-bit words
+//   kRegisters                      vector registers
 //   kHasScalef                      scalef() and fraction() are single instructions
 //   kReciprocalBits                 accuracy of reciprocal_estimate(d); 24 is a true division
 //   load(const float*), store, load_partial(p, n), store_partial(p, v, n)       0 < n < kLanes
@@ -17,13 +18,14 @@
 //   clamp_below(x, lowest), clamp_above(x, highest)       a NaN in x stays
 //   magnitude_below(x, highest)     min(|x|, highest); what becomes of a NaN is open
 //   max_skip_nan(accumulated, x)    a NaN in x is ignored
-//   floor(x), and with scalef: fraction(x) = x - floor(x), scalef(p, n) = p * 2^floor(n)
+//   floor(x), round(x) to nearest even, and with scalef: fraction(x) = x - floor(x), scalef(p, n) = p * 2^floor(n)
 //   order1_bits(v)                  the float whose bits are the integer nearest to v, saturated to 0 and
 //                                   inf; NaN stays (only without scalef)
+//   keep_where(v, mask, n, fill)    those of the first n lanes of v whose byte in mask is not 0, else fill
 //   keep_first(v, n, fill)          the first n lanes of v, and fill in the others
 //   reduce_add(v), reduce_max(v)    over the lanes
 
-QUAKE_INLINE vf set1(float value) { return vf{} + value; }
+QUAKE_INLINE vf set1(float value) { return value - vf{}; }
 
 QUAKE_INLINE vi as_int(vf v) { return (vi)v; }
 QUAKE_INLINE vf as_float(vi v) { return (vf)v; }

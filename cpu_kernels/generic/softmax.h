@@ -1,8 +1,8 @@
-// Softmax over the rows of a matrix. Included inside an instruction set's namespace.
+// Softmax, log-softmax and log-sum-exp over the rows of a matrix. Included inside an instruction set's namespace.
 //
-// Per row: maximum; exponentials, kept, and their sum; scaling. The maximum is taken of the given values, so
-// logits of any size subtract to at most 0 and no finite row gives NaN. A NaN in a row, an infinite maximum
-// and a row of -inf make the subtraction or the sum NaN, and with it the whole row, as in jax.nn.softmax.
+// Per row: maximum; exponentials and their sum; the result. The maximum is taken of the given values, so logits of
+// any size subtract to at most 0 and no finite row gives NaN. A NaN in a row, an infinite maximum and a row of
+// -inf make the subtraction or the sum NaN, and with it the whole row, as in jax.nn.softmax.
 
 constexpr float kInfinity = __builtin_inff();
 // A running sum is flushed into a second one after this many elements, so that the rounding error of a row
@@ -15,10 +15,14 @@ constexpr std::size_t kSumBlock = 256 * kLanes;
 constexpr std::size_t kTile = 4096;
 constexpr std::size_t kBatch = 8;
 
-template <int Order>
-QUAKE_INLINE vf softmax_exp(vf x, vf maximum) {
-  return exp_product<Order, Range::kNoOverflow>(x - maximum, set1(kUnit<Order>), NoCorrection{},
-                                                constants::kSoftmaxShift);
+// e^difference, for a difference of at most 0 (log-sum-exp: or inf). A constant factor cancels in softmax, which therefore has an order-1
+// constant of its own, but not in a logarithm.
+template <Reduction R, int Order>
+QUAKE_INLINE vf weight(vf difference) {
+  constexpr Range kRange = R == Reduction::kLogSumExp ? Range::kAny : Range::kNoOverflow;
+  return exp_product<Order, kRange>(
+      difference, set1(kUnit<Order>), NoCorrection{},
+      R == Reduction::kSoftmax ? constants::kSoftmaxShift : constants::kOrder1Shift);
 }
 
 // Calls pair(i, k) for each two vectors of a row, k being 0 and 1 in turn so that two sums can run side by
@@ -70,10 +74,15 @@ QUAKE_INLINE vf row_maximum(const T* x, std::size_t columns) {
   return maximum.result();
 }
 
+// v where it is finite, else 0.
+QUAKE_INLINE vf finite_or_zero(vf v) {
+  return as_float(as_int(v) & ((as_int(v) & 0x7f800000) != 0x7f800000));
+}
+
 // The sum of the exponentials of a row. They are kept in e, whole vectors of them, unless e is null.
 // Meanwhile the cache lines of the row at `soon` are fetched (a prefetch of an address past the input is
 // harmless): the next steps are all loads and stores, this one leaves the memory idle.
-template <int Order, class T>
+template <Reduction R, int Order, class T>
 QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum, const T* soon) {
   vf total = vf{};
   for (std::size_t begin = 0; begin < columns; begin += kSumBlock) {
@@ -83,8 +92,8 @@ QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum
         length,
         [&](std::size_t i, int k) {
           const Pair v = load_pair(x + begin + i);
-          const vf first = softmax_exp<Order>(v.first, maximum);
-          const vf second = softmax_exp<Order>(v.second, maximum);
+          const vf first = weight<R, Order>(v.first - maximum);
+          const vf second = weight<R, Order>(v.second - maximum);
           if (e) {
             store(e + begin + i, first);
             store(e + begin + i + kLanes, second);
@@ -95,7 +104,7 @@ QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum
           s[2 * k + 1] += second;
         },
         [&](std::size_t i, std::size_t n) {
-          const vf v = softmax_exp<Order>(load_up_to(x + begin + i, n), maximum);
+          const vf v = weight<R, Order>(load_up_to(x + begin + i, n) - maximum);
           if (e) store(e + begin + i, v);
           __builtin_prefetch(soon + begin + i);
           s[0] += keep_up_to(v, n, 0.0f);
@@ -105,80 +114,206 @@ QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum
   return reduce_add(total);
 }
 
-// y = e * factor, and the maximum of a row to come in the same loop: one waits for stores, the other for loads.
-template <class T>
-QUAKE_INLINE vf scale_row(const float* e, T* y, const T* next, std::size_t columns, vf factor,
-                          bool streamed) {
-  Maximum maximum;
+// The last step: y = e * factor for softmax, with factor = 1/sum, and y = (x - maximum) - log_sum for log-softmax.
+template <Reduction R>
+QUAKE_INLINE vf last_step(vf value, vf maximum, vf factor_or_log_sum) {
+  return R == Reduction::kSoftmax ? value * factor_or_log_sum : (value - maximum) - factor_or_log_sum;
+}
+template <Reduction R>
+QUAKE_INLINE vf factor_or_log_sum(float sum) {
+  return set1(R == Reduction::kSoftmax ? 1.0f / sum : __builtin_logf(sum));
+}
+
+// The last step of a row, from values that are the kept exponentials or the row itself, and the maximum of a row
+// to come in the same loop: one waits for stores, the other for loads.
+template <Reduction R, class Value, class T>
+QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t columns, vf maximum,
+                           vf last, bool streamed) {
+  Maximum next_maximum;
   for_each_vector(
       columns,
       [&](std::size_t i, int k) {
-        store_pair(y + i, {load(e + i) * factor, load(e + i + kLanes) * factor}, streamed);
-        maximum.add(load_pair(next + i), k);
+        const Pair v = load_pair(values + i);
+        store_pair(y + i, {last_step<R>(v.first, maximum, last), last_step<R>(v.second, maximum, last)},
+                   streamed);
+        next_maximum.add(load_pair(next + i), k);
       },
       [&](std::size_t i, std::size_t n) {
-        store_up_to(y + i, load(e + i) * factor, n);
-        maximum.add(load_up_to(next + i, n), n);
+        store_up_to(y + i, last_step<R>(load_up_to(values + i, n), maximum, last), n);
+        next_maximum.add(load_up_to(next + i, n), n);
       });
-  return maximum.result();
+  return next_maximum.result();
 }
 
-// The last step of a row too long for the tile: the exponentials are computed again.
+// The last step of a softmax row too long for the tile: the exponentials are computed again.
 template <int Order, class T>
 QUAKE_INLINE void exp_and_scale_row(const T* x, T* y, std::size_t columns, vf maximum, vf factor,
                                     bool streamed) {
+  const auto scaled = [&](vf v) {
+    return weight<Reduction::kSoftmax, Order>(v - maximum) * factor;
+  };
   for_each_vector(
       columns,
       [&](std::size_t i, int) {
         const Pair v = load_pair(x + i);
-        store_pair(y + i,
-                   {softmax_exp<Order>(v.first, maximum) * factor,
-                    softmax_exp<Order>(v.second, maximum) * factor},
-                   streamed);
+        store_pair(y + i, {scaled(v.first), scaled(v.second)}, streamed);
       },
-      [&](std::size_t i, std::size_t n) {
-        store_up_to(y + i, softmax_exp<Order>(load_up_to(x + i, n), maximum) * factor, n);
-      });
+      [&](std::size_t i, std::size_t n) { store_up_to(y + i, scaled(load_up_to(x + i, n)), n); });
+}
+
+// Rows of at most kShort vectors: the values stay in registers. The maximum is taken one row ahead, because
+// instructions that wait for it would fill the processor's queues. V is the number of vectors of a row, the
+// last of which may be partial.
+template <class T>
+constexpr int kShort = kRegisters / 2 - 2;
+// Taking the maximum apart means converting twice, which costs bfloat16 more than it gains (measured).
+template <>
+constexpr int kShort<bfloat16> = 2;
+
+template <int V, class T>
+QUAKE_INLINE void load_short(const T* x, vf (&v)[V], std::size_t last) {
+  constexpr int kPaired = (V - 1) / 2 * 2;
+#pragma GCC unroll 16
+  for (int i = 0; i < kPaired; i += 2) {
+    const Pair p = load_pair(x + i * kLanes);
+    v[i] = p.first;
+    v[i + 1] = p.second;
+  }
+  if constexpr (V - 1 > kPaired) v[V - 2] = load(x + (V - 2) * kLanes);
+  v[V - 1] = keep_up_to(load_up_to(x + (V - 1) * kLanes, last), last, -kInfinity);
+}
+
+template <int V, class T>
+QUAKE_INLINE vf short_maximum(const T* x, std::size_t last) {
+  vf v[V];
+  load_short(x, v, last);
+#pragma GCC unroll 16
+  for (int step = 1; step < V; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i + step < V; i += 2 * step) v[i] = max_skip_nan(v[i], v[i + step]);
+  }
+  return set1(reduce_max(v[0]));
+}
+
+template <Reduction R, int V, int Order, class T>
+QUAKE_INLINE void short_row(const T* x, T* y, std::size_t last, vf maximum, bool streamed) {
+  constexpr int kPaired = (V - 1) / 2 * 2;
+  vf v[V], s[4] = {};
+  load_short(x, v, last);
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) {
+    const vf e = weight<R, Order>(v[i] - maximum);
+    if constexpr (R == Reduction::kSoftmax) v[i] = e;
+    s[i % 4] += e;
+  }
+  const vf end = factor_or_log_sum<R>(reduce_add((s[0] + s[1]) + (s[2] + s[3])));
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) v[i] = last_step<R>(v[i], maximum, end);
+#pragma GCC unroll 16
+  for (int i = 0; i < kPaired; i += 2) store_pair(y + i * kLanes, {v[i], v[i + 1]}, streamed);
+  if constexpr (V - 1 > kPaired) store(y + (V - 2) * kLanes, v[V - 2]);
+  store_up_to(y + (V - 1) * kLanes, v[V - 1], last);
+}
+
+template <Reduction R, int V, int Order, class T>
+[[gnu::noinline]] void short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
+                                  bool streamed) {
+  const std::size_t last = columns - (V - 1) * kLanes;
+  vf maximum = short_maximum<V>(x, last);
+  for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
+    const vf next = short_maximum<V>(row + 1 < rows ? x + columns : x, last);
+    short_row<R, V, Order>(x, y, last, maximum, streamed);
+    maximum = next;
+  }
+}
+
+// Calls short_rows() for the number of vectors that the columns need, which is at least V.
+template <Reduction R, int V, int Order, class T>
+QUAKE_INLINE void dispatch_short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
+                                      bool streamed) {
+  if constexpr (V <= kShort<T>) {
+    if (columns <= V * kLanes) {
+      short_rows<R, V, Order>(x, y, rows, columns, streamed);
+    } else {
+      dispatch_short_rows<R, V + 1, Order>(x, y, rows, columns, streamed);
+    }
+  }
 }
 
 // Each step is done for a batch of rows before the next step begins: the reductions at the end of a step are
 // long chains of dependent instructions, and those of different rows overlap.
-template <class T, int Order>
-void softmax(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores) {
-  const T* x = static_cast<const T*>(in);
-  T* y = static_cast<T*>(out);
-  const bool streamed = streamable(y, columns, stores);
-  if (columns > kTile) {
-    for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
-      const vf maximum = row_maximum(x, columns);
-      const float sum = row_exp<Order>(x, nullptr, columns, maximum, x);
-      exp_and_scale_row<Order>(x, y, columns, maximum, set1(1.0f / sum), streamed);
-    }
-    if (streamed) stream_fence();
-    return;
-  }
+template <Reduction R, int Order, class T>
+QUAKE_INLINE void batched_rows(const T* x, T* y, std::size_t rows, std::size_t columns, bool streamed) {
   alignas(64) float tile[kTile];
   vf maximum[kBatch];
   float sum[kBatch];
-  const std::size_t stride = (columns + kLanes - 1) / kLanes * kLanes;
+  const std::size_t stride = (columns + kLanes - 1) / kLanes * kLanes, fitting = kTile / stride;
+  const std::size_t batch = fitting < 1 ? 1 : fitting < kBatch ? fitting : kBatch;
+  // bfloat16 keeps its own order of elements in a Pair, so the tile is written and read in that order.
   const bool in_place = sizeof(T) == sizeof(float) && stride == columns && !streamed;
-  const std::size_t fitting = kTile / stride, batch = fitting < kBatch ? fitting : kBatch;
   for (std::size_t r = 0; r < batch && r < rows; ++r) {
     maximum[r] = row_maximum(x + r * columns, columns);
   }
   for (std::size_t row = 0; row < rows; row += batch, x += batch * columns, y += batch * columns) {
-    float* e = in_place ? reinterpret_cast<float*>(y) : tile;
+    float* e = R != Reduction::kSoftmax ? nullptr : in_place ? reinterpret_cast<float*>(y) : tile;
     const std::size_t n = rows - row < batch ? rows - row : batch;
     for (std::size_t r = 0; r < n; ++r) {
-      sum[r] = row_exp<Order>(x + r * columns, e + r * stride, columns, maximum[r],
-                              x + (r + batch) * columns);
+      sum[r] = row_exp<R, Order>(x + r * columns, e ? e + r * stride : e, columns, maximum[r],
+                                 x + (r + batch) * columns);
     }
     for (std::size_t r = 0; r < n; ++r) {
       // The row that takes this one's place in the next batch; at the end, any row that exists.
-      const std::size_t next = row + r + batch < rows ? r + batch : r;
-      maximum[r] = scale_row(e + r * stride, y + r * columns, x + next * columns, columns,
-                             set1(1.0f / sum[r]), streamed);
+      const T* next = x + (row + r + batch < rows ? r + batch : r) * columns;
+      const vf last = factor_or_log_sum<R>(sum[r]);
+      if constexpr (R == Reduction::kSoftmax) {
+        maximum[r] = finish_row<R>(e + r * stride, y + r * columns, next, columns, maximum[r], last,
+                                   streamed);
+      } else {
+        maximum[r] = finish_row<R>(x + r * columns, y + r * columns, next, columns, maximum[r], last,
+                                   streamed);
+      }
+    }
+  }
+}
+
+template <Reduction R, class T, int Order>
+void reduce_rows(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores) {
+  const T* x = static_cast<const T*>(in);
+  T* y = static_cast<T*>(out);
+  const bool streamed = streamable(y, columns, stores);
+  if (columns <= kShort<T> * kLanes) {
+    dispatch_short_rows<R, 1, Order>(x, y, rows, columns, streamed);
+  } else if (R == Reduction::kLogSoftmax || columns <= kTile) {
+    batched_rows<R, Order>(x, y, rows, columns, streamed);
+  } else {
+    for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
+      const vf maximum = row_maximum(x, columns);
+      const float sum = row_exp<R, Order>(x, nullptr, columns, maximum, x);
+      exp_and_scale_row<Order>(x, y, columns, maximum, set1(1.0f / sum), streamed);
     }
   }
   if (streamed) stream_fence();
+}
+
+// maximum + log(sum). An infinite maximum is not subtracted: the exponentials are then 0 or inf, and the logarithm
+// gives what it should.
+template <class T, int Order>
+void log_sum_exp_rows(const void* in, void* out, std::size_t rows, std::size_t columns, Stores) {
+  const T* x = static_cast<const T*>(in);
+  T* y = static_cast<T*>(out);
+  vf maximum[kBatch];
+  for (std::size_t row = 0; row < rows; row += kBatch, x += kBatch * columns) {
+    const std::size_t n = rows - row < kBatch ? rows - row : kBatch;
+    vf result = vf{};
+    for (std::size_t r = 0; r < n; ++r) {
+      maximum[r] = finite_or_zero(row_maximum(x + r * columns, columns));
+    }
+    for (std::size_t r = 0; r < n; ++r) {
+      const T* row_begin = x + r * columns;
+      const float sum = row_exp<Reduction::kLogSumExp, Order>(row_begin, nullptr, columns, maximum[r],
+                                                              row_begin);
+      result = maximum[r] + set1(__builtin_logf(sum));
+      store_partial(y + row + r, result, 1);
+    }
+  }
 }

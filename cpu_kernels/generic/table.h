@@ -1,31 +1,103 @@
 // The table of this instruction set's kernels. Included inside its namespace, last.
 
+// A row of the table: a kernel for every order. Kernels are function templates, which cannot be passed on as such, so
+// each family has a struct that names its member for an order.
+template <class Fn, class Family>
+constexpr void fill_orders(Fn (&row)[kMaxOrder]) {
+  row[0] = Family::template kernel<1>();
+  row[1] = Family::template kernel<2>();
+  row[2] = Family::template kernel<3>();
+  row[3] = Family::template kernel<4>();
+  row[4] = Family::template kernel<5>();
+}
+
+template <template <class> class Family, class Fn>
+constexpr void fill(Fn (&rows)[static_cast<int>(DType::kCount)][kMaxOrder]) {
+  fill_orders<Fn, Family<float>>(rows[static_cast<int>(DType::kFloat32)]);
+  fill_orders<Fn, Family<bfloat16>>(rows[static_cast<int>(DType::kBFloat16)]);
+  fill_orders<Fn, Family<float16>>(rows[static_cast<int>(DType::kFloat16)]);
+}
+
 template <class Functor>
-constexpr void fill(ElementwiseFn (&row)[static_cast<int>(DType::kCount)][kMaxOrder]) {
-  const ElementwiseFn functions[][kMaxOrder] = {
-      {map<Functor, float, 1>, map<Functor, float, 2>, map<Functor, float, 3>,
-       map<Functor, float, 4>, map<Functor, float, 5>},
-      {map<Functor, bfloat16, 1>, map<Functor, bfloat16, 2>, map<Functor, bfloat16, 3>,
-       map<Functor, bfloat16, 4>, map<Functor, bfloat16, 5>},
-      {map<Functor, float16, 1>, map<Functor, float16, 2>, map<Functor, float16, 3>,
-       map<Functor, float16, 4>, map<Functor, float16, 5>}};
-  for (int dtype = 0; dtype < static_cast<int>(DType::kCount); ++dtype) {
-    for (int i = 0; i < kMaxOrder; ++i) row[dtype][i] = functions[dtype][i];
+struct MapOf {
+  template <class T>
+  struct With {
+    template <int Order>
+    static constexpr ElementwiseFn kernel() {
+      return map<Functor, T, Order>;
+    }
+  };
+};
+
+template <class Functor>
+struct MapBinaryOf {
+  template <class T>
+  struct With {
+    template <int Order>
+    static constexpr BinaryFn kernel() {
+      return map_binary<Functor, T, Order>;
+    }
+  };
+};
+
+template <Reduction R>
+struct RowsOf {
+  template <class T>
+  struct With {
+    template <int Order>
+    static constexpr RowsFn kernel() {
+      if constexpr (R == Reduction::kLogSumExp) {
+        return log_sum_exp_rows<T, Order>;
+      } else {
+        return reduce_rows<R, T, Order>;
+      }
+    }
+  };
+};
+
+template <Reduction R>
+struct ColumnsOf {
+  template <class T>
+  struct With {
+    template <int Order>
+    static constexpr ColumnsFn kernel() {
+      return reduce_columns<R, T, Order>;
+    }
+  };
+};
+
+template <Reduction R>
+struct MaskedRowsOf {
+  template <class T>
+  struct With {
+    template <int Order>
+    static constexpr MaskedRowsFn kernel() {
+      return reduce_masked_rows<R, T, Order>;
+    }
+  };
+};
+
+template <Reduction R>
+constexpr void fill_reduction(KernelTable& table) {
+  fill<RowsOf<R>::template With>(table.rows[static_cast<int>(R)]);
+  fill<ColumnsOf<R>::template With>(table.columns[static_cast<int>(R)]);
+  if constexpr (R != Reduction::kLogSumExp) {
+    fill<MaskedRowsOf<R>::template With>(table.masked_rows[static_cast<int>(R)]);
   }
 }
 
 constexpr KernelTable make_table(const char* isa) {
-  KernelTable table = {
-      isa,
-      {},
-      {{softmax<float, 1>, softmax<float, 2>, softmax<float, 3>, softmax<float, 4>,
-        softmax<float, 5>},
-       {softmax<bfloat16, 1>, softmax<bfloat16, 2>, softmax<bfloat16, 3>, softmax<bfloat16, 4>,
-        softmax<bfloat16, 5>},
-       {softmax<float16, 1>, softmax<float16, 2>, softmax<float16, 3>, softmax<float16, 4>,
-        softmax<float16, 5>}}};
-#define QUAKE_FILL(name, Functor) fill<Functor>(table.elementwise[static_cast<int>(Elementwise::k##Functor)]);
+  KernelTable table = {isa, {}, {}, {}, {}, {}};
+#define QUAKE_FILL(name, Functor) \
+  fill<MapOf<Functor>::template With>(table.elementwise[static_cast<int>(Elementwise::k##Functor)]);
   QUAKE_ELEMENTWISE_KERNELS(QUAKE_FILL)
 #undef QUAKE_FILL
+#define QUAKE_FILL(name, Functor) \
+  fill<MapBinaryOf<Functor>::template With>(table.binary[static_cast<int>(Binary::k##Functor)]);
+  QUAKE_BINARY_KERNELS(QUAKE_FILL)
+#undef QUAKE_FILL
+  fill_reduction<Reduction::kSoftmax>(table);
+  fill_reduction<Reduction::kLogSoftmax>(table);
+  fill_reduction<Reduction::kLogSumExp>(table);
   return table;
 }

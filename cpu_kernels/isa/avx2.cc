@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 11;
 typedef float vf __attribute__((vector_size(32)));
@@ -60,6 +61,9 @@ QUAKE_INLINE vf magnitude_below(vf x, float highest) {
 }
 QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm256_max_ps(x, accumulated); }
 
+QUAKE_INLINE vf round(vf x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 QUAKE_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
 QUAKE_INLINE vf fraction(vf x) { return x; }      // never called without scalef
 QUAKE_INLINE vf scalef(vf p, vf) { return p; }    // never called
@@ -77,6 +81,18 @@ QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
   return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(first_lanes(n)));
 }
 
+QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float fill) {
+  std::uint64_t bytes = 0;
+  if (n == kLanes) {
+    std::memcpy(&bytes, mask, 8);
+  } else {
+    for (std::size_t i = 0; i < n; ++i) bytes |= static_cast<std::uint64_t>(mask[i]) << (8 * i);
+  }
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+  const __m256i dropped = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+  return _mm256_blendv_ps(v, _mm256_set1_ps(fill), _mm256_castsi256_ps(dropped));
+}
+
 QUAKE_INLINE float reduce_add(vf v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -92,7 +108,10 @@ QUAKE_INLINE float reduce_max(vf v) {
 #include "generic/simd.h"
 #include "generic/exp2.h"
 #include "generic/activations.h"
+#include "generic/map.h"
 #include "generic/softmax.h"
+#include "generic/softmax_columns.h"
+#include "generic/softmax_masked.h"
 #include "generic/table.h"
 
 }  // namespace

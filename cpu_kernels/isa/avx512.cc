@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 constexpr bool kHasScalef = true;
 constexpr int kReciprocalBits = 14;
 typedef float vf __attribute__((vector_size(64)));
@@ -61,6 +62,9 @@ QUAKE_INLINE vf magnitude_below(vf x, float highest) {
 }
 QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm512_max_ps(x, accumulated); }
 
+QUAKE_INLINE vf round(vf x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 QUAKE_INLINE vf floor(vf x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
@@ -79,13 +83,21 @@ QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
   return _mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(fill), v);
 }
 
+QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float fill) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), mask);
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), _mm512_set1_ps(fill), v);
+}
+
 QUAKE_INLINE float reduce_add(vf v) { return _mm512_reduce_add_ps(v); }
 QUAKE_INLINE float reduce_max(vf v) { return _mm512_reduce_max_ps(v); }
 
 #include "generic/simd.h"
 #include "generic/exp2.h"
 #include "generic/activations.h"
+#include "generic/map.h"
 #include "generic/softmax.h"
+#include "generic/softmax_columns.h"
+#include "generic/softmax_masked.h"
 #include "generic/table.h"
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 24;
 typedef float vf __attribute__((vector_size(16)));
@@ -80,6 +81,8 @@ QUAKE_INLINE vf floor(vf x) {
   const vf truncated = _mm_cvtepi32_ps(_mm_cvttps_epi32(x));
   return truncated - (vf)((truncated > x) & (vi)(vf{} + 1.0f));
 }
+// To nearest even, for |x| < 2^31.
+QUAKE_INLINE vf round(vf x) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(x)); }
 QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
 QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return 1.0f / d; }
@@ -95,6 +98,13 @@ QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
   return (vf)choose(lane < static_cast<int>(n), (vi)v, (vi)(vf{} + fill));
 }
 
+QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float fill) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    if (i >= n || mask[i] == 0) v[i] = fill;
+  }
+  return v;
+}
+
 QUAKE_INLINE float reduce_add(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 QUAKE_INLINE float reduce_max(vf v) {
   __m128 s = _mm_max_ps(v, _mm_movehl_ps(v, v));
@@ -106,7 +116,10 @@ QUAKE_INLINE float reduce_max(vf v) {
 #include "generic/simd.h"
 #include "generic/exp2.h"
 #include "generic/activations.h"
+#include "generic/map.h"
 #include "generic/softmax.h"
+#include "generic/softmax_columns.h"
+#include "generic/softmax_masked.h"
 #include "generic/table.h"
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 8;
 typedef float vf __attribute__((vector_size(16)));
@@ -46,6 +47,7 @@ QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) {
   return (vf)vmaxnmq_f32((float32x4_t)accumulated, (float32x4_t)x);
 }
 
+QUAKE_INLINE vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
 QUAKE_INLINE vf floor(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
 QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
 QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
@@ -63,6 +65,13 @@ QUAKE_INLINE vf keep_first(vf v, std::size_t n, float fill) {
   return (vf)((kept & (vi)v) | (~kept & (vi)(vf{} + fill)));
 }
 
+QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float fill) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    if (i >= n || mask[i] == 0) v[i] = fill;
+  }
+  return v;
+}
+
 QUAKE_INLINE float reduce_add(vf v) { return vaddvq_f32((float32x4_t)v); }
 QUAKE_INLINE float reduce_max(vf v) { return vmaxnmvq_f32((float32x4_t)v); }
 
@@ -71,7 +80,10 @@ QUAKE_INLINE float reduce_max(vf v) { return vmaxnmvq_f32((float32x4_t)v); }
 #include "generic/simd.h"
 #include "generic/exp2.h"
 #include "generic/activations.h"
+#include "generic/map.h"
 #include "generic/softmax.h"
+#include "generic/softmax_columns.h"
+#include "generic/softmax_masked.h"
 #include "generic/table.h"
 
 }  // namespace

@@ -1,16 +1,15 @@
 // The storage types of the kernels, decoded and encoded bit by bit: independent of the vector shims.
 
-#ifndef QUAKE_TESTS_STORAGE_H_
-#define QUAKE_TESTS_STORAGE_H_
+#ifndef QUAKE_STORAGE_H_
+#define QUAKE_STORAGE_H_
 
 #include <cmath>
-#include <cstdarg>
 #include <cstdint>
 #include <cstring>
 
 #include "kernels.h"
 
-namespace quake::tests {
+namespace quake {
 
 inline float float_from_bits(std::uint32_t bits) {
   float value;
@@ -34,9 +33,11 @@ struct Storage {
   DType dtype;
   const char* name;
   std::size_t size;
-  double half_ulp;  // largest relative rounding error of a normal value
-  double absolute;  // largest absolute error below the smallest normal value
-  double largest;   // largest finite value
+  int digits;              // of the mantissa, the hidden one included
+  double half_ulp;         // largest relative rounding error of a normal value
+  double absolute;         // largest absolute error below the smallest normal value
+  double smallest_normal;
+  double largest;          // largest finite value
   double (*decode)(std::uint16_t);
 
   double get(const char* data, std::size_t i) const {
@@ -73,11 +74,11 @@ struct Storage {
 
 // A float32 or bfloat16 result below 2^-126 is flushed to 0; a float16 has subnormals of step 2^-24.
 inline constexpr Storage kStorage[] = {
-    {DType::kFloat32, "float32", 4, 0, 0x1p-126, 0x1.fffffep127, nullptr},
-    {DType::kBFloat16, "bfloat16", 2, 0x1p-8, 0x1p-126, 0x1.fep127, decode_bfloat16},
-    {DType::kFloat16, "float16", 2, 0x1p-11, 0x1p-25, 65504, decode_float16},
+    {DType::kFloat32, "float32", 4, 24, 0, 0x1p-126, 0x1p-126, 0x1.fffffep127, nullptr},
+    {DType::kBFloat16, "bfloat16", 2, 8, 0x1p-8, 0x1p-126, 0x1p-126, 0x1.fep127, decode_bfloat16},
+    {DType::kFloat16, "float16", 2, 11, 0x1p-11, 0x1p-25, 0x1p-14, 65504, decode_float16},
 };
 
-}  // namespace quake::tests
+}  // namespace quake
 
-#endif  // QUAKE_TESTS_STORAGE_H_
+#endif  // QUAKE_STORAGE_H_
