@@ -14,12 +14,29 @@ from quake_jax._extension import disabled_export_checks as disabled_export_check
 from quake_jax._extension import isa as isa
 from quake_jax._extension import supported_isas as supported_isas
 from quake_jax._extension import version as _version
+from quake_jax.activations import celu as celu
+from quake_jax.activations import elu as elu
 from quake_jax.activations import exp as exp
+from quake_jax.activations import exp2 as exp2
+from quake_jax.activations import expm1 as expm1
 from quake_jax.activations import gelu as gelu
+from quake_jax.activations import log_sigmoid as log_sigmoid
+from quake_jax.activations import mish as mish
+from quake_jax.activations import quick_gelu as quick_gelu
+from quake_jax.activations import selu as selu
 from quake_jax.activations import sigmoid as sigmoid
 from quake_jax.activations import silu as silu
+from quake_jax.activations import softplus as softplus
 from quake_jax.activations import swish as swish
 from quake_jax.activations import tanh as tanh
+from quake_jax.gated import bias_gelu as bias_gelu
+from quake_jax.gated import bias_silu as bias_silu
+from quake_jax.gated import geglu as geglu
+from quake_jax.gated import glu as glu
+from quake_jax.gated import swiglu as swiglu
+from quake_jax.logsumexp import logaddexp as logaddexp
+from quake_jax.logsumexp import logsumexp as logsumexp
+from quake_jax.softmax import log_softmax as log_softmax
 from quake_jax.softmax import softmax as softmax
 
 __version__ = _version()

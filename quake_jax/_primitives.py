@@ -1,15 +1,16 @@
 """One JAX primitive per kernel: shapes, lowering to the CPU custom call, batching, partitioning.
 
-This is the only module that knows XLA's foreign function interface. Each primitive takes one array
-and a static `order`; on platforms other than CPU it lowers to `quake_jax.reference`.
+This is the only module that knows XLA's foreign function interface. Each primitive takes arrays
+and static parameters, `order` among them; on platforms other than CPU it lowers to the function of
+its name in `quake_jax.reference`.
 
-A new element-wise kernel is one more line at the end of this file.
+A new kernel is one more name at the end of this file.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,39 +21,139 @@ from jax.interpreters import batching, mlir
 from quake_jax import _compat, _extension, reference
 
 
-def _factor_names(count: int) -> list[str]:
-    """Names of the axes in a Shardy rule: i … z, then z_1, z_2, …"""
+def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) -> Callable:
+    """Make the primitive of the kernel `name`, and return the function that binds it.
+
+    Args:
+      name: that of the function in `reference`; "quake_jax_" before it makes the FFI target.
+      shape: `shape(*avals, **parameters)`, the abstract value of the result.
+      lower: `lower(context, *operands, target=…, **parameters)`, its lowering for CPUs.
+      batch: `batch(bind, operands, axes, **parameters)`, the batched result and its batch axis.
+    """
+    primitive = _compat.Primitive(f"quake_{name}")
+    primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
+
+    @primitive.def_abstract_eval
+    def shape_rule(*avals, **parameters):
+        if any(map(_compat.has_unreduced_axes, avals)):
+            raise TypeError(f"quake_jax.{name}: x is a partial sum, unreduced over a mesh axis")
+        return shape(*avals, **parameters)
+
+    def bind(*operands: jax.Array, **parameters: int) -> jax.Array:
+        # Within jax.shard_map a replicated operand beside a split one needs a cast, whose
+        # transpose adds up its gradient over the devices.
+        return primitive.bind(*_compat.auto_insert_reshard(*operands), **parameters)
+
+    target = f"quake_jax_{name}"
+    assert target in _extension.targets, target
+    batching.primitive_batchers[primitive] = functools.partial(batch, bind)
+    mlir.register_lowering(primitive, functools.partial(lower, target=target), platform="cpu")
+    fallback = mlir.lower_fun(getattr(reference, name), multiple_results=False)
+    mlir.register_lowering(primitive, fallback)
+    return bind
+
+
+# Lowering.
+
+
+def _sharding_rule(operands: Sequence, result: Sequence, sizes: dict, whole: set):
+    """A Shardy rule.
+
+    Args:
+      operands, result: for each array a label per axis; axes of one label are split alike.
+      sizes: the size of each label's axes.
+      whole: labels of axes that must not be split.
+    """
+    labels = list(dict.fromkeys(label for axes in (*operands, result) for label in axes))
     letters = [chr(c) for c in range(ord("i"), ord("z") + 1)]
-    return (letters + [f"z_{k}" for k in range(1, count - len(letters) + 1)])[:count]
+    letters += [f"z_{k}" for k in range(1, len(labels) - len(letters) + 1)]
+    names = dict(zip(labels, letters, strict=False))
 
+    def listed(axes) -> str:
+        return "[" + ", ".join(names[label] for label in axes) + "]"
 
-def _sharding_rule(shape: tuple[int, ...]):
-    """A Shardy rule: every axis may be split over devices, except the last."""
-    names = _factor_names(len(shape))
-    axes = ", ".join(names)
-    sizes = ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True))
+    inputs = ", ".join(map(listed, operands))
+    factors = ", ".join(f"{names[label]}={sizes[label]}" for label in labels)
+    # In the order of the factors, as the syntax demands.
+    kept = ", ".join(names[label] for label in labels if label in whole)
     return mlir.ir.Attribute.parse(
-        f"#sdy.op_sharding_rule<([{axes}])->([{axes}]) {{{sizes}}} "
-        f"need_replication={{{names[-1]}}}, custom>"
+        f"#sdy.op_sharding_rule<({inputs})->({listed(result)}) {{{factors}}} "
+        f"need_replication={{{kept}}}, custom>"
     )
 
 
-def _custom_call(context, operand, *, target: str, order: int):
-    """Emit the custom call `target` on an operand whose last axis must not be split."""
-    (aval,) = context.avals_out
-    # Both are needed: by the rule below Shardy decides how to split the call, and by this attribute
-    # XLA knows that it may run the call on parts of its leading axes.
-    batch = mlir.ir.DictAttr.get({"num_batch_dims": mlir.ir.StringAttr.get(str(aval.ndim - 1))})
-    call = jax.ffi.build_ffi_lowering_function(
-        target, extra_attributes={"mhlo.frontend_attributes": batch}
-    )(context, operand, order=np.int32(order))
-    # A Shardy rule needs numbers. Programs exported with symbolic dimensions go without.
-    if all(isinstance(size, int) for size in aval.shape):
-        call.operation.attributes["sdy.sharding_rule"] = _sharding_rule(aval.shape)
+def _custom_call(
+    context,
+    *operands,
+    target: str,
+    batch_axes: int | None = None,
+    axes: tuple[Sequence, Sequence] | None = None,
+    whole: Sequence = (),
+    **parameters: int,
+):
+    """Emit the custom call `target`.
+
+    The first `batch_axes` axes of all operands and of the result may be split over devices; None
+    means that the call needs its operands whole. `axes` are the labels of `_sharding_rule`.
+    """
+    attributes = {}
+    if batch_axes is not None:
+        # Both are needed: by its rule Shardy decides how to split the call, and by this attribute
+        # XLA knows that it may run the call on parts of its leading axes.
+        count = mlir.ir.StringAttr.get(str(batch_axes))
+        attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get({"num_batch_dims": count})
+    call = jax.ffi.build_ffi_lowering_function(target, extra_attributes=attributes)(
+        context, *operands, **{name: np.int32(value) for name, value in parameters.items()}
+    )
+    if batch_axes is not None:
+        inputs, result = axes
+        sizes = dict(zip(result, context.avals_out[0].shape, strict=True))
+        for labels, aval in zip(inputs, context.avals_in, strict=True):
+            sizes.update(zip(labels, aval.shape, strict=True))
+        # A Shardy rule needs numbers. Programs exported with symbolic dimensions go without.
+        if all(isinstance(size, int) for size in sizes.values()):
+            rule = _sharding_rule(inputs, result, sizes, set(whole))
+            call.operation.attributes["sdy.sharding_rule"] = rule
     return call.result
 
 
-def _lower_elementwise(context, operand, *, target: str, order: int):
+def _typed(context, result):
+    """The result of a lowering, with the sharding that its abstract value has."""
+    return [_compat.lower_with_sharding_in_types(context, result, context.avals_out[0])]
+
+
+def _lower_function(function: Callable) -> Callable:
+    return mlir.lower_fun(function, multiple_results=False)
+
+
+# Batching.
+
+
+def _in_front(operands, axes) -> list[jax.Array]:
+    """Move every batch axis to the front; what has none gets one of size 1."""
+    return [
+        x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+
+
+def _not_last(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
+    """Move the batch axis to the front if it is the last one, which is the kernel's."""
+    return (jnp.moveaxis(x, axis, 0), 0) if axis == x.ndim - 1 else (x, axis)
+
+
+# Element by element: operands and result have one shape, and every axis may be split.
+
+
+def _elementwise_shape(*avals, order: int):
+    x = avals[0]
+    # update() keeps sharding, varying mesh axes and weak type.
+    if any(a.sharding != x.sharding for a in avals):
+        return x.update(sharding=_compat.broadcasting_sharding_rule("quake_jax", *avals))
+    return x.update()
+
+
+def _lower_elementwise(context, *operands, target: str, order: int):
     # The partitioners gather any call all of whose axes are batch axes. With a unit axis at the
     # end, every true axis stays split.
     (aval,) = context.avals_out
@@ -60,59 +161,220 @@ def _lower_elementwise(context, operand, *, target: str, order: int):
         shape=(*aval.shape, 1),
         sharding=aval.sharding.update(spec=(*aval.sharding.spec, None)),
     )
-    inner = context.replace(avals_in=[extended], avals_out=[extended])
-    operand = _compat.reshape(inner, operand, extended)
-    result = _custom_call(inner, operand, target=target, order=order)
-    result = _compat.reshape(context, result, aval)
-    return [_compat.lower_with_sharding_in_types(context, result, aval)]
+    inner = context.replace(avals_in=[extended] * len(operands), avals_out=[extended])
+    operands = [_compat.reshape(inner, x, extended) for x in operands]
+    labels = range(extended.ndim)
+    result = _custom_call(
+        inner,
+        *operands,
+        target=target,
+        batch_axes=aval.ndim,
+        axes=([labels] * len(operands), labels),
+        whole=[aval.ndim],
+        order=order,
+    )
+    return _typed(context, _compat.reshape(context, result, aval))
 
 
-def _lower_last_axis(context, operand, *, target: str, order: int):
-    (aval,) = context.avals_out
-    result = _custom_call(context, operand, target=target, order=order)
-    return [_compat.lower_with_sharding_in_types(context, result, aval)]
+def _batch_elementwise(bind, operands, axes, *, order: int):
+    if len(set(axes)) == 1:  # also of one operand
+        return bind(*operands, order=order), axes[0]
+    operands = _in_front(operands, axes)
+    shape = jnp.broadcast_shapes(*(x.shape for x in operands))
+    return bind(*(jnp.broadcast_to(x, shape) for x in operands), order=order), 0
 
 
-def _batch_last_axis(primitive, arguments, axes, *, order: int):
-    (x,), (axis,) = arguments, axes
-    # Batch axes stand in front, so that the last axis stays the one that the kernel reduces.
-    return primitive.bind(jnp.moveaxis(x, axis, 0), order=order), 0
+def _elementwise(name: str) -> Callable:
+    return _primitive(
+        name, shape=_elementwise_shape, lower=_lower_elementwise, batch=_batch_elementwise
+    )
 
 
-def _kernel(name: str, reference_function: Callable, *, over_last_axis: bool = False) -> Callable:
-    """Make the primitive of one kernel, and return the function that binds it."""
-    primitive = _compat.Primitive(f"quake_{name}")
-    primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
+# Two halves of the last axis: x of shape (…, 2n) gives (…, n).
 
-    @primitive.def_abstract_eval
-    def shape_rule(x, *, order):
-        if _compat.has_unreduced_axes(x):
-            raise TypeError(f"quake_jax.{name}: x is a partial sum, unreduced over a mesh axis")
-        # update() keeps sharding, varying mesh axes and weak type.
-        return x.update()
 
-    if over_last_axis:
-        lower = _lower_last_axis
-        batching.primitive_batchers[primitive] = functools.partial(_batch_last_axis, primitive)
-    else:
-        lower = _lower_elementwise
-        batching.defvectorized(primitive)
+def _split_shape(x, *, order: int, gate_first: int):
+    spec = (*x.sharding.spec[:-1], None)
+    return x.update(shape=(*x.shape[:-1], x.shape[-1] // 2), sharding=x.sharding.update(spec=spec))
 
-    target = f"quake_jax_{name}"
-    assert target in _extension.targets, target
-    mlir.register_lowering(primitive, functools.partial(lower, target=target), platform="cpu")
-    mlir.register_lowering(primitive, mlir.lower_fun(reference_function, multiple_results=False))
 
-    def bind(x: jax.Array, order: int) -> jax.Array:
-        return primitive.bind(x, order=order)
+def _lower_split(context, x, *, target: str, order: int, gate_first: int):
+    batch = range(context.avals_out[0].ndim - 1)
+    result = _custom_call(
+        context,
+        x,
+        target=target,
+        batch_axes=len(batch),
+        axes=([[*batch, "both"]], [*batch, "half"]),
+        whole=["both", "half"],
+        order=order,
+        gate_first=gate_first,
+    )
+    return _typed(context, result)
 
+
+def _batch_split(bind, operands, axes, **parameters):
+    x, axis = _not_last(*operands, *axes)
+    return bind(x, **parameters), axis
+
+
+def _split(name: str) -> Callable:
+    return _primitive(name, shape=_split_shape, lower=_lower_split, batch=_batch_split)
+
+
+# A bias on the last axis: x of shape (…, n), bias of shape (n,).
+
+
+def _biased_shape(x, bias, *, order: int):
+    ones = (1,) * (x.ndim - 1)
+    spec = (*(None for _ in ones), *bias.sharding.spec)
+    row = bias.update(shape=(*ones, *bias.shape), sharding=bias.sharding.update(spec=spec))
+    return _elementwise_shape(x, row, order=order)
+
+
+def _biased(name: str, activation: Callable) -> Callable:
+    """The kernel `name`, which is activation(x + bias, order=…)."""
+
+    def in_two_steps(x, bias, *, order):
+        total = x.astype(jnp.float32) + bias.astype(jnp.float32)
+        return activation(total, order=order).astype(x.dtype)
+
+    def lower(context, x, bias, *, target: str, order: int):
+        if _compat.is_partitioned(context):
+            # XLA cannot split x along its last axis together with a bias of another rank. The
+            # activation alone splits along every axis.
+            return _lower_function(in_two_steps)(context, x, bias, order=order)
+        return _typed(context, _custom_call(context, x, bias, target=target, order=order))
+
+    def batch(bind, operands, axes, *, order: int):
+        (x, bias), (x_axis, bias_axis) = operands, axes
+        if bias_axis is None:
+            x, x_axis = _not_last(x, x_axis)
+            return bind(x, bias, order=order), x_axis
+        return jax.vmap(functools.partial(in_two_steps, order=order), axes)(x, bias), 0
+
+    return _primitive(name, shape=_biased_shape, lower=lower, batch=batch)
+
+
+# Over one axis, `axis`, of any rank: the others are a batch.
+
+
+def _over_axis(name: str, *, keeps_axis: bool = True) -> Callable:
+    """The kernel `name` over one axis, which the result has too or lacks."""
+
+    def without(sequence, axis: int) -> tuple:
+        return (*sequence[:axis], *sequence[axis + 1 :])
+
+    def shape(x, *, order: int, axis: int):
+        if keeps_axis:
+            return x.update()
+        spec = without(x.sharding.spec, axis)
+        return x.update(shape=without(x.shape, axis), sharding=x.sharding.update(spec=spec))
+
+    def over_last_axis(x, *, order, axis):
+        y = bind(jnp.moveaxis(x, axis, -1), order=order, axis=x.ndim - 1)
+        return jnp.moveaxis(y, -1, axis) if keeps_axis else y
+
+    def lower(context, x, *, target: str, order: int, axis: int):
+        labels = range(context.avals_in[0].ndim)
+        if _compat.is_partitioned(context) and axis != labels[-1]:
+            # XLA splits leading axes only; with the kernel's axis at the end, these are all others.
+            return _lower_function(over_last_axis)(context, x, order=order, axis=axis)
+        result = _custom_call(
+            context,
+            x,
+            target=target,
+            batch_axes=axis,
+            axes=([labels], labels if keeps_axis else without(labels, axis)),
+            whole=[axis],
+            order=order,
+            axis=axis,
+        )
+        return _typed(context, result)
+
+    def batch(bind, operands, axes, *, order: int, axis: int):
+        (x,), (batch_axis,) = operands, axes
+        axis += batch_axis <= axis
+        y = bind(x, order=order, axis=axis)
+        return y, batch_axis if keeps_axis or batch_axis < axis else batch_axis - 1
+
+    bind = _primitive(name, shape=shape, lower=lower, batch=batch)
     return bind
 
 
-exp = _kernel("exp", reference.exp)
-sigmoid = _kernel("sigmoid", reference.sigmoid)
-silu = _kernel("silu", reference.silu)
-tanh = _kernel("tanh", reference.tanh)
-gelu_tanh = _kernel("gelu_tanh", reference.gelu_tanh)
-gelu_erf = _kernel("gelu_erf", reference.gelu_erf)
-softmax = _kernel("softmax", reference.softmax, over_last_axis=True)
+# Over the last axis, `axis`, where a mask is True. It has the rank of x, and each of its axes but
+# the last may have size 1 instead of x's.
+
+
+def _masked(name: str) -> Callable:
+    def shape(x, where, *, order: int, axis: int):
+        return x.update()
+
+    def with_whole_mask(x, where, *, order, axis):
+        return bind(x, jnp.broadcast_to(where, x.shape), order=order, axis=axis)
+
+    def lower(context, x, where, *, target: str, order: int, axis: int):
+        aval, mask = context.avals_in
+        labels = range(aval.ndim)
+        if _compat.is_partitioned(context) and mask.shape != aval.shape:
+            # XLA would split the mask's axes of size 1 together with x's.
+            return _lower_function(with_whole_mask)(context, x, where, order=order, axis=axis)
+        whole_mask = mask.shape == aval.shape
+        result = _custom_call(
+            context,
+            x,
+            where,
+            target=target,
+            batch_axes=axis if whole_mask else None,
+            axes=([labels, labels], labels),
+            whole=[axis],
+            order=order,
+            axis=axis,
+        )
+        return _typed(context, result)
+
+    def batch(bind, operands, axes, *, order: int, axis: int):
+        x, where = _in_front(operands, axes)
+        if axes[0] is None:
+            x = jnp.broadcast_to(x, (where.shape[0], *x.shape[1:]))
+        return bind(x, where, order=order, axis=axis + 1), 0
+
+    bind = _primitive(name, shape=shape, lower=lower, batch=batch)
+    return bind
+
+
+exp = _elementwise("exp")
+exp2 = _elementwise("exp2")
+expm1 = _elementwise("expm1")
+sigmoid = _elementwise("sigmoid")
+log_sigmoid = _elementwise("log_sigmoid")
+softplus = _elementwise("softplus")
+silu = _elementwise("silu")
+mish = _elementwise("mish")
+quick_gelu = _elementwise("quick_gelu")
+elu = _elementwise("elu")
+selu = _elementwise("selu")
+tanh = _elementwise("tanh")
+gelu_tanh = _elementwise("gelu_tanh")
+gelu_erf = _elementwise("gelu_erf")
+
+logaddexp = _elementwise("logaddexp")
+glu = _elementwise("glu")
+swiglu = _elementwise("swiglu")
+geglu_tanh = _elementwise("geglu_tanh")
+geglu_erf = _elementwise("geglu_erf")
+
+glu_split = _split("glu_split")
+swiglu_split = _split("swiglu_split")
+geglu_tanh_split = _split("geglu_tanh_split")
+geglu_erf_split = _split("geglu_erf_split")
+
+bias_silu = _biased("bias_silu", silu)
+bias_gelu_tanh = _biased("bias_gelu_tanh", gelu_tanh)
+bias_gelu_erf = _biased("bias_gelu_erf", gelu_erf)
+
+softmax = _over_axis("softmax")
+log_softmax = _over_axis("log_softmax")
+logsumexp = _over_axis("logsumexp", keeps_axis=False)
+softmax_where = _masked("softmax_where")
+log_softmax_where = _masked("log_softmax_where")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,16 @@ from jax import lax
 from quake_jax import _constants
 
 _SQRT_8_OVER_PI = math.sqrt(8 / math.pi)
+_LN2 = math.log(2)
 _SMALLEST_NORMAL = 2.0**-126
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+# Klambauer et al., arXiv 1706.02515: the fixed point of zero mean and unit variance.
+SELU_ALPHA = 1.6732632423543772848170429916717
+SELU_SCALE = 1.0507009873554804934193349852946
+
+
+# The building blocks, on float32 arrays.
 
 
 def _polynomial(x, coefficients):
@@ -39,33 +48,64 @@ def _power_of_two(n):
     return lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
+def _times_power_of_two(p, n):
+    """p · 2^n for p from 1 to 3, or 0 where that would be subnormal."""
+    value = p * _power_of_two(jnp.maximum(n, -127.0))
+    return jnp.where(value < _SMALLEST_NORMAL, 0, value)
+
+
+def _split_power(t, order, shift, largest):
+    """p and n with 2^t ≈ p · 2^n, for orders 1 to 3; n is at most `largest`."""
+    if order == 1:
+        # int32((t + 127 - shift) · 2^23) reinterpreted as float32, taken apart: its integer part
+        # is the exponent field, its fraction the mantissa field.
+        t = t - shift
+        n = jnp.minimum(jnp.floor(t), largest)
+        return 1 + (t - n), n
+    n = jnp.minimum(jnp.floor(t), largest)
+    return _polynomial(t - n, [1.0, *_constants.EXP2_POLY[order]]), n
+
+
 def _exp(x, order, *, shift=_constants.ORDER1_SHIFT, low=0.0, scale=0):
-    """e^(x + low) · 2^scale in float32; inf on overflow, 0 where that would be subnormal.
+    """e^(x + low) · 2^scale; inf on overflow, 0 where that would be subnormal.
 
     `low`, small, carries what does not fit into x (orders 4 and 5 only). `shift` is the constant C
     of order 1 in units of the exponent. `scale` is a whole number.
     """
     # Beyond these bounds the result is 0 or inf all the same, and inf - inf must not arise.
     x = jnp.clip(x, -88.0 - scale, 89.0)
-    t = x * _constants.LOG2E
     # n is cut where 2^(n + scale) would overflow: the polynomial then exceeds 2 and makes it inf.
     largest = 127.0 - scale
-    if order == 1:
-        # int32((t + 127 - shift) · 2^23) reinterpreted as float32, taken apart: its integer part
-        # is the exponent field, its fraction the mantissa field.
-        t = t - shift
-        n = jnp.minimum(jnp.floor(t), largest)
-        p = 1 + (t - n)
-    elif order in (2, 3):
-        n = jnp.minimum(jnp.floor(t), largest)
-        p = _polynomial(t - n, [1.0, *_constants.EXP2_POLY[order]])
+    if order <= 3:
+        p, n = _split_power(x * _constants.LOG2E, order, shift, largest)
     else:
         # Cody and Waite: n · LN2_HI is exact, so r is as accurate as x.
         n = jnp.minimum(jnp.floor((x + low) * _constants.LOG2E), largest)
         r = (x - n * _constants.LN2_HI) - n * _constants.LN2_LO + low
         p = _polynomial(r, [1.0, *_constants.EXP_POLY[order]])
-    value = p * _power_of_two(jnp.maximum(n + scale, -127.0))
-    return jnp.where(value < _SMALLEST_NORMAL, 0, value)
+    return _times_power_of_two(p, n + scale)
+
+
+def _expm1(x, order):
+    """e^x - 1 = 2·(2^(n-1)·(2^f - 1) + (2^(n-1) - 1/2)) with |f| ≤ 1/2.
+
+    2^f - 1 ≈ f · q(f) has small relative error, so nothing cancels where the result is small.
+    """
+    t = jnp.clip(x * _constants.LOG2E, -30.0, 128.5)  # -1 and inf beyond, in float32
+    n = jnp.round(t)  # half to even
+    if order <= 3:
+        f = t - n
+    else:
+        x = jnp.clip(x, -21.0, 90.0)
+        f = ((x - n * _constants.LN2_HI) - n * _constants.LN2_LO) * _constants.LOG2E
+    half = _power_of_two(n - 1)
+    return 2 * (half * (f * _polynomial(f, _constants.EXPM1_CENTERED[order])) + (half - 0.5))
+
+
+def _log1p_of_exp(x, order):
+    """log(1 + e^x) for x ≤ 0, with small relative error however small e^x is."""
+    e = _exp(x, order)
+    return e * _polynomial(e, _constants.LOG1P[order])
 
 
 def _times_sigmoid(x, z, a, order):
@@ -78,25 +118,60 @@ def _times_sigmoid(x, z, a, order):
     return jnp.maximum(x, 0) - z * e * (1 / (e + 2.0**8))
 
 
-def _in_float32(function):
+def _sigmoid(x, order):
+    return 1 / (1 + _exp(-x, order))
+
+
+def _silu(x, order):
+    z = jnp.minimum(jnp.abs(x), 100.0)  # 0 from -91.9 on, and inf · 0 must not arise
+    return _times_sigmoid(x, z, z, order)
+
+
+def _gelu_tanh(x, order):
+    z = jnp.minimum(jnp.abs(x), 12.0)  # 0 from -10.2 on, and inf · 0 must not arise
+    a = z * (_SQRT_8_OVER_PI + (_SQRT_8_OVER_PI * 0.044715) * (z * z))
+    return _times_sigmoid(x, z, a, order)
+
+
+def _gelu_erf(x, order):
+    z = jnp.minimum(jnp.abs(x), 14.0)  # 0 from -13.2 on
+    if order <= 3:
+        e = _exp(-0.5 * (z * z), order)
+    else:
+        # z² = h² + (z - h)·(z + h). The leading 12 bits of z have an exact square, so the second
+        # part holds all that rounding z·z would lose (up to 7e-6 of e^(-z²/2)).
+        bits = lax.bitcast_convert_type(z, jnp.uint32) & jnp.uint32(0xFFFFF000)
+        h = lax.bitcast_convert_type(bits, jnp.float32)
+        e = _exp(-0.5 * (h * h), order, low=-0.5 * ((z - h) * (z + h)))
+    u = 1 / (1 + _constants.GELU_P[order] * z)
+    tail = _polynomial(u, _constants.GELU_M[order])
+    return jnp.maximum(x, 0) - z * e * tail
+
+
+def _in_float32(function: Callable) -> Callable:
     """Make a function of float32 arrays one of float32, bfloat16 and float16 arrays."""
 
     @functools.wraps(function)
-    def wrapped(x: jax.Array, *, order: int) -> jax.Array:
-        x = jnp.asarray(x)
-        if x.dtype not in _DTYPES:
+    def wrapped(*operands: jax.Array, order: int, **parameters) -> jax.Array:
+        operands = [jnp.asarray(x) for x in operands]
+        dtype = operands[0].dtype
+        if dtype not in _DTYPES:
             raise TypeError(
                 f"reference.{function.__name__}: x must be float32, bfloat16 or float16; "
-                f"got {x.dtype}"
+                f"got {dtype}"
             )
         if order not in (1, 2, 3, 4, 5):
             raise ValueError(
                 f"reference.{function.__name__}: order must be an integer from 1 to 5; "
                 f"got {order!r}"
             )
-        return function(x.astype(jnp.float32), order=order).astype(x.dtype)
+        wide = [x if x.dtype == jnp.bool_ else x.astype(jnp.float32) for x in operands]
+        return function(*wide, order=order, **parameters).astype(dtype)
 
     return wrapped
+
+
+# Functions of one element.
 
 
 @_in_float32
@@ -119,9 +194,39 @@ def exp(x: jax.Array, *, order: int) -> jax.Array:
 
 
 @_in_float32
+def exp2(x: jax.Array, *, order: int) -> jax.Array:
+    """2^x; 0 below the smallest normal float32. Arguments as in `exp`."""
+    x = jnp.clip(x, -127.0, 129.0)
+    if order <= 3:
+        p, n = _split_power(x, order, _constants.ORDER1_SHIFT, 127.0)
+    else:
+        n = jnp.minimum(jnp.floor(x), 127.0)
+        p = _polynomial((x - n) * _LN2, [1.0, *_constants.EXP_POLY[order]])
+    return _times_power_of_two(p, n)
+
+
+@_in_float32
+def expm1(x: jax.Array, *, order: int) -> jax.Array:
+    """e^x - 1, with the order's relative accuracy at 0 too. Arguments as in `exp`."""
+    return _expm1(x, order)
+
+
+@_in_float32
 def sigmoid(x: jax.Array, *, order: int) -> jax.Array:
     """1 / (1 + e^-x); arguments as in `exp`."""
-    return 1 / (1 + _exp(-x, order))
+    return _sigmoid(x, order)
+
+
+@_in_float32
+def log_sigmoid(x: jax.Array, *, order: int) -> jax.Array:
+    """log(sigmoid(x)) = min(x, 0) - log(1 + e^-|x|); arguments as in `exp`."""
+    return jnp.minimum(x, 0) - _log1p_of_exp(-jnp.abs(x), order)
+
+
+@_in_float32
+def softplus(x: jax.Array, *, order: int) -> jax.Array:
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); arguments as in `exp`."""
+    return jnp.maximum(x, 0) + _log1p_of_exp(-jnp.abs(x), order)
 
 
 @_in_float32
@@ -130,8 +235,40 @@ def silu(x: jax.Array, *, order: int) -> jax.Array:
 
     Arguments as in `exp`.
     """
-    z = jnp.minimum(jnp.abs(x), 100.0)  # 0 from -91.9 on, and inf · 0 must not arise
-    return _times_sigmoid(x, z, z, order)
+    return _silu(x, order)
+
+
+@_in_float32
+def mish(x: jax.Array, *, order: int) -> jax.Array:
+    """x · tanh(softplus(x)), as a rational function of w = e^-|x|; arguments as in `exp`.
+
+    tanh(log(s)) = (s² - 1) / (s² + 1) with s = 1 + e^x, extended by w² where x ≥ 0.
+    """
+    z = jnp.minimum(jnp.abs(x), 100.0)
+    scaled = _exp(-z, order, scale=8)  # does not underflow before the result does
+    w = scaled * 2.0**-8
+    right = x * ((1 + 2 * w) / (1 + 2 * w + 2 * (w * w)))
+    left = -z * scaled * ((w + 2) / (w * w + 2 * w + 2)) * 2.0**-8
+    return jnp.where(x < 0, left, right)
+
+
+@_in_float32
+def quick_gelu(x: jax.Array, *, order: int) -> jax.Array:
+    """x · sigmoid(1.702 x); arguments as in `exp`."""
+    z = jnp.minimum(jnp.abs(x), 60.0)  # 0 from -54.2 on, and inf · 0 must not arise
+    return _times_sigmoid(x, z, 1.702 * z, order)
+
+
+@_in_float32
+def elu(x: jax.Array, *, order: int) -> jax.Array:
+    """x where it is positive, else e^x - 1; arguments as in `exp`."""
+    return jnp.where(x > 0, x, _expm1(x, order))
+
+
+@_in_float32
+def selu(x: jax.Array, *, order: int) -> jax.Array:
+    """Scaled elu (Klambauer et al., arXiv 1706.02515); arguments as in `exp`."""
+    return jnp.where(x > 0, SELU_SCALE * x, (SELU_SCALE * SELU_ALPHA) * _expm1(x, order))
 
 
 @_in_float32
@@ -157,9 +294,7 @@ def gelu_tanh(x: jax.Array, *, order: int) -> jax.Array:
     Hendrycks and Gimpel, arXiv 1606.08415. Arguments as in `exp`. In the left tail the rounding of
     the sigmoid's argument, up to 2^-24 · 88, adds to the relative error.
     """
-    z = jnp.minimum(jnp.abs(x), 12.0)  # 0 from -10.2 on, and inf · 0 must not arise
-    a = z * (_SQRT_8_OVER_PI + (_SQRT_8_OVER_PI * 0.044715) * (z * z))
-    return _times_sigmoid(x, z, a, order)
+    return _gelu_tanh(x, order)
 
 
 @_in_float32
@@ -170,32 +305,141 @@ def gelu_erf(x: jax.Array, *, order: int) -> jax.Array:
     normal distribution, is a polynomial in 1 / (1 + p·z) (the form of Abramowitz and Stegun,
     7.1.26). It keeps the order's relative accuracy in the left tail. Arguments as in `exp`.
     """
-    z = jnp.minimum(jnp.abs(x), 14.0)  # 0 from -13.2 on
-    if order <= 3:
-        e = _exp(-0.5 * (z * z), order)
-    else:
-        # z² = h² + (z - h)·(z + h). The leading 12 bits of z have an exact square, so the second
-        # part holds all that rounding z·z would lose (up to 7e-6 of e^(-z²/2)).
-        bits = lax.bitcast_convert_type(z, jnp.uint32) & jnp.uint32(0xFFFFF000)
-        h = lax.bitcast_convert_type(bits, jnp.float32)
-        e = _exp(-0.5 * (h * h), order, low=-0.5 * ((z - h) * (z + h)))
-    u = 1 / (1 + _constants.GELU_P[order] * z)
-    tail = _polynomial(u, _constants.GELU_M[order])
-    return jnp.maximum(x, 0) - z * e * tail
+    return _gelu_erf(x, order)
+
+
+# Functions of two arrays. Gates: Dauphin et al., arXiv 1612.08083; Shazeer, arXiv 2002.05202.
 
 
 @_in_float32
-def softmax(x: jax.Array, *, order: int) -> jax.Array:
-    """e^(x - max x) divided by its sum, over the last axis.
+def logaddexp(x1: jax.Array, x2: jax.Array, *, order: int) -> jax.Array:
+    """log(e^x1 + e^x2) = max + log(1 + e^-|x1 - x2|), for two arrays of one shape and dtype."""
+    # Equal infinities have no difference, but a limit.
+    distance = jnp.where(x1 == x2, 0, jnp.abs(x1 - x2))
+    return jnp.maximum(x1, x2) + _log1p_of_exp(-distance, order)
+
+
+@_in_float32
+def glu(gate: jax.Array, value: jax.Array, *, order: int) -> jax.Array:
+    """sigmoid(gate) · value, for two arrays of one shape and dtype."""
+    return _sigmoid(gate, order) * value
+
+
+@_in_float32
+def swiglu(gate: jax.Array, value: jax.Array, *, order: int) -> jax.Array:
+    """silu(gate) · value, for two arrays of one shape and dtype."""
+    return _silu(gate, order) * value
+
+
+@_in_float32
+def geglu_tanh(gate: jax.Array, value: jax.Array, *, order: int) -> jax.Array:
+    """GELU in its tanh form of gate, times value, for two arrays of one shape and dtype."""
+    return _gelu_tanh(gate, order) * value
+
+
+@_in_float32
+def geglu_erf(gate: jax.Array, value: jax.Array, *, order: int) -> jax.Array:
+    """GELU of gate, times value, for two arrays of one shape and dtype."""
+    return _gelu_erf(gate, order) * value
+
+
+def _split(gated: Callable) -> Callable:
+    """Make gated(gate, value) a function of one array that holds both, split on the last axis."""
+
+    def split(x: jax.Array, *, order: int, gate_first: int) -> jax.Array:
+        first, second = jnp.split(x, 2, axis=-1)
+        gate, value = (first, second) if gate_first else (second, first)
+        return gated(gate, value, order=order)
+
+    split.__name__ = split.__qualname__ = f"{gated.__name__}_split"
+    split.__doc__ = f"`{gated.__name__}` of the halves of x's last axis; `gate_first` says which."
+    return split
+
+
+glu_split = _split(glu)
+swiglu_split = _split(swiglu)
+geglu_tanh_split = _split(geglu_tanh)
+geglu_erf_split = _split(geglu_erf)
+
+
+@_in_float32
+def bias_silu(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
+    """silu(x + bias) with bias on the last axis; the sum is not rounded to a 16-bit dtype."""
+    return _silu(x + bias, order)
+
+
+@_in_float32
+def bias_gelu_tanh(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
+    """GELU in its tanh form of x + bias, as `bias_silu`."""
+    return _gelu_tanh(x + bias, order)
+
+
+@_in_float32
+def bias_gelu_erf(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
+    """GELU of x + bias, as `bias_silu`."""
+    return _gelu_erf(x + bias, order)
+
+
+# Functions of rows. Where a row is `where` alone, the rest of it may be anything, NaN too.
+
+
+@_in_float32
+def softmax(x: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
+    """e^(x - max x) divided by its sum, over one axis.
 
     Args:
       x: array of rank 1 or more; float32, bfloat16 or float16.
       order: 1 to 5. Order 1 has its own constant here, since a common factor cancels.
+      axis: the axis over which the result sums to 1.
 
     Returns:
       An array of x's shape and dtype. Rows with NaN, with +inf, or of all -inf are NaN.
     """
     if 0 in x.shape:
         return x
-    e = _exp(x - jnp.max(x, axis=-1, keepdims=True), order, shift=_constants.SOFTMAX_SHIFT)
-    return e * (1 / jnp.sum(e, axis=-1, keepdims=True))
+    e = _exp(x - jnp.max(x, axis, keepdims=True), order, shift=_constants.SOFTMAX_SHIFT)
+    return e * (1 / jnp.sum(e, axis, keepdims=True))
+
+
+@_in_float32
+def softmax_where(x: jax.Array, where: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
+    """`softmax` over the elements where `where`, of a shape that broadcasts to x's, is True.
+
+    The others are 0, and so is a row without any.
+    """
+    if 0 in x.shape:
+        return x
+    largest = jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf)
+    e = jnp.where(where, _exp(x - largest, order, shift=_constants.SOFTMAX_SHIFT), 0)
+    return jnp.where(where, e * (1 / jnp.sum(e, axis, keepdims=True)), 0)
+
+
+@_in_float32
+def log_softmax(x: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
+    """x - max x - log Σ e^(x - max x), over one axis; arguments as in `softmax`."""
+    if 0 in x.shape:
+        return x
+    x = x - jnp.max(x, axis, keepdims=True)
+    return x - jnp.log(jnp.sum(_exp(x, order), axis, keepdims=True))
+
+
+@_in_float32
+def log_softmax_where(x: jax.Array, where: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
+    """`log_softmax` over the elements where `where` is True; the others are -inf."""
+    if 0 in x.shape:
+        return x
+    x = x - jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf)
+    total = jnp.sum(jnp.where(where, _exp(x, order), 0), axis, keepdims=True)
+    return jnp.where(where, x - jnp.log(total), -jnp.inf)
+
+
+@_in_float32
+def logsumexp(x: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
+    """max x + log Σ e^(x - max x), over one axis, which the result lacks.
+
+    Arguments as in `softmax`. A row of -inf, or without elements, gives -inf.
+    """
+    largest = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    total = jnp.sum(_exp(x - largest, order), axis)
+    return jnp.squeeze(largest, axis) + jnp.log(total)

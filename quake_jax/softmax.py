@@ -1,123 +1,103 @@
-"""Softmax with the signature of jax.nn.softmax: any axes, an optional mask, any real dtype.
+"""Softmax and its logarithm with the signatures of jax.nn: any axes, an optional mask, any dtype.
 
-The kernel reduces the last axis; this module brings other axes there and applies the mask.
+The kernels reduce one axis, and take a mask if it is the last one; this module brings other
+arguments into these forms.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from quake_jax import _compat, _primitives
+from quake_jax import _axes, _compat
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax.activations import KERNEL_DTYPES, refuse_complex
+from quake_jax._drop_in import KERNEL_DTYPES, differentiable, refuse_complex
+
+# Derivatives. In the exact function's, y is softmax(x): that of log_softmax calls softmax instead
+# of exp(y), whose rows would not sum to 1. The last selection of the masked ones stops NaN in
+# masked cotangents, the first in masked tangents.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _softmax_last_axis(x, order):
-    return _primitives.softmax(x, order)
+def _weighted_mean(y, t, axis):
+    return jnp.sum(y * t, axis, keepdims=True)
 
 
-@_softmax_last_axis.defjvp
-def _softmax_jvp(order, primals, tangents):
-    (x,), (t,) = primals, tangents
-    y = _softmax_last_axis(x, order)
+def _softmax_tangent(operands, tangents, y, *, order, axis):
     # Sums of 16-bit values are taken in float32, as everywhere in JAX.
-    y32, t32 = y.astype(jnp.float32), t.astype(jnp.float32)
-    mean = jnp.sum(y32 * t32, axis=-1, keepdims=True)
-    return y, (y32 * (t32 - mean)).astype(y.dtype)
+    y32, t = y.astype(jnp.float32), tangents[0].astype(jnp.float32)
+    return (y32 * (t - _weighted_mean(y32, t, axis))).astype(y.dtype)
 
 
-def _softmax_axes(x, axes, order):
-    """Softmax over a tuple of distinct axes, none of them negative."""
-    if axes == (x.ndim - 1,):
-        return _softmax_last_axis(x, order)
-    if not axes:  # every element is a row of its own
-        return _softmax_last_axis(x[..., None], order)[..., 0]
-    kept = tuple(d for d in range(x.ndim) if d not in axes)
-    permutation = kept + axes
-    rows = jnp.transpose(x, permutation)
-    spec = jax.typeof(rows).sharding.spec
-    split = len(axes) > 1 and any(entry is not None for entry in spec[len(kept) :])
-    if split:  # axes with explicit sharding cannot be merged: gather what is reduced
-        rows = jax.sharding.reshard(rows, PartitionSpec(*spec[: len(kept)], *(None for _ in axes)))
-    merged = rows.reshape(*rows.shape[: len(kept)], math.prod(rows.shape[len(kept) :]))
-    rows = _softmax_last_axis(merged, order).reshape(rows.shape)
-    if split:
-        rows = jax.sharding.reshard(rows, spec)
-    return jnp.transpose(rows, [permutation.index(d) for d in range(x.ndim)])
+def _log_softmax_tangent(operands, tangents, y, *, order, axis):
+    p = softmax_kernel(operands[0].astype(jnp.float32), order=order, axis=axis)
+    t = tangents[0].astype(jnp.float32)
+    return (t - _weighted_mean(p, t, axis)).astype(y.dtype)
 
 
-def _checked_axes(axis, ndim: int) -> tuple[int, ...]:
-    """Return `axis` as a tuple of integers within an array of `ndim` axes, sign kept."""
-    if axis is None:
-        return tuple(range(ndim))
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    allowed = f"from {-ndim} to {ndim - 1}" if ndim else "none, for a scalar (use axis=None)"
-    for a in axes:
-        if not -ndim <= a < ndim:
-            raise ValueError(
-                f"quake_jax.softmax: axis {axis} is out of bounds for x of {ndim} dimensions; "
-                f"allowed: {allowed}"
-            )
-    if len({a % ndim for a in axes}) < len(axes):
-        raise ValueError(
-            f"quake_jax.softmax: axis {axis} names the same axis of x twice; allowed: distinct "
-            f"axes {allowed}"
-        )
-    return axes
+def _softmax_where_tangent(operands, tangents, y, *, order, axis):
+    where = operands[1]
+    t = jnp.where(where, tangents[0], 0)
+    return jnp.where(where, _softmax_tangent(operands, [t], y, order=order, axis=axis), 0)
 
 
-def _check_where(where, x) -> None:
-    if not hasattr(where, "dtype"):
-        raise TypeError(
-            f"quake_jax.softmax: where must be None or a boolean array; got {type(where).__name__}"
-        )
-    if where.dtype != jnp.bool_:
-        raise ValueError(
-            "quake_jax.softmax: where must be None or a boolean array; "
-            f"got an array of dtype {where.dtype}"
-        )
-    try:
-        jnp.broadcast_shapes(where.shape, x.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"quake_jax.softmax: where of shape {where.shape} does not broadcast with x of shape "
-            f"{x.shape}; each pair of trailing dimensions must be equal or contain a 1"
-        ) from error
+def _log_softmax_where_tangent(operands, tangents, y, *, order, axis):
+    x, where = operands
+    p = _softmax_where(x.astype(jnp.float32), where, order=order, axis=axis)
+    t = jnp.where(where, tangents[0].astype(jnp.float32), 0)
+    return jnp.where(where, t - _weighted_mean(p, t, axis), 0).astype(y.dtype)
 
 
-def quake_softmax(x, where, axis, order):
-    is_bool = getattr(x, "dtype", None) == jnp.bool_
-    (x,) = _compat.promote_args_inexact("softmax", x)
-    axes = _checked_axes(axis, x.ndim)
-    if is_bool:
-        raise TypeError("quake_jax.softmax: x must be real; got an array of dtype bool")
-    refuse_complex(x, "softmax")
-    if where is not None:
-        _check_where(where, x)
-    if order == EXACT or x.dtype not in KERNEL_DTYPES:
-        return jax.nn.softmax(x, axis, where)
-    x = x.astype(x.dtype)  # drops a weak type, as jax.nn.softmax does
-    if where is None:
-        return _softmax_axes(x, tuple(a % x.ndim for a in axes), order)
-    # Both selections stop NaN: the first in masked values, the second in rows without any value,
-    # where the kernel gives NaN; in derivatives they do the same to tangents and cotangents.
-    x = jnp.where(where, x, -jnp.inf)
-    if axis is None:
-        axes = tuple(range(x.ndim))  # where may have given x more axes
-    y = _softmax_axes(x, tuple(a % x.ndim for a in axes), order)
-    return jnp.where(where, y, 0)
+softmax_kernel = differentiable("softmax", _softmax_tangent)
+_log_softmax = differentiable("log_softmax", _log_softmax_tangent)
+_softmax_where = differentiable("softmax_where", _softmax_where_tangent)
+_log_softmax_where = differentiable("log_softmax_where", _log_softmax_where_tangent)
 
 
-_softmax_call = jax.jit(quake_softmax, static_argnums=(2, 3), inline=_compat.INLINE)
+def _normalization(
+    name: str, exact: Callable, kernel: Callable, masked_kernel: Callable, masked: float
+) -> Callable:
+    """Make f(x, where, axis, order) from the kernels; masked elements give the value `masked`."""
+
+    def call(x, where, axis, order):
+        is_bool = getattr(x, "dtype", None) == jnp.bool_
+        x = _axes.promoted(x, name)
+        _axes.check_axes(axis, x.ndim, name)
+        if is_bool:
+            raise TypeError(f"quake_jax.{name}: x must be real; got an array of dtype bool")
+        refuse_complex(x, name)
+        if where is not None:
+            _axes.check_where(where, x, name)
+        if order == EXACT or x.dtype not in KERNEL_DTYPES:
+            return exact(x, axis, where)
+        if where is None:
+
+            def apply(x, axis):
+                return kernel(x, order=order, axis=axis)
+
+            return _axes.over_axes(apply, x, _axes.positive_axes(axis, x.ndim))
+        # where may give x more axes, or larger ones.
+        x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, where.shape))
+        axes = _axes.positive_axes(axis, x.ndim)
+        if axes == (x.ndim - 1,):
+            where = where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
+            where = jnp.broadcast_to(where, (*where.shape[:-1], x.shape[-1]))
+            return masked_kernel(x, where, order=order, axis=x.ndim - 1)
+        # Both selections stop NaN: the first in masked values, the second in rows without any
+        # value, where the kernel gives NaN; in derivatives they do the same to tangents.
+        y = call(jnp.where(where, x, -jnp.inf), None, axes, order)
+        return jnp.where(where, y, masked)
+
+    call.__name__ = call.__qualname__ = f"quake_{name}"
+    return jax.jit(call, static_argnums=(2, 3), inline=_compat.INLINE)
+
+
+_softmax_call = _normalization("softmax", jax.nn.softmax, softmax_kernel, _softmax_where, 0.0)
+_log_softmax_call = _normalization(
+    "log_softmax", jax.nn.log_softmax, _log_softmax, _log_softmax_where, -jnp.inf
+)
 
 
 def softmax(
@@ -132,8 +112,8 @@ def softmax(
     Args:
       x: real array of any shape. float32, bfloat16 and float16 use the kernel; integers are
         promoted as by `jax.nn.softmax`; other floating-point dtypes get the exact function.
-      axis: the axis or axes over which the result sums to 1; None means all. The kernel works on
-        the last axis; others are moved there.
+      axis: the axis or axes over which the result sums to 1; None means all. One axis, whichever,
+        needs no copy.
       where: boolean array that broadcasts with x, or None. Elements where it is False are left
         out of the sum, whatever they are, and their result is 0.
       order: accuracy. 1 to 5 is the degree of the polynomial in the exponential (see `exp`);
@@ -152,18 +132,38 @@ def softmax(
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.softmax(jnp.array([[1.0, 2.0, 3.0]]), order=3)
     """
-    if axis is not None:
-        axis = _static_axis(axis)
+    axis = _axes.static_axis(axis, "softmax")
     return _softmax_call(x, where, axis, resolved_order(order, "softmax"))
 
 
-def _static_axis(axis):
-    try:
-        if isinstance(axis, (tuple, list)):
-            return tuple(operator.index(a) for a in axis)
-        return operator.index(axis)
-    except TypeError:
-        raise TypeError(
-            "quake_jax.softmax: axis must be an integer, a sequence of integers or None; "
-            f"got {axis!r}"
-        ) from None
+def log_softmax(
+    x: ArrayLike,
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    order: Order | None = None,
+) -> jax.Array:
+    """log(softmax(x)) over one or more axes: `jax.nn.log_softmax` with QuAKE (arXiv 2412.00408).
+
+    Args:
+      x: real array of any shape, as in `softmax`.
+      axis: the axis or axes over which the exponential of the result sums to 1; None means all.
+      where: boolean array that broadcasts with x, or None. Elements where it is False are left
+        out of the sum, whatever they are, and their result is -inf.
+      order: accuracy, as in `softmax`. The absolute error is the relative error of `exp`.
+
+    Returns:
+      An array of the broadcast shape of x and where, and x's (promoted) dtype. A row that
+      contains NaN or +inf is NaN, and so is one of all -inf; a row with `where` all False is -inf.
+
+    Raises:
+      TypeError: if x is complex, boolean or no array; if axis is not made of integers.
+      ValueError: if axis is out of bounds or duplicate; if where is not boolean or does not
+        broadcast; if order is not allowed.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> y = quake_jax.log_softmax(jnp.array([[1.0, 2.0, 3.0]]))
+    """
+    axis = _axes.static_axis(axis, "log_softmax")
+    return _log_softmax_call(x, where, axis, resolved_order(order, "log_softmax"))

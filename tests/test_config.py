@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import inputs, parametrize_functions, run_python
+from conftest import inputs, orders_in, parametrize_functions, run_python
 
 import quake_jax
 from quake_jax import _config
@@ -20,8 +20,7 @@ def _default_restored():
 
 def orders_used(f, *arguments) -> set[int]:
     """The orders bound in the program of f."""
-    text = str(jax.make_jaxpr(f)(*arguments))
-    return {int(part.split("]")[0]) for part in text.split("[order=")[1:]}
+    return set(orders_in(jax.make_jaxpr(f)(*arguments)))
 
 
 X = np.linspace(-2, 2, 5, dtype=np.float32)
@@ -29,31 +28,31 @@ X = np.linspace(-2, 2, 5, dtype=np.float32)
 
 @parametrize_functions()
 def test_the_default_is_the_functions_own(function):
-    name = function.name.split("_")[0]
-    assert orders_used(function.quake, X) == {_config.DEFAULT_ORDERS[name]}
-    assert _config.DEFAULT_ORDERS[name] >= 3
+    assert orders_used(function.quake, *function.inputs((3,))) == {function.default_order}
+    assert function.default_order >= 3
 
 
 @parametrize_functions()
 def test_context_and_global_default(function):
+    x, own = function.inputs((3,)), function.default_order
     with quake_jax.default_order(1):
-        assert orders_used(function.quake, X) == {1}
+        assert orders_used(function.quake, *x) == {1}
         with quake_jax.default_order(5):
-            assert orders_used(function.quake, X) == {5}
+            assert orders_used(function.quake, *x) == {5}
             with quake_jax.default_order(None):
-                assert orders_used(function.quake, X) == {3}
-        assert orders_used(function.quake, X) == {1}
-        assert orders_used(lambda x: function.quake(x, order=2), X) == {2}
+                assert orders_used(function.quake, *x) == {own}
+        assert orders_used(function.quake, *x) == {1}
+        assert orders_used(lambda *a: function.quake(*a, order=2), *x) == {2}
         with quake_jax.default_order("exact"):
-            assert orders_used(function.quake, X) == set()
+            assert orders_used(function.quake, *x) == set()
     quake_jax.set_default_order(4)
-    assert orders_used(function.quake, X) == {4}
+    assert orders_used(function.quake, *x) == {4}
     with quake_jax.default_order(2):
-        assert orders_used(function.quake, X) == {2}
+        assert orders_used(function.quake, *x) == {2}
     quake_jax.set_default_order("exact")
-    assert orders_used(function.quake, X) == set()
+    assert orders_used(function.quake, *x) == set()
     quake_jax.set_default_order(None)
-    assert orders_used(function.quake, X) == {3}
+    assert orders_used(function.quake, *x) == {own}
 
 
 def test_the_default_takes_part_in_the_jit_cache():
@@ -142,10 +141,15 @@ def test_disabled_by_environment(tmp_path):
     code = """
 import jax, jax.numpy as jnp, quake_jax
 def show(name, f):
-    text = jax.jit(f).lower(jnp.ones((2, 3))).compile().as_text()
+    text = jax.jit(f).lower(jnp.ones((2, 4))).compile().as_text()
     print(name, 'custom_call_target="quake_jax' in text)
-for name in ("exp", "sigmoid", "silu", "swish", "tanh", "gelu", "softmax"):
-    show(name, getattr(quake_jax, name))
+for name in dir(quake_jax):
+    f = getattr(quake_jax, name)
+    if "order" in getattr(f, "__annotations__", ()) and "default" not in name:
+        try:
+            show(name, f)
+        except TypeError:  # a second operand is missing
+            show(name, lambda x: f(x, x[0]))
 show("gelu erf", lambda x: quake_jax.gelu(x, False))
 with quake_jax.default_order(1):
     show("context", quake_jax.exp)
@@ -157,6 +161,6 @@ except ValueError:
 """
     on = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1").stdout
     off = run_python(code, tmp_path, QUAKE_JAX_DISABLE="0").stdout
-    assert on.count("False") == 10 and "True" not in on
+    assert on.count("False") == 27 and "True" not in on
     assert off == on.replace("False", "True")
     assert on.endswith("a wrong order is still an error\n")

@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import FUNCTIONS, inputs, run_python
+from conftest import FAMILIES, inputs, run_python
 
 import quake_jax
 
@@ -17,17 +17,17 @@ SHAPES = [(5,), (64, 100), (301, 1003)]
 
 def test_many_concurrent_calls_give_equal_results_and_do_not_deadlock():
     calls = []
-    for function in FUNCTIONS:
+    for function in FAMILIES:
         for shape in SHAPES:
-            f, x = jax.jit(function.quake), inputs(shape)
-            calls.append((f, x, np.asarray(f(x))))
+            f, x = jax.jit(function.quake), function.inputs(shape)
+            calls.append((f, x, np.asarray(f(*x))))
     threads, rounds = 16, 4
     start = threading.Barrier(threads)
 
     def work(seed):
         start.wait()
         order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(calls)), rounds))
-        return all(np.array_equal(calls[i][0](calls[i][1]), calls[i][2]) for i in order)
+        return all(np.array_equal(calls[i][0](*calls[i][1]), calls[i][2]) for i in order)
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         results = [pool.submit(work, seed) for seed in range(threads)]
@@ -47,11 +47,11 @@ def test_kernels_that_run_beside_each_other_in_one_program():
             np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.name)
+@pytest.mark.parametrize("function", FAMILIES, ids=lambda f: f.name)
 def test_dispatch_without_waiting(function):
-    f, x = jax.jit(function.quake), inputs((200, 999))
-    expected = np.asarray(f(x))
-    results = [f(x) for _ in range(20)]
+    f, x = jax.jit(function.quake), function.inputs((200, 998))
+    expected = np.asarray(f(*x))
+    results = [f(*x) for _ in range(20)]
     assert all(np.array_equal(y, expected) for y in results)
 
 
@@ -62,8 +62,14 @@ if cpu := os.environ.get("TEST_CPU"):
     os.sched_setaffinity(0, {int(cpu)})
 import jax, numpy as np, quake_jax
 digest = hashlib.sha256()
-functions = [getattr(quake_jax, n) for n in ("exp", "sigmoid", "silu", "tanh", "gelu", "softmax")]
+names = "exp expm1 sigmoid softplus silu mish elu tanh gelu softmax log_softmax logsumexp"
+functions = [getattr(quake_jax, name) for name in names.split()]
 functions.append(lambda x: quake_jax.gelu(x, False))
+functions.append(lambda x: quake_jax.softmax(x, 0))
+functions.append(lambda x: quake_jax.logsumexp(x, 0))
+functions.append(lambda x: quake_jax.softmax(x, where=x[:1] > 0))
+functions.append(lambda x: quake_jax.bias_silu(x, x[0]))
+functions.append(lambda x: quake_jax.glu(x, 0) if len(x) % 2 == 0 else quake_jax.swiglu(x, x))
 functions.append(lambda x: quake_jax.softmax(x, order=1))
 for shape in ((301, 1003), (3, 200_001), (70_001, 7), (1, 1)):
     for dtype in ("float32", "bfloat16"):
