@@ -5,6 +5,7 @@
 //   kLanes                          floats in a vector
 //   vf, vi, vh                      kLanes floats; kLanes int32 (GCC vector types: + - * & | << work);
 //                                   kLanes 16-bit words
+//   kRegisters                      vector registers
 //   kHasScalef                      scalef() and fraction() are single instructions
 //   kReciprocalBits                 accuracy of reciprocal_estimate(d); 24 is a true division
 //   load(const float*), store, load_partial(p, n), store_partial(p, v, n)       0 < n < kLanes
@@ -23,7 +24,7 @@
 //   keep_first(v, n, fill)          the first n lanes of v, and fill in the others
 //   reduce_add(v), reduce_max(v)    over the lanes
 
-QUAKE_INLINE vf set1(float value) { return vf{} + value; }
+QUAKE_INLINE vf set1(float value) { return value - vf{}; }
 
 QUAKE_INLINE vi as_int(vf v) { return (vi)v; }
 QUAKE_INLINE vf as_float(vi v) { return (vf)v; }

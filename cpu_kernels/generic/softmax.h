@@ -141,6 +141,84 @@ QUAKE_INLINE void exp_and_scale_row(const T* x, T* y, std::size_t columns, vf ma
       });
 }
 
+// Rows of at most kShort vectors: the exponentials stay in registers. The maximum is taken one row ahead, because
+// instructions that wait for it would fill the processor's queues. V is the number of vectors of a row, the
+// last of which may be partial.
+template <class T>
+constexpr int kShort = kRegisters / 2 - 2;
+// Taking the maximum apart means converting twice, which costs bfloat16 more than it gains (measured).
+template <>
+constexpr int kShort<bfloat16> = 2;
+
+template <int V, class T>
+QUAKE_INLINE void load_short(const T* x, vf (&v)[V], std::size_t last) {
+  constexpr int kPaired = (V - 1) / 2 * 2;
+#pragma GCC unroll 16
+  for (int i = 0; i < kPaired; i += 2) {
+    const Pair p = load_pair(x + i * kLanes);
+    v[i] = p.first;
+    v[i + 1] = p.second;
+  }
+  if constexpr (V - 1 > kPaired) v[V - 2] = load(x + (V - 2) * kLanes);
+  v[V - 1] = keep_up_to(load_up_to(x + (V - 1) * kLanes, last), last, -kInfinity);
+}
+
+template <int V, class T>
+QUAKE_INLINE vf short_maximum(const T* x, std::size_t last) {
+  vf v[V];
+  load_short(x, v, last);
+#pragma GCC unroll 16
+  for (int step = 1; step < V; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i + step < V; i += 2 * step) v[i] = max_skip_nan(v[i], v[i + step]);
+  }
+  return set1(reduce_max(v[0]));
+}
+
+template <int V, int Order, class T>
+QUAKE_INLINE void short_row(const T* x, T* y, std::size_t last, vf maximum, bool streamed) {
+  constexpr int kPaired = (V - 1) / 2 * 2;
+  vf v[V], s[4] = {};
+  load_short(x, v, last);
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) {
+    v[i] = softmax_exp<Order>(v[i], maximum);
+    s[i % 4] += v[i];
+  }
+  const vf factor = set1(1.0f / reduce_add((s[0] + s[1]) + (s[2] + s[3])));
+#pragma GCC unroll 16
+  for (int i = 0; i < kPaired; i += 2) {
+    store_pair(y + i * kLanes, {v[i] * factor, v[i + 1] * factor}, streamed);
+  }
+  if constexpr (V - 1 > kPaired) store(y + (V - 2) * kLanes, v[V - 2] * factor);
+  store_up_to(y + (V - 1) * kLanes, v[V - 1] * factor, last);
+}
+
+template <int V, int Order, class T>
+[[gnu::noinline]] void short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
+                                  bool streamed) {
+  const std::size_t last = columns - (V - 1) * kLanes;
+  vf maximum = short_maximum<V>(x, last);
+  for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
+    const vf next = short_maximum<V>(row + 1 < rows ? x + columns : x, last);
+    short_row<V, Order>(x, y, last, maximum, streamed);
+    maximum = next;
+  }
+}
+
+// Calls short_rows() for the number of vectors that the columns need, which is at least V.
+template <int V, int Order, class T>
+QUAKE_INLINE void dispatch_short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
+                                      bool streamed) {
+  if constexpr (V <= kShort<T>) {
+    if (columns <= V * kLanes) {
+      short_rows<V, Order>(x, y, rows, columns, streamed);
+    } else {
+      dispatch_short_rows<V + 1, Order>(x, y, rows, columns, streamed);
+    }
+  }
+}
+
 // Each step is done for a batch of rows before the next step begins: the reductions at the end of a step are
 // long chains of dependent instructions, and those of different rows overlap.
 template <class T, int Order>
@@ -148,6 +226,11 @@ void softmax(const void* in, void* out, std::size_t rows, std::size_t columns, S
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
   const bool streamed = streamable(y, columns, stores);
+  if (columns <= kShort<T> * kLanes) {
+    dispatch_short_rows<1, Order>(x, y, rows, columns, streamed);
+    if (streamed) stream_fence();
+    return;
+  }
   if (columns > kTile) {
     for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
       const vf maximum = row_maximum(x, columns);

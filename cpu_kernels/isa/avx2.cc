@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 11;
 typedef float vf __attribute__((vector_size(32)));

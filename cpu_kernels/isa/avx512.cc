@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 constexpr bool kHasScalef = true;
 constexpr int kReciprocalBits = 14;
 typedef float vf __attribute__((vector_size(64)));

@@ -9,6 +9,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 24;
 typedef float vf __attribute__((vector_size(16)));

@@ -8,6 +8,7 @@ namespace quake {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
 constexpr bool kHasScalef = false;
 constexpr int kReciprocalBits = 8;
 typedef float vf __attribute__((vector_size(16)));
