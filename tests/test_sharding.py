@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_masks(function, mask_shape, mask_spec, mesh):
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_glu_over_any_axis(axis, mesh):
-    x = inputs(SHAPE)
+    x = inputs((16, 8, 6))  # half of the last axis cannot be split over two devices
     for spec in (P("a", "b"), P("a", None, "b"), P(None, "a", None)):
         split = place(x, mesh, spec)
         f = jax.jit(lambda a: quake_jax.glu(a, axis))
@@ -310,6 +311,21 @@ def test_shard_map_over_some_axes_of_a_mesh():
     split = place(x, mesh, P("b", "a"))
     actual = jax.jit(mapped)(split, bias, mask)
     np.testing.assert_allclose(actual, f(x, bias, mask), rtol=2.0**-18, atol=2.0**-20)
+
+
+def test_a_program_exported_for_one_device_runs_on_many():
+    # It holds the kernels' forms for whole arrays, which XLA must not split.
+    def f(x, bias, mask):
+        y = quake_jax.bias_gelu(x, bias)
+        return quake_jax.softmax(y, where=mask) + quake_jax.softmax(y, 0) + quake_jax.silu(x)
+
+    x, bias, mask = inputs((16, 16)), inputs((16,), seed=1), np.arange(16)[None] % 3 > 0
+    checks = quake_jax.disabled_export_checks()
+    exported = jax.export.export(jax.jit(f), disabled_checks=checks)(x, bias, mask)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    split = [place(a, mesh, spec) for a, spec in ((x, P("a")), (bias, P()), (mask, P()))]
+    y = jax.jit(exported.call)(*split)
+    np.testing.assert_allclose(y, f(x, bias, mask), rtol=2.0**-18, atol=2.0**-20)
 
 
 def test_unreduced_values_are_refused():
