@@ -68,8 +68,7 @@ void fill_block(Block& block, Elementwise function, const Storage& storage, cons
     const double size = std::fabs(y);
     block.wanted[i] = y;
     block.inverse[i] = 1 / std::max(size, kTiny);
-    block.per_ulp[i] = inverse_ulp(std::clamp(size, storage.smallest_normal, storage.largest),
-                                   storage.digits);
+    block.per_ulp[i] = inverse_ulp(std::clamp(size, storage.smallest_normal, storage.largest), storage.digits);
   }
   const std::size_t padded = 1 + (count + kWidth - 1) / kWidth * kWidth;
   for (std::size_t i = block.size; i < padded; ++i) {
@@ -248,7 +247,8 @@ std::vector<KernelAccuracy> measure_accuracy(Elementwise function, DType dtype, 
     for (const KernelTable* table : tables) {
       for (const int order : orders) {
         run_kernel(block, storage,
-                   table->elementwise[static_cast<int>(function)][static_cast<int>(dtype)][order - 1], words, y);
+                   table->elementwise[static_cast<int>(function)][static_cast<int>(dtype)][order - 1], words,
+                   y);
         Comparison found;
         compare(block, y.data(), rules, found);
         KernelAccuracy& result = results[k++];

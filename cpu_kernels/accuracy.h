@@ -33,14 +33,14 @@ struct Extreme {
 struct KernelAccuracy {
   const char* isa;
   int order;
-  Extreme relative;       // error / |wanted|
-  Extreme absolute;       // |got - wanted|
-  Extreme ulp;            // error in units of the last place of `wanted` in the dtype
-  Extreme fall;           // fall of an increasing function between neighbours, relative to |wanted| or the
-                          // smallest normal number; `input` is the neighbour with the smaller result
-  std::uint64_t falls = 0;         // neighbours of an increasing function whose results fall
-  std::uint64_t nan_made = 0;      // NaN from an input that is not NaN
-  std::uint64_t nan_lost = 0;      // a number from NaN
+  Extreme relative;            // error / |wanted|
+  Extreme absolute;            // |got - wanted|
+  Extreme ulp;                 // error in units of the last place of `wanted` in the dtype
+  Extreme fall;                // fall of an increasing function between neighbours, relative to |wanted| or the
+                               // smallest normal number; `input` is the neighbour with the smaller result
+  std::uint64_t falls = 0;     // neighbours of an increasing function whose results fall
+  std::uint64_t nan_made = 0;  // NaN from an input that is not NaN
+  std::uint64_t nan_lost = 0;  // a number from NaN
   std::uint64_t out_of_range = 0;  // results outside the function's range
   std::uint64_t denormal = 0;      // float32 and bfloat16 results that should have been flushed to 0
 };

@@ -19,7 +19,8 @@ namespace nb = nanobind;
 namespace quake {
 namespace {
 
-// `python -m quake_jax.accuracy` checks its arguments, so a name that is not found here is a mistake in quake_jax.
+// `python -m quake_jax.accuracy` checks its arguments, so a name that is not found here is a mistake in
+// quake_jax.
 
 constexpr const char* kFunctionNames[] = {
 #define QUAKE_NAME(name, Functor) #name,
@@ -62,8 +63,9 @@ nb::dict as_dict(const Extreme& extreme) {
 }
 
 // See accuracy.h; runs without the GIL.
-nb::list measure(const std::string& function, const std::string& dtype, std::uint64_t first, std::uint64_t count,
-                 std::uint64_t stride, const std::vector<std::string>& isas, const std::vector<int>& orders) {
+nb::list measure(const std::string& function, const std::string& dtype, std::uint64_t first,
+                 std::uint64_t count, std::uint64_t stride, const std::vector<std::string>& isas,
+                 const std::vector<int>& orders) {
   std::vector<const KernelTable*> tables;
   for (const std::string& isa : isas) tables.push_back(find_table(isa));
   for (const int order : orders) check_order(order);
@@ -97,7 +99,8 @@ nb::list measure(const std::string& function, const std::string& dtype, std::uin
 std::vector<double> evaluate_all(const std::string& function, const std::string& dtype, const std::string& isa,
                                  int order, const std::vector<std::uint32_t>& inputs) {
   check_order(order);
-  return evaluate(find_function(function), find_dtype(dtype), isa.empty() ? nullptr : find_table(isa), order, inputs);
+  return evaluate(find_function(function), find_dtype(dtype), isa.empty() ? nullptr : find_table(isa), order,
+                  inputs);
 }
 
 }  // namespace

@@ -25,8 +25,7 @@ std::vector<const KernelTable*> supported_tables() {
 #endif
 // The compiler's builtin asks cpuid and whether the operating system saves the wide registers.
 #if defined(QUAKE_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     tables.push_back(&kAvx2Table);
   }
 #endif

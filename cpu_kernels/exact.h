@@ -40,22 +40,23 @@ inline constexpr ExactFunction softplus = {
 inline constexpr ExactFunction tanh = {[](double x) { return std::tanh(x); }, true, -1, 1};
 inline constexpr ExactFunction elu = {[](double x) { return x > 0 ? x : std::expm1(x); }, true, -1};
 // The kernel multiplies by 1.76 what may have been flushed before.
-inline constexpr ExactFunction selu = {
-    [](double x) {
-      const double scale = 1.0507009873554804934, alpha = 1.6732632423543772848;
-      return scale * (x > 0 ? x : alpha * std::expm1(x));
-    },
-    true, -kInfinity, kInfinity, 0x1p-125};
+inline constexpr ExactFunction selu = {[](double x) {
+                                         const double scale = 1.0507009873554804934,
+                                                      alpha = 1.6732632423543772848;
+                                         return scale * (x > 0 ? x : alpha * std::expm1(x));
+                                       },
+                                       true, -kInfinity, kInfinity, 0x1p-125};
 inline constexpr ExactFunction silu = {[](double x) { return gated(x, x); }, false};
 inline constexpr ExactFunction quick_gelu = {[](double x) { return gated(x, 1.702 * x); }, false};
-inline constexpr ExactFunction gelu_tanh = {
-    [](double x) {
-      const double two_sqrt_2_over_pi = 1.5957691216057307118;
-      return gated(x, two_sqrt_2_over_pi * x * (1 + 0.044715 * x * x));
-    },
-    false};
+inline constexpr ExactFunction gelu_tanh = {[](double x) {
+                                              const double two_sqrt_2_over_pi = 1.5957691216057307118;
+                                              return gated(x, two_sqrt_2_over_pi * x * (1 + 0.044715 * x * x));
+                                            },
+                                            false};
 inline constexpr ExactFunction gelu_erf = {
-    [](double x) { return std::isinf(x) ? std::fmax(x, 0.0) : 0.5 * x * std::erfc(x * -0.70710678118654752440); },
+    [](double x) {
+      return std::isinf(x) ? std::fmax(x, 0.0) : 0.5 * x * std::erfc(x * -0.70710678118654752440);
+    },
     false};
 // x tanh(softplus(x)) in terms of w = e^-|x|.
 inline constexpr ExactFunction mish = {

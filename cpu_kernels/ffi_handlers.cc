@@ -76,8 +76,8 @@ ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyB
   }
   for (const ffi::AnyBuffer* other : others) {
     if (other->element_type() != x.element_type()) {
-      return ffi::Unexpected(invalid(target, "buffers " + describe(x) + " and " + describe(*other) +
-                                                 ", expected the same type"));
+      return ffi::Unexpected(
+          invalid(target, "buffers " + describe(x) + " and " + describe(*other) + ", expected the same type"));
     }
   }
   switch (x.element_type()) {
@@ -103,8 +103,8 @@ char* bytes(ffi::Result<ffi::AnyBuffer>& buffer) { return static_cast<char*>(buf
 
 // ---- Element-wise ----
 
-ffi::Error run_elementwise(const char* target, Elementwise function, ffi::ThreadPool pool,
-                           std::int32_t order, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error run_elementwise(const char* target, Elementwise function, ffi::ThreadPool pool, std::int32_t order,
+                           ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
   const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
   if (call.has_error()) return call.error();
   if (!same_dimensions(x, *y)) return mismatch(target, x, *y, "the same shape");
@@ -123,21 +123,19 @@ ffi::Error run_elementwise(const char* target, Elementwise function, ffi::Thread
 
 // ---- Two operands ----
 
-// Runs a binary kernel over rows of `columns` elements, the operands' rows being a_stride and b_stride apart. A single
-// row is cut into chunks of its own.
+// Runs a binary kernel over rows of `columns` elements, the operands' rows being a_stride and b_stride apart.
+// A single row is cut into chunks of its own.
 void run_binary_rows(Binary function, const Call& call, ffi::ThreadPool pool, const char* a,
                      std::size_t a_stride, const char* b, std::size_t b_stride, char* y, std::size_t rows,
                      std::size_t columns) {
   if (rows == 0 || columns == 0) return;
-  const BinaryFn kernel =
-      active_table().binary[static_cast<int>(function)][call.dtype][call.order_index];
+  const BinaryFn kernel = active_table().binary[static_cast<int>(function)][call.dtype][call.order_index];
   const std::size_t size = call.element_size;
   const Stores stores = stores_for(rows * columns * size);
   if (rows == 1) {
     parallel_for(pool, ceil_div(columns, kChunkElements), [=](std::size_t chunk) {
       const std::size_t begin = chunk * kChunkElements, offset = begin * size;
-      kernel(a + offset, 0, b + offset, 0, y + offset, 1, std::min(kChunkElements, columns - begin),
-             stores);
+      kernel(a + offset, 0, b + offset, 0, y + offset, 1, std::min(kChunkElements, columns - begin), stores);
     });
     return;
   }
@@ -174,8 +172,8 @@ ffi::Error run_split(const char* target, Binary function, ffi::ThreadPool pool, 
   const std::size_t rows = columns == 0 ? 0 : y->element_count() / columns;
   const char* first = bytes(x);
   const char* second = first + columns * call->element_size;
-  run_binary_rows(function, *call, pool, gate_first ? first : second, 2 * columns,
-                  gate_first ? second : first, 2 * columns, bytes(y), rows, columns);
+  run_binary_rows(function, *call, pool, gate_first ? first : second, 2 * columns, gate_first ? second : first,
+                  2 * columns, bytes(y), rows, columns);
   return ffi::Error::Success();
 }
 
@@ -210,13 +208,13 @@ AxisView view(const ffi::AnyBuffer& x, std::int32_t axis) {
   return v;
 }
 
-ffi::Error check_axis(const char* target, std::int32_t axis, const ffi::AnyBuffer& x,
-                      const ffi::AnyBuffer& y, bool removed) {
+ffi::Error check_axis(const char* target, std::int32_t axis, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y,
+                      bool removed) {
   const auto from = x.dimensions(), to = y.dimensions();
   const auto rank = static_cast<std::int32_t>(from.size());
   if (axis < 0 || axis >= rank) {
-    return invalid(target, "axis is " + std::to_string(axis) + " for " + describe(x) +
-                               ", expected 0 to " + std::to_string(rank - 1));
+    return invalid(target, "axis is " + std::to_string(axis) + " for " + describe(x) + ", expected 0 to " +
+                               std::to_string(rank - 1));
   }
   std::vector<std::int64_t> expected(from.begin(), from.end());
   if (removed) expected.erase(expected.begin() + axis);
@@ -226,9 +224,8 @@ ffi::Error check_axis(const char* target, std::int32_t axis, const ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
-ffi::Error run_reduction(const char* target, Reduction reduction, ffi::ThreadPool pool,
-                         std::int32_t order, std::int32_t axis, ffi::AnyBuffer x,
-                         ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error run_reduction(const char* target, Reduction reduction, ffi::ThreadPool pool, std::int32_t order,
+                         std::int32_t axis, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
   const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
   if (call.has_error()) return call.error();
   const bool removed = reduction == Reduction::kLogSumExp;
@@ -255,8 +252,7 @@ ffi::Error run_reduction(const char* target, Reduction reduction, ffi::ThreadPoo
   }
   // Whole cache lines of columns, so that no two threads write to one.
   constexpr std::size_t kColumnStep = 64;
-  const ColumnsFn kernel =
-      active_table().columns[static_cast<int>(reduction)][call->dtype][call->order_index];
+  const ColumnsFn kernel = active_table().columns[static_cast<int>(reduction)][call->dtype][call->order_index];
   const std::size_t chunk_columns =
       std::max<std::size_t>(1, kChunkElements / v.length / kColumnStep) * kColumnStep;
   const std::size_t blocks = ceil_div(v.inner, chunk_columns);
@@ -291,14 +287,13 @@ std::vector<std::size_t> mask_offsets(const ffi::AnyBuffer& x, const ffi::AnyBuf
 }
 
 ffi::Error run_masked(const char* target, Reduction reduction, ffi::ThreadPool pool, std::int32_t order,
-                      std::int32_t axis, ffi::AnyBuffer x, ffi::AnyBuffer mask,
-                      ffi::Result<ffi::AnyBuffer> y) {
+                      std::int32_t axis, ffi::AnyBuffer x, ffi::AnyBuffer mask, ffi::Result<ffi::AnyBuffer> y) {
   const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
   if (call.has_error()) return call.error();
   if (ffi::Error error = check_axis(target, axis, x, *y, false); error.failure()) return error;
   const auto dims = x.dimensions(), mask_dims = mask.dimensions();
-  bool fits = mask.element_type() == ffi::PRED && mask_dims.size() == dims.size() &&
-              mask_dims.back() == dims.back();
+  bool fits =
+      mask.element_type() == ffi::PRED && mask_dims.size() == dims.size() && mask_dims.back() == dims.back();
   for (std::size_t i = 0; fits && i < dims.size(); ++i) {
     fits = mask_dims[i] == dims[i] || mask_dims[i] == 1;
   }
@@ -332,22 +327,21 @@ constexpr const char* kBinaryNames[] = {QUAKE_BINARY_KERNELS(QUAKE_NAME)};
 #define QUAKE_SPLIT_NAME(name, Functor) "quake_jax_" #name "_split",
 constexpr const char* kSplitNames[] = {QUAKE_GATED_KERNELS(QUAKE_SPLIT_NAME)};
 constexpr int kFirstGated = static_cast<int>(Binary::kGlu);
-constexpr const char* kReductionNames[] = {"quake_jax_softmax", "quake_jax_log_softmax",
-                                           "quake_jax_logsumexp"};
+constexpr const char* kReductionNames[] = {"quake_jax_softmax", "quake_jax_log_softmax", "quake_jax_logsumexp"};
 constexpr const char* kMaskedNames[] = {"quake_jax_softmax_where", "quake_jax_log_softmax_where"};
 
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<std::int32_t>("order"); }
 
 template <Elementwise function>
 XLA_FFI_Error* elementwise_handler(XLA_FFI_CallFrame* frame) {
-  static auto* handler = bind()
-                             .Arg<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .To([](auto... arguments) {
-                               return run_elementwise(kElementwiseNames[static_cast<int>(function)],
-                                                      function, arguments...);
-                             })
-                             .release();
+  static auto* handler =
+      bind()
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return run_elementwise(kElementwiseNames[static_cast<int>(function)], function, arguments...);
+          })
+          .release();
   return handler->Call(frame);
 }
 
@@ -359,8 +353,7 @@ XLA_FFI_Error* binary_handler(XLA_FFI_CallFrame* frame) {
                              .Arg<ffi::AnyBuffer>()
                              .Ret<ffi::AnyBuffer>()
                              .To([](auto... arguments) {
-                               return run(kBinaryNames[static_cast<int>(function)], function,
-                                          arguments...);
+                               return run(kBinaryNames[static_cast<int>(function)], function, arguments...);
                              })
                              .release();
   return handler->Call(frame);
@@ -368,44 +361,44 @@ XLA_FFI_Error* binary_handler(XLA_FFI_CallFrame* frame) {
 
 template <Binary function>
 XLA_FFI_Error* split_handler(XLA_FFI_CallFrame* frame) {
-  static auto* handler = bind()
-                             .Attr<std::int32_t>("gate_first")
-                             .Arg<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .To([](auto... arguments) {
-                               return run_split(kSplitNames[static_cast<int>(function) - kFirstGated],
-                                                function, arguments...);
-                             })
-                             .release();
+  static auto* handler =
+      bind()
+          .Attr<std::int32_t>("gate_first")
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return run_split(kSplitNames[static_cast<int>(function) - kFirstGated], function, arguments...);
+          })
+          .release();
   return handler->Call(frame);
 }
 
 template <Reduction reduction>
 XLA_FFI_Error* reduction_handler(XLA_FFI_CallFrame* frame) {
-  static auto* handler = bind()
-                             .Attr<std::int32_t>("axis")
-                             .Arg<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .To([](auto... arguments) {
-                               return run_reduction(kReductionNames[static_cast<int>(reduction)],
-                                                    reduction, arguments...);
-                             })
-                             .release();
+  static auto* handler =
+      bind()
+          .Attr<std::int32_t>("axis")
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return run_reduction(kReductionNames[static_cast<int>(reduction)], reduction, arguments...);
+          })
+          .release();
   return handler->Call(frame);
 }
 
 template <Reduction reduction>
 XLA_FFI_Error* masked_handler(XLA_FFI_CallFrame* frame) {
-  static auto* handler = bind()
-                             .Attr<std::int32_t>("axis")
-                             .Arg<ffi::AnyBuffer>()
-                             .Arg<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .To([](auto... arguments) {
-                               return run_masked(kMaskedNames[static_cast<int>(reduction)], reduction,
-                                                 arguments...);
-                             })
-                             .release();
+  static auto* handler =
+      bind()
+          .Attr<std::int32_t>("axis")
+          .Arg<ffi::AnyBuffer>()
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return run_masked(kMaskedNames[static_cast<int>(reduction)], reduction, arguments...);
+          })
+          .release();
   return handler->Call(frame);
 }
 
@@ -417,11 +410,11 @@ std::vector<FfiTarget> ffi_targets() {
 #define QUAKE_SPLIT(name, Functor) {"quake_jax_" #name "_split", split_handler<Binary::k##Functor>},
 #define QUAKE_BIASED(name, Functor) {"quake_jax_" #name, binary_handler<Binary::k##Functor, run_biased>},
   return {
-      QUAKE_ELEMENTWISE_KERNELS(QUAKE_ELEMENTWISE)          //
-      QUAKE_SAME_SHAPE(logaddexp, LogAddExp)                //
-      QUAKE_GATED_KERNELS(QUAKE_SAME_SHAPE)                 //
-      QUAKE_GATED_KERNELS(QUAKE_SPLIT)                      //
-      QUAKE_BIASED_KERNELS(QUAKE_BIASED)                    //
+      QUAKE_ELEMENTWISE_KERNELS(QUAKE_ELEMENTWISE)  //
+      QUAKE_SAME_SHAPE(logaddexp, LogAddExp)        //
+      QUAKE_GATED_KERNELS(QUAKE_SAME_SHAPE)         //
+      QUAKE_GATED_KERNELS(QUAKE_SPLIT)              //
+      QUAKE_BIASED_KERNELS(QUAKE_BIASED)            //
       {kReductionNames[0], reduction_handler<Reduction::kSoftmax>},
       {kReductionNames[1], reduction_handler<Reduction::kLogSoftmax>},
       {kReductionNames[2], reduction_handler<Reduction::kLogSumExp>},

@@ -34,9 +34,9 @@
   X(swiglu, Swiglu)            \
   X(geglu_tanh, GegluTanh)     \
   X(geglu_erf, GegluErf)
-#define QUAKE_BIASED_KERNELS(X)     \
-  X(bias_silu, BiasSilu)            \
-  X(bias_gelu_tanh, BiasGeluTanh)   \
+#define QUAKE_BIASED_KERNELS(X)   \
+  X(bias_silu, BiasSilu)          \
+  X(bias_gelu_tanh, BiasGeluTanh) \
   X(bias_gelu_erf, BiasGeluErf)
 #define QUAKE_BINARY_KERNELS(X) \
   X(logaddexp, LogAddExp)       \
@@ -78,8 +78,8 @@ enum class Stores {
 };
 using ElementwiseFn = void (*)(const void* in, void* out, std::size_t count, Stores stores);
 // Rows of `columns` elements; the rows of an operand are `stride` elements apart (0: one row for all).
-using BinaryFn = void (*)(const void* a, std::size_t a_stride, const void* b, std::size_t b_stride,
-                          void* out, std::size_t rows, std::size_t columns, Stores stores);
+using BinaryFn = void (*)(const void* a, std::size_t a_stride, const void* b, std::size_t b_stride, void* out,
+                          std::size_t rows, std::size_t columns, Stores stores);
 // Over each row. kLogSumExp writes one element a row.
 using RowsFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores);
 // Over each column of a matrix of `length` rows, `stride` elements apart; kLogSumExp writes one row.
@@ -92,8 +92,7 @@ using MaskedRowsFn = void (*)(const void* in, const unsigned char* mask, const s
 // One instruction set's kernels; the last index of each array is order - 1.
 struct KernelTable {
   const char* isa;
-  ElementwiseFn elementwise[static_cast<int>(Elementwise::kCount)][static_cast<int>(DType::kCount)]
-                           [kMaxOrder];
+  ElementwiseFn elementwise[static_cast<int>(Elementwise::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
   BinaryFn binary[static_cast<int>(Binary::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
   RowsFn rows[static_cast<int>(Reduction::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
   ColumnsFn columns[static_cast<int>(Reduction::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];

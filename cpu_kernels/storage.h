@@ -33,11 +33,11 @@ struct Storage {
   DType dtype;
   const char* name;
   std::size_t size;
-  int digits;              // of the mantissa, the hidden one included
-  double half_ulp;         // largest relative rounding error of a normal value
-  double absolute;         // largest absolute error below the smallest normal value
+  int digits;       // of the mantissa, the hidden one included
+  double half_ulp;  // largest relative rounding error of a normal value
+  double absolute;  // largest absolute error below the smallest normal value
   double smallest_normal;
-  double largest;          // largest finite value
+  double largest;  // largest finite value
   double (*decode)(std::uint16_t);
 
   double get(const char* data, std::size_t i) const {

@@ -64,8 +64,7 @@ struct GeluErf {
       e = exp_product<Order, Range::kModerate>(z, z * (-0.5f * kUnit<Order>));
     } else {
       const vf square = z * z;
-      e = exp_product<Order, Range::kModerate>(square, set1(-0.5f),
-                                                product_error(z, z, square) * -0.5f);
+      e = exp_product<Order, Range::kModerate>(square, set1(-0.5f), product_error(z, z, square) * -0.5f);
     }
     return fma(-(z * e), mills_ratio<Order>(u), clamp_below(x, 0.0f));
   }
@@ -163,13 +162,12 @@ struct Selu {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     constexpr float kScale = 1.05070099f, kScaleAlpha = 1.75809934f;
-    return fma(exp_minus_1<Order>(clamp_above(x, 0.0f)), set1(kScaleAlpha),
-               clamp_below(x, 0.0f) * kScale);
+    return fma(exp_minus_1<Order>(clamp_above(x, 0.0f)), set1(kScaleAlpha), clamp_below(x, 0.0f) * kScale);
   }
 };
 
-// x tanh(softplus(x)) = max(x, 0) - z w (b w + c)/(a + w (b w + 2)), z = |x|, w = e^-z, where (a, b, c) is (1, 2, 0)
-// for x >= 0 and (2, 1, 2) for x < 0. As in gated(), z w is formed from w times 2^8.
+// x tanh(softplus(x)) = max(x, 0) - z w (b w + c)/(a + w (b w + 2)), z = |x|, w = e^-z, where (a, b, c) is
+// (1, 2, 0) for x >= 0 and (2, 1, 2) for x < 0. As in gated(), z w is formed from w times 2^8.
 struct Mish {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
@@ -200,8 +198,8 @@ struct LogAddExp {
   QUAKE_INLINE vf apply(vf a, vf b) {
     // Equal infinities have difference 0; a NaN stays in the difference.
     constexpr float kLargest = 0x1.fffffep127f;
-    const vf difference = clamp_above(clamp_below(a, -kLargest), kLargest) -
-                          clamp_above(clamp_below(b, -kLargest), kLargest);
+    const vf difference =
+        clamp_above(clamp_below(a, -kLargest), kLargest) - clamp_above(clamp_below(b, -kLargest), kLargest);
     const vf e = exp_product<Order, Range::kNoOverflow>(abs(difference), set1(-kUnit<Order>));
     return fma(e, log1p_over_e<Order>(e), max_skip_nan(a, b));
   }

@@ -8,7 +8,7 @@
 // one nat is kUnit units. Order 1 without scalef wants 2^-23 of a power of two (one step of the result's
 // bits), orders 1 to 3 powers of two, orders 4 and 5 nats, because they reduce with a low part.
 template <int Order>
-constexpr float kUnit = Order >= 4                 ? 1.0f
+constexpr float kUnit = Order >= 4                  ? 1.0f
                         : Order == 1 && !kHasScalef ? constants::kLog2e * 0x1p23f
                                                     : constants::kLog2e;
 
@@ -105,8 +105,8 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
   }
 }
 
-// e^x - 1 = 2^n g + (2^n - 1), g = 2^f - 1 = f q(f), for n the integer nearest to x log2(e): near 0, n is 0 and the
-// result is g, whose relative error is the polynomial's. With h = 2^(n-1), which stays finite, it is
+// e^x - 1 = 2^n g + (2^n - 1), g = 2^f - 1 = f q(f), for n the integer nearest to x log2(e): near 0, n is 0
+// and the result is g, whose relative error is the polynomial's. With h = 2^(n-1), which stays finite, it is
 // (h 2g + (h - 1/2)) + (h - 1/2).
 template <int Order>
 QUAKE_INLINE vf exp_minus_1(vf x) {

@@ -31,10 +31,10 @@ QUAKE_INLINE void map_row(const T* a, const T* b, T* y, std::size_t count, bool 
   std::size_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     const Pair u = load_pair(a + i), v = load_pair(b + i);
-    store_pair(y + i,
-               {Functor::template apply<Order>(u.first, v.first),
-                Functor::template apply<Order>(u.second, v.second)},
-               streamed);
+    store_pair(
+        y + i,
+        {Functor::template apply<Order>(u.first, v.first), Functor::template apply<Order>(u.second, v.second)},
+        streamed);
   }
   for (; i + kLanes <= count; i += kLanes) {
     store(y + i, Functor::template apply<Order>(load(a + i), load(b + i)));

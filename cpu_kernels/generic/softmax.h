@@ -1,7 +1,9 @@
-// Softmax, log-softmax and log-sum-exp over the rows of a matrix. Included inside an instruction set's namespace.
+// Softmax, log-softmax and log-sum-exp over the rows of a matrix. Included inside an instruction set's
+// namespace.
 //
-// Per row: maximum; exponentials and their sum; the result. The maximum is taken of the given values, so logits of
-// any size subtract to at most 0 and no finite row gives NaN. A NaN in a row, an infinite maximum and a row of
+// Per row: maximum; exponentials and their sum; the result. The maximum is taken of the given values, so
+// logits of any size subtract to at most 0 and no finite row gives NaN. A NaN in a row, an infinite maximum
+// and a row of
 // -inf make the subtraction or the sum NaN, and with it the whole row, as in jax.nn.softmax.
 
 constexpr float kInfinity = __builtin_inff();
@@ -15,8 +17,8 @@ constexpr std::size_t kSumBlock = 256 * kLanes;
 constexpr std::size_t kTile = 4096;
 constexpr std::size_t kBatch = 8;
 
-// e^difference, for a difference of at most 0 (log-sum-exp: or inf). A constant factor cancels in softmax, which therefore has an order-1
-// constant of its own, but not in a logarithm.
+// e^difference, for a difference of at most 0 (log-sum-exp: or inf). A constant factor cancels in softmax,
+// which therefore has an order-1 constant of its own, but not in a logarithm.
 template <Reduction R, int Order>
 QUAKE_INLINE vf weight(vf difference) {
   constexpr Range kRange = R == Reduction::kLogSumExp ? Range::kAny : Range::kNoOverflow;
@@ -45,9 +47,7 @@ template <class T>
 QUAKE_INLINE void store_up_to(T* p, vf v, std::size_t n) {
   n == kLanes ? store(p, v) : store_partial(p, v, n);
 }
-QUAKE_INLINE vf keep_up_to(vf v, std::size_t n, float fill) {
-  return n == kLanes ? v : keep_first(v, n, fill);
-}
+QUAKE_INLINE vf keep_up_to(vf v, std::size_t n, float fill) { return n == kLanes ? v : keep_first(v, n, fill); }
 
 // The maximum of a row, gathered in vectors.
 struct Maximum {
@@ -57,9 +57,7 @@ struct Maximum {
     m[2 * k] = max_skip_nan(m[2 * k], x.first);
     m[2 * k + 1] = max_skip_nan(m[2 * k + 1], x.second);
   }
-  QUAKE_INLINE_MEMBER void add(vf x, std::size_t n) {
-    m[0] = max_skip_nan(m[0], keep_up_to(x, n, -kInfinity));
-  }
+  QUAKE_INLINE_MEMBER void add(vf x, std::size_t n) { m[0] = max_skip_nan(m[0], keep_up_to(x, n, -kInfinity)); }
   QUAKE_INLINE_MEMBER vf result() const {
     return set1(reduce_max(max_skip_nan(max_skip_nan(m[0], m[1]), max_skip_nan(m[2], m[3]))));
   }
@@ -75,9 +73,7 @@ QUAKE_INLINE vf row_maximum(const T* x, std::size_t columns) {
 }
 
 // v where it is finite, else 0.
-QUAKE_INLINE vf finite_or_zero(vf v) {
-  return as_float(as_int(v) & ((as_int(v) & 0x7f800000) != 0x7f800000));
-}
+QUAKE_INLINE vf finite_or_zero(vf v) { return as_float(as_int(v) & ((as_int(v) & 0x7f800000) != 0x7f800000)); }
 
 // The sum of the exponentials of a row. They are kept in e, whole vectors of them, unless e is null.
 // Meanwhile the cache lines of the row at `soon` are fetched (a prefetch of an address past the input is
@@ -114,7 +110,8 @@ QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum
   return reduce_add(total);
 }
 
-// The last step: y = e * factor for softmax, with factor = 1/sum, and y = (x - maximum) - log_sum for log-softmax.
+// The last step: y = e * factor for softmax, with factor = 1/sum, and y = (x - maximum) - log_sum for
+// log-softmax.
 template <Reduction R>
 QUAKE_INLINE vf last_step(vf value, vf maximum, vf factor_or_log_sum) {
   return R == Reduction::kSoftmax ? value * factor_or_log_sum : (value - maximum) - factor_or_log_sum;
@@ -124,11 +121,11 @@ QUAKE_INLINE vf factor_or_log_sum(float sum) {
   return set1(R == Reduction::kSoftmax ? 1.0f / sum : __builtin_logf(sum));
 }
 
-// The last step of a row, from values that are the kept exponentials or the row itself, and the maximum of a row
-// to come in the same loop: one waits for stores, the other for loads.
+// The last step of a row, from values that are the kept exponentials or the row itself, and the maximum of a
+// row to come in the same loop: one waits for stores, the other for loads.
 template <Reduction R, class Value, class T>
-QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t columns, vf maximum,
-                           vf last, bool streamed) {
+QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t columns, vf maximum, vf last,
+                           bool streamed) {
   Maximum next_maximum;
   for_each_vector(
       columns,
@@ -149,9 +146,7 @@ QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t
 template <int Order, class T>
 QUAKE_INLINE void exp_and_scale_row(const T* x, T* y, std::size_t columns, vf maximum, vf factor,
                                     bool streamed) {
-  const auto scaled = [&](vf v) {
-    return weight<Reduction::kSoftmax, Order>(v - maximum) * factor;
-  };
+  const auto scaled = [&](vf v) { return weight<Reduction::kSoftmax, Order>(v - maximum) * factor; };
   for_each_vector(
       columns,
       [&](std::size_t i, int) {
@@ -216,8 +211,7 @@ QUAKE_INLINE void short_row(const T* x, T* y, std::size_t last, vf maximum, bool
 }
 
 template <Reduction R, int V, int Order, class T>
-[[gnu::noinline]] void short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
-                                  bool streamed) {
+[[gnu::noinline]] void short_rows(const T* x, T* y, std::size_t rows, std::size_t columns, bool streamed) {
   const std::size_t last = columns - (V - 1) * kLanes;
   vf maximum = short_maximum<V>(x, last);
   for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
@@ -229,8 +223,7 @@ template <Reduction R, int V, int Order, class T>
 
 // Calls short_rows() for the number of vectors that the columns need, which is at least V.
 template <Reduction R, int V, int Order, class T>
-QUAKE_INLINE void dispatch_short_rows(const T* x, T* y, std::size_t rows, std::size_t columns,
-                                      bool streamed) {
+QUAKE_INLINE void dispatch_short_rows(const T* x, T* y, std::size_t rows, std::size_t columns, bool streamed) {
   if constexpr (V <= kShort<T>) {
     if (columns <= V * kLanes) {
       short_rows<R, V, Order>(x, y, rows, columns, streamed);
@@ -266,11 +259,9 @@ QUAKE_INLINE void batched_rows(const T* x, T* y, std::size_t rows, std::size_t c
       const T* next = x + (row + r + batch < rows ? r + batch : r) * columns;
       const vf last = factor_or_log_sum<R>(sum[r]);
       if constexpr (R == Reduction::kSoftmax) {
-        maximum[r] = finish_row<R>(e + r * stride, y + r * columns, next, columns, maximum[r], last,
-                                   streamed);
+        maximum[r] = finish_row<R>(e + r * stride, y + r * columns, next, columns, maximum[r], last, streamed);
       } else {
-        maximum[r] = finish_row<R>(x + r * columns, y + r * columns, next, columns, maximum[r], last,
-                                   streamed);
+        maximum[r] = finish_row<R>(x + r * columns, y + r * columns, next, columns, maximum[r], last, streamed);
       }
     }
   }
@@ -295,8 +286,8 @@ void reduce_rows(const void* in, void* out, std::size_t rows, std::size_t column
   if (streamed) stream_fence();
 }
 
-// maximum + log(sum). An infinite maximum is not subtracted: the exponentials are then 0 or inf, and the logarithm
-// gives what it should.
+// maximum + log(sum). An infinite maximum is not subtracted: the exponentials are then 0 or inf, and the
+// logarithm gives what it should.
 template <class T, int Order>
 void log_sum_exp_rows(const void* in, void* out, std::size_t rows, std::size_t columns, Stores) {
   const T* x = static_cast<const T*>(in);
@@ -310,8 +301,8 @@ void log_sum_exp_rows(const void* in, void* out, std::size_t rows, std::size_t c
     }
     for (std::size_t r = 0; r < n; ++r) {
       const T* row_begin = x + r * columns;
-      const float sum = row_exp<Reduction::kLogSumExp, Order>(row_begin, nullptr, columns, maximum[r],
-                                                              row_begin);
+      const float sum =
+          row_exp<Reduction::kLogSumExp, Order>(row_begin, nullptr, columns, maximum[r], row_begin);
       result = maximum[r] + set1(__builtin_logf(sum));
       store_partial(y + row + r, result, 1);
     }

@@ -1,6 +1,6 @@
-// Softmax, log-softmax and log-sum-exp over the columns of a matrix: an axis that is not the last. Neighbouring columns
-// are processed side by side, one in each lane, so nothing is transposed and no lane is reduced. Included inside
-// an instruction set's namespace, after softmax.h.
+// Softmax, log-softmax and log-sum-exp over the columns of a matrix: an axis that is not the last.
+// Neighbouring columns are processed side by side, one in each lane, so nothing is transposed and no lane is
+// reduced. Included inside an instruction set's namespace, after softmax.h.
 
 // The sum of step(p) over the rows p, in blocks as in kSumBlock.
 template <class T, class Step>
@@ -23,8 +23,8 @@ QUAKE_INLINE void reduce_column_vector(const T* x, T* y, std::size_t length, std
     maximum = max_skip_nan(maximum, load_up_to(x + i * stride, n));
   }
   if constexpr (R == Reduction::kLogSumExp) maximum = finite_or_zero(maximum);
-  const vf sum = sum_down(x, length, stride,
-                          [&](const T* p) { return weight<R, Order>(load_up_to(p, n) - maximum); });
+  const vf sum =
+      sum_down(x, length, stride, [&](const T* p) { return weight<R, Order>(load_up_to(p, n) - maximum); });
   vf last;
   if constexpr (R == Reduction::kSoftmax) {
     last = 1.0f / sum;
@@ -43,8 +43,7 @@ QUAKE_INLINE void reduce_column_vector(const T* x, T* y, std::size_t length, std
 }
 
 template <Reduction R, class T, int Order>
-void reduce_columns(const void* in, void* out, std::size_t length, std::size_t stride,
-                    std::size_t columns) {
+void reduce_columns(const void* in, void* out, std::size_t length, std::size_t stride, std::size_t columns) {
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
   std::size_t c = 0;

@@ -1,8 +1,8 @@
-// Softmax and log-softmax over those elements of each row that a mask keeps. Included inside an instruction set's
-// namespace, after softmax.h.
+// Softmax and log-softmax over those elements of each row that a mask keeps. Included inside an instruction
+// set's namespace, after softmax.h.
 //
-// A masked element counts as -inf, whatever it is, and its result is 0 (log-softmax: -inf). The result of a row without
-// any element is that in all places.
+// A masked element counts as -inf, whatever it is, and its result is 0 (log-softmax: -inf). The result of a
+// row without any element is that in all places.
 
 // The first n elements at p where the mask's bytes are not 0, and `fill` in the other lanes.
 template <class T>
@@ -11,14 +11,12 @@ QUAKE_INLINE vf load_kept(const T* p, const unsigned char* mask, std::size_t n, 
 }
 
 template <Reduction R, class T, int Order>
-void reduce_masked_rows(const void* in, const unsigned char* masks, const std::size_t* mask_offsets,
-                        void* out, std::size_t rows, std::size_t columns) {
+void reduce_masked_rows(const void* in, const unsigned char* masks, const std::size_t* mask_offsets, void* out,
+                        std::size_t rows, std::size_t columns) {
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
   constexpr float kMasked = R == Reduction::kSoftmax ? 0.0f : -kInfinity;
-  const auto up_to = [&](std::size_t i) -> std::size_t {
-    return columns - i < kLanes ? columns - i : kLanes;
-  };
+  const auto up_to = [&](std::size_t i) -> std::size_t { return columns - i < kLanes ? columns - i : kLanes; };
   for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
     const unsigned char* mask = masks + mask_offsets[row];
     vf m = set1(-kInfinity);

@@ -1,7 +1,7 @@
 // The table of this instruction set's kernels. Included inside its namespace, last.
 
-// A row of the table: a kernel for every order. Kernels are function templates, which cannot be passed on as such, so
-// each family has a struct that names its member for an order.
+// A row of the table: a kernel for every order. Kernels are function templates, which cannot be passed on as
+// such, so each family has a struct that names its member for an order.
 template <class Fn, class Family>
 constexpr void fill_orders(Fn (&row)[kMaxOrder]) {
   row[0] = Family::template kernel<1>();

@@ -16,30 +16,21 @@ typedef std::int32_t vi __attribute__((vector_size(32)));
 using vh = __m128i;
 
 QUAKE_INLINE __m256i first_lanes(std::size_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 QUAKE_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 QUAKE_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 QUAKE_INLINE void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
 QUAKE_INLINE void stream_fence() { _mm_sfence(); }
-QUAKE_INLINE vf load_partial(const float* p, std::size_t n) {
-  return _mm256_maskload_ps(p, first_lanes(n));
-}
-QUAKE_INLINE void store_partial(float* p, vf v, std::size_t n) {
-  _mm256_maskstore_ps(p, first_lanes(n), v);
-}
+QUAKE_INLINE vf load_partial(const float* p, std::size_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+QUAKE_INLINE void store_partial(float* p, vf v, std::size_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
 
 QUAKE_INLINE vh load_words(const std::uint16_t* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
-QUAKE_INLINE void store_words(std::uint16_t* p, vh v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
-}
-QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), v);
-}
+QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), v); }
 QUAKE_INLINE vi widen(vh v) { return (vi)_mm256_cvtepu16_epi32(v); }
 QUAKE_INLINE vh narrow(vi v) {
   const __m256i w = (__m256i)v;
@@ -53,20 +44,16 @@ QUAKE_INLINE vf product_error(vf a, vf b, vf p) { return _mm256_fmsub_ps(a, b, p
 
 // maxps and minps return their second operand if either is NaN.
 QUAKE_INLINE vf clamp_below(vf x, float lowest) { return _mm256_max_ps(_mm256_set1_ps(lowest), x); }
-QUAKE_INLINE vf clamp_above(vf x, float highest) {
-  return _mm256_min_ps(_mm256_set1_ps(highest), x);
-}
+QUAKE_INLINE vf clamp_above(vf x, float highest) { return _mm256_min_ps(_mm256_set1_ps(highest), x); }
 QUAKE_INLINE vf magnitude_below(vf x, float highest) {
   return clamp_above(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), highest);
 }
 QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm256_max_ps(x, accumulated); }
 
-QUAKE_INLINE vf round(vf x) {
-  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+QUAKE_INLINE vf round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 QUAKE_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
-QUAKE_INLINE vf fraction(vf x) { return x; }      // never called without scalef
-QUAKE_INLINE vf scalef(vf p, vf) { return p; }    // never called
+QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
+QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return _mm256_rcp_ps(d); }
 
 QUAKE_INLINE vf order1_bits(vf v) {

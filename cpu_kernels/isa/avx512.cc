@@ -21,19 +21,13 @@ QUAKE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUAKE_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 QUAKE_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
 QUAKE_INLINE void stream_fence() { _mm_sfence(); }
-QUAKE_INLINE vf load_partial(const float* p, std::size_t n) {
-  return _mm512_maskz_loadu_ps(first_lanes(n), p);
-}
-QUAKE_INLINE void store_partial(float* p, vf v, std::size_t n) {
-  _mm512_mask_storeu_ps(p, first_lanes(n), v);
-}
+QUAKE_INLINE vf load_partial(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+QUAKE_INLINE void store_partial(float* p, vf v, std::size_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
 
 QUAKE_INLINE vh load_words(const std::uint16_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-QUAKE_INLINE void store_words(std::uint16_t* p, vh v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
-}
+QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
 }
@@ -53,25 +47,17 @@ QUAKE_INLINE vf product_error(vf a, vf b, vf p) { return _mm512_fmsub_ps(a, b, p
 
 // maxps and minps return their second operand if either is NaN.
 QUAKE_INLINE vf clamp_below(vf x, float lowest) { return _mm512_max_ps(_mm512_set1_ps(lowest), x); }
-QUAKE_INLINE vf clamp_above(vf x, float highest) {
-  return _mm512_min_ps(_mm512_set1_ps(highest), x);
-}
+QUAKE_INLINE vf clamp_above(vf x, float highest) { return _mm512_min_ps(_mm512_set1_ps(highest), x); }
 // The smaller magnitude (immediate 0b10), sign cleared (0b10 << 2).
 QUAKE_INLINE vf magnitude_below(vf x, float highest) {
   return _mm512_range_ps(x, _mm512_set1_ps(highest), 0b1010);
 }
 QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm512_max_ps(x, accumulated); }
 
-QUAKE_INLINE vf round(vf x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-QUAKE_INLINE vf floor(vf x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
+QUAKE_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+QUAKE_INLINE vf floor(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 // x - floor(x); 0 for infinities.
-QUAKE_INLINE vf fraction(vf x) {
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
+QUAKE_INLINE vf fraction(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 // p * 2^floor(n), saturating to 0 and inf.
 QUAKE_INLINE vf scalef(vf p, vf n) { return _mm512_scalef_ps(p, n); }
 

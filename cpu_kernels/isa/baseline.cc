@@ -41,7 +41,7 @@ QUAKE_INLINE vi choose(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
 QUAKE_INLINE vf half_to_float(vh v) {
   const vi h = widen(v), magnitude = h & 0x7fff;
   const vi rebiased = (magnitude << 13) + (112 << 23);
-  const vi special = rebiased + (112 << 23);                                   // inf and NaN
+  const vi special = rebiased + (112 << 23);                                     // inf and NaN
   const vi subnormal = (vi)(__builtin_convertvector(magnitude, vf) * 0x1p-24f);  // exact
   const vi bits = choose(magnitude >= 0x7c00, special, choose(magnitude < 0x0400, subnormal, rebiased));
   return (vf)(bits | ((h & 0x8000) << 16));

@@ -28,18 +28,12 @@ QUAKE_INLINE vh narrow(vi v) { return vmovn_u32((uint32x4_t)v); }
 QUAKE_INLINE vf half_to_float(vh v) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(v)); }
 QUAKE_INLINE vh float_to_half(vf v) { return vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)); }
 
-QUAKE_INLINE vf fma(vf a, vf b, vf c) {
-  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
+QUAKE_INLINE vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 QUAKE_INLINE vf product_error(vf a, vf b, vf p) { return fma(a, b, -p); }
 
 // fmax and fmin return NaN if either operand is NaN, fmaxnm the other operand.
-QUAKE_INLINE vf clamp_below(vf x, float lowest) {
-  return (vf)vmaxq_f32((float32x4_t)x, vdupq_n_f32(lowest));
-}
-QUAKE_INLINE vf clamp_above(vf x, float highest) {
-  return (vf)vminq_f32((float32x4_t)x, vdupq_n_f32(highest));
-}
+QUAKE_INLINE vf clamp_below(vf x, float lowest) { return (vf)vmaxq_f32((float32x4_t)x, vdupq_n_f32(lowest)); }
+QUAKE_INLINE vf clamp_above(vf x, float highest) { return (vf)vminq_f32((float32x4_t)x, vdupq_n_f32(highest)); }
 QUAKE_INLINE vf magnitude_below(vf x, float highest) {
   return clamp_above((vf)vabsq_f32((float32x4_t)x), highest);
 }

@@ -1,5 +1,5 @@
-// The element-wise kernels alone, without Python or XLA: accuracy, special values, every tail length between guard
-// pages, in-place use.
+// The element-wise kernels alone, without Python or XLA: accuracy, special values, every tail length between
+// guard pages, in-place use.
 
 #include "exact.h"
 #include "tests/bounds.h"
@@ -47,10 +47,9 @@ void test_accuracy(const KernelTable& table, std::uint32_t stride) {
       kernel(table, f.id, DType::kFloat32, order)(x.data(), y.data(), x.size(), Stores::kCached);
       for (std::size_t i = 0; i < x.size(); ++i) {
         check(within(y[i], reference[i], f.bounds[order - 1], kStorage[0], slack(f)),
-              "%s %s order %d: f(%.9g) = %.9g, exact %.9g", table.isa, f.name, order, x[i], y[i],
-              reference[i]);
-        check(y[i] == flushed(y[i]), "%s %s order %d: f(%.9g) = %.9g is denormal", table.isa, f.name,
-              order, x[i], y[i]);
+              "%s %s order %d: f(%.9g) = %.9g, exact %.9g", table.isa, f.name, order, x[i], y[i], reference[i]);
+        check(y[i] == flushed(y[i]), "%s %s order %d: f(%.9g) = %.9g is denormal", table.isa, f.name, order,
+              x[i], y[i]);
       }
     }
   }
@@ -66,9 +65,9 @@ void test_16_bit(const KernelTable& table) {
         kernel(table, f.id, storage.dtype, order)(x.data(), y.data(), x.size(), Stores::kCached);
         for (std::size_t i = 0; i < x.size(); ++i) {
           const double in = storage.decode(x[i]), out = storage.decode(y[i]);
-          check(within(out, exact(f.id, flushed(static_cast<float>(in))), f.bounds[order - 1], storage,
-                       slack(f)),
-                "%s %s %s order %d: f(%.9g) = %.9g", table.isa, f.name, storage.name, order, in, out);
+          check(
+              within(out, exact(f.id, flushed(static_cast<float>(in))), f.bounds[order - 1], storage, slack(f)),
+              "%s %s %s order %d: f(%.9g) = %.9g", table.isa, f.name, storage.name, order, in, out);
         }
       }
     }
@@ -81,14 +80,22 @@ void test_special_values(const KernelTable& table) {
     double x, y;
   };
   const Case cases[] = {
-      {Elementwise::kExp, kInfinity, kInfinity},      {Elementwise::kExp, -kInfinity, 0},
-      {Elementwise::kExp, 89, kInfinity},             {Elementwise::kExp, -88, 0},
-      {Elementwise::kSigmoid, kInfinity, 1},          {Elementwise::kSigmoid, -kInfinity, 0},
-      {Elementwise::kSilu, kInfinity, kInfinity},     {Elementwise::kSilu, -kInfinity, 0},
-      {Elementwise::kTanh, kInfinity, 1},             {Elementwise::kTanh, -kInfinity, -1},
-      {Elementwise::kTanh, 3e38, 1},                  {Elementwise::kGeluTanh, kInfinity, kInfinity},
-      {Elementwise::kGeluTanh, -kInfinity, 0},        {Elementwise::kGeluErf, kInfinity, kInfinity},
-      {Elementwise::kGeluErf, -kInfinity, 0},         {Elementwise::kGeluErf, -3e38, 0},
+      {Elementwise::kExp, kInfinity, kInfinity},
+      {Elementwise::kExp, -kInfinity, 0},
+      {Elementwise::kExp, 89, kInfinity},
+      {Elementwise::kExp, -88, 0},
+      {Elementwise::kSigmoid, kInfinity, 1},
+      {Elementwise::kSigmoid, -kInfinity, 0},
+      {Elementwise::kSilu, kInfinity, kInfinity},
+      {Elementwise::kSilu, -kInfinity, 0},
+      {Elementwise::kTanh, kInfinity, 1},
+      {Elementwise::kTanh, -kInfinity, -1},
+      {Elementwise::kTanh, 3e38, 1},
+      {Elementwise::kGeluTanh, kInfinity, kInfinity},
+      {Elementwise::kGeluTanh, -kInfinity, 0},
+      {Elementwise::kGeluErf, kInfinity, kInfinity},
+      {Elementwise::kGeluErf, -kInfinity, 0},
+      {Elementwise::kGeluErf, -3e38, 0},
   };
   for (int order = 1; order <= kMaxOrder; ++order) {
     for (const Case& c : cases) {
@@ -101,8 +108,8 @@ void test_special_values(const KernelTable& table) {
     for (const Function& f : kFunctions) {
       float x[2] = {float_from_bits(0x7fffffff), float_from_bits(0xff800001)}, y[2];
       kernel(table, f.id, DType::kFloat32, order)(x, y, 2, Stores::kCached);
-      check(std::isnan(y[0]) && std::isnan(y[1]), "%s %s order %d: NaN gives %g, %g", table.isa, f.name,
-            order, y[0], y[1]);
+      check(std::isnan(y[0]) && std::isnan(y[1]), "%s %s order %d: NaN gives %g, %g", table.isa, f.name, order,
+            y[0], y[1]);
     }
     // The largest softmax weight is not distorted.
     const float zero = 0;
@@ -139,13 +146,12 @@ void test_tails(const KernelTable& table) {
         for (std::size_t count = 1; count <= 65; ++count) {
           const std::vector<char> input = random_input(storage, count, random);
           const std::string what = describe(table, f.name, storage, order, 1, count);
-          check_placements(input, input.size(), true,
-                           [&](char* x, char* y) { run(x, y, count, Stores::kStreamed); }, what);
+          check_placements(
+              input, input.size(), true, [&](char* x, char* y) { run(x, y, count, Stores::kStreamed); }, what);
           std::vector<char> whole(input.size()), single(input.size());
           run(input.data(), whole.data(), count, Stores::kCached);
           for (std::size_t i = 0; i < count; ++i) {
-            run(input.data() + i * storage.size, single.data() + i * storage.size, 1,
-                Stores::kCached);
+            run(input.data() + i * storage.size, single.data() + i * storage.size, 1, Stores::kCached);
           }
           check(whole == single, "%s: differs from element by element", what.c_str());
         }
@@ -189,8 +195,7 @@ constexpr BinaryFunction kBinaryFunctions[] = {
     {Binary::kGegluTanh, "geglu_tanh", bounds::gelu_tanh, false, exact_gated<Elementwise::kGeluTanh>},
     {Binary::kGegluErf, "geglu_erf", bounds::gelu_erf, false, exact_gated<Elementwise::kGeluErf>},
     {Binary::kBiasSilu, "bias_silu", bounds::silu, false, exact_biased<Elementwise::kSilu>},
-    {Binary::kBiasGeluTanh, "bias_gelu_tanh", bounds::gelu_tanh, false,
-     exact_biased<Elementwise::kGeluTanh>},
+    {Binary::kBiasGeluTanh, "bias_gelu_tanh", bounds::gelu_tanh, false, exact_biased<Elementwise::kGeluTanh>},
     {Binary::kBiasGeluErf, "bias_gelu_erf", bounds::gelu_erf, false, exact_biased<Elementwise::kGeluErf>},
 };
 static_assert(std::size(kBinaryFunctions) == static_cast<std::size_t>(Binary::kCount));
@@ -201,8 +206,7 @@ void test_binary(const KernelTable& table) {
   for (const Storage& storage : kStorage) {
     for (const BinaryFunction& f : kBinaryFunctions) {
       for (int order = 1; order <= kMaxOrder; ++order) {
-        const BinaryFn run =
-            table.binary[static_cast<int>(f.id)][static_cast<int>(storage.dtype)][order - 1];
+        const BinaryFn run = table.binary[static_cast<int>(f.id)][static_cast<int>(storage.dtype)][order - 1];
         for (std::size_t columns = 1; columns <= 65; columns += columns < 35 ? 1 : 5) {
           for (const bool broadcast : {false, true}) {
             const std::size_t rows = 3, b_stride = broadcast ? 0 : columns;
@@ -218,16 +222,14 @@ void test_binary(const KernelTable& table) {
                 what);
             for (std::size_t i = 0; i < rows * columns; ++i) {
               const double u = storage.get(input.data(), i);
-              const double v =
-                  storage.get(input.data() + b_begin, broadcast ? i % columns : i);
+              const double v = storage.get(input.data() + b_begin, broadcast ? i % columns : i);
               const double expected = f.exact(u, v), bound = f.bounds[order - 1];
               const double rounding = 0x1p-22 * (std::fabs(expected) + std::fabs(u) + std::fabs(v));
-              check(f.absolute
-                        ? within(storage.get(y.data(), i), expected, 0, storage, bound + rounding)
-                        : within(storage.get(y.data(), i), expected, bound + 0x1p-23, storage,
-                                 kSmallestNormal * std::fabs(v)),
-                    "%s: f(%.9g, %.9g) = %.9g, exact %.9g", what.c_str(), u, v,
-                    storage.get(y.data(), i), expected);
+              check(f.absolute ? within(storage.get(y.data(), i), expected, 0, storage, bound + rounding)
+                               : within(storage.get(y.data(), i), expected, bound + 0x1p-23, storage,
+                                        kSmallestNormal * std::fabs(v)),
+                    "%s: f(%.9g, %.9g) = %.9g, exact %.9g", what.c_str(), u, v, storage.get(y.data(), i),
+                    expected);
             }
           }
         }
@@ -243,8 +245,7 @@ void test_logaddexp_special_values(const KernelTable& table) {
   const float expected[] = {inf, -inf, inf, inf, 0, nan, nan, 2, 3e38f};
   for (int order = 1; order <= kMaxOrder; ++order) {
     float y[9];
-    table.binary[static_cast<int>(Binary::kLogAddExp)][0][order - 1](a, 0, b, 0, y, 1, 9,
-                                                                     Stores::kCached);
+    table.binary[static_cast<int>(Binary::kLogAddExp)][0][order - 1](a, 0, b, 0, y, 1, 9, Stores::kCached);
     for (int i = 0; i < 9; ++i) {
       check(y[i] == expected[i] || (std::isnan(y[i]) && std::isnan(expected[i])),
             "%s logaddexp order %d: f(%g, %g) = %g", table.isa, order, a[i], b[i], y[i]);

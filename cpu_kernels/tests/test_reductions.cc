@@ -51,8 +51,8 @@ void check_line(Reduction reduction, int order, const Line& x, const Line& y, co
     } else {
       const double expected = x[i] - maximum - log_sum;
       const double more = bounds::log_softmax_absolute[order - 1] + rounding * std::fabs(x[i] - maximum);
-      check(within(y[i], expected, 0, x.storage, more), "%s: y[%zu] = %.9g, exact %.9g", what.c_str(), i,
-            y[i], expected);
+      check(within(y[i], expected, 0, x.storage, more), "%s: y[%zu] = %.9g, exact %.9g", what.c_str(), i, y[i],
+            expected);
     }
   }
 }
@@ -116,7 +116,8 @@ void test_columns(const KernelTable& table) {
             const bool sums = reduction == Reduction::kLogSumExp;
             const std::vector<char> input = random_input(storage, length * columns, random);
             const std::string what =
-                describe(table, kNames[static_cast<int>(reduction)], storage, order, length, columns) + " columns";
+                describe(table, kNames[static_cast<int>(reduction)], storage, order, length, columns) +
+                " columns";
             const std::vector<char> output = check_placements(
                 input, (sums ? 1 : length) * columns * storage.size, !sums,
                 [&](char* x, char* y) { run(x, y, length, columns, columns); }, what);
@@ -170,17 +171,17 @@ void test_masked_rows(const KernelTable& table) {
 
 void test_log_sum_exp_special_rows(const KernelTable& table) {
   const float inf = INFINITY, nan = NAN;
-  const float rows[][3] = {{-inf, -inf, -inf}, {1, inf, 2}, {1, nan, 2}, {inf, nan, 0}, {-inf, 3, -inf},
-                           {3e38f, -3e38f, 0}};
+  const float rows[][3] = {{-inf, -inf, -inf}, {1, inf, 2},     {1, nan, 2},
+                           {inf, nan, 0},      {-inf, 3, -inf}, {3e38f, -3e38f, 0}};
   const float expected[] = {-inf, inf, nan, nan, 3, 3e38f};
   for (int order = 1; order <= kMaxOrder; ++order) {
     float y[6];
     rows_kernel(table, Reduction::kLogSumExp, kStorage[0], order)(rows, y, 6, 3, Stores::kCached);
     for (int r = 0; r < 6; ++r) {
-      const bool ok = std::isnan(expected[r])   ? std::isnan(y[r])
-                      : std::isinf(expected[r]) ? y[r] == expected[r]
-                                                : std::fabs(y[r] - expected[r]) <=
-                                                      bounds::logsumexp_absolute[order - 1];
+      const bool ok = std::isnan(expected[r]) ? std::isnan(y[r])
+                      : std::isinf(expected[r])
+                          ? y[r] == expected[r]
+                          : std::fabs(y[r] - expected[r]) <= bounds::logsumexp_absolute[order - 1];
       check(ok, "%s logsumexp order %d: row %d gives %g", table.isa, order, r, y[r]);
     }
   }
