@@ -153,6 +153,8 @@ _glu_pair, _glu_split = _gated("glu", activations.sigmoid_kernel, activations.si
 
 def _glu(x, *, order, axis):
     axis %= x.ndim
+    if axis == x.ndim - 1:
+        return _glu_split(x, order=order, gate_first=False)
     spec = jax.typeof(x).sharding.spec
     if any(entry is not None for entry in spec[axis:]):
         # Axes with explicit sharding cannot be merged, and a split axis has no halves at hand.
