@@ -17,7 +17,7 @@ ORDERS = (1, 2, 3, 4, 5)
 
 Order = int | str
 
-# Its error (1e-4) is below what bfloat16 can represent (2e-3).
+# Its error (1e-4) is below what bfloat16 can represent (4e-3).
 DEFAULT_ORDER = 3
 # Functions with another default: the highest order that the operator benchmark shows within 5 % of
 # the time of order 3.

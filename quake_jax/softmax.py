@@ -112,8 +112,8 @@ def softmax(
     Args:
       x: real array of any shape. float32, bfloat16 and float16 use the kernel; integers are
         promoted as by `jax.nn.softmax`; other floating-point dtypes get the exact function.
-      axis: the axis or axes over which the result sums to 1; None means all. One axis, whichever,
-        needs no copy.
+      axis: the axis or axes over which the result sums to 1; None means all. In a program for one
+        device, one axis, whichever, needs no copy.
       where: boolean array that broadcasts with x, or None. Elements where it is False are left
         out of the sum, whatever they are, and their result is 0.
       order: accuracy. 1 to 5 is the degree of the polynomial in the exponential (see `exp`);

@@ -224,9 +224,9 @@ void test_binary(const KernelTable& table) {
               const double u = storage.get(input.data(), i);
               const double v = storage.get(input.data() + b_begin, broadcast ? i % columns : i);
               const double expected = f.exact(u, v), bound = f.bounds[order - 1];
-              const double rounding = 0x1p-22 * (std::fabs(expected) + std::fabs(u) + std::fabs(v));
+              const double rounding = 0x1p-22 * std::fabs(expected);
               check(f.absolute ? within(storage.get(y.data(), i), expected, 0, storage, bound + rounding)
-                               : within(storage.get(y.data(), i), expected, bound + 0x1p-23, storage,
+                               : within(storage.get(y.data(), i), expected, bound + 0x1p-24, storage,
                                         kSmallestNormal * std::fabs(v)),
                     "%s: f(%.9g, %.9g) = %.9g, exact %.9g", what.c_str(), u, v, storage.get(y.data(), i),
                     expected);
