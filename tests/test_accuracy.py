@@ -439,7 +439,10 @@ def test_kernels_agree_with_the_reference(results, isa, name, dtype):
             y = results(isa)[f"{name} {dtype} {order} {label}"]
             tolerance = reference_tolerance(name, order)
             # Two roundings to the output dtype may differ by one of its steps.
-            relative, absolute = tolerance + 2 * HALF_ULP[dtype], 8 * ABSOLUTE[dtype]
+            relative = tolerance + 2 * HALF_ULP[dtype]
+            # So do two subnormal float16 results; elsewhere selu and the gated functions multiply
+            # what may have been flushed on one side alone.
+            absolute = (2 if dtype == "float16" else 8) * ABSOLUTE[dtype]
             if is_logarithm:
                 absolute += tolerance
             expected = expected.astype(np.float64)
