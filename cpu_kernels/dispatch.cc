@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -14,9 +15,34 @@ extern const KernelTable kAvx2Table;
 #if defined(QUAKE_HAVE_AVX512)
 extern const KernelTable kAvx512Table;
 #endif
+#if defined(QUAKE_HAVE_AVX512BF16)
+extern const KernelTable kAvx512Bf16Table;
+#endif
 #if defined(QUAKE_HAVE_NEON)
 extern const KernelTable kNeonTable;
 #endif
+
+namespace {
+
+template <class Fn, std::size_t N>
+void take_bfloat16(Fn (&to)[N][static_cast<int>(DType::kCount)][kMaxOrder],
+                   const Fn (&from)[N][static_cast<int>(DType::kCount)][kMaxOrder]) {
+  constexpr int kType = static_cast<int>(DType::kBFloat16);
+  for (std::size_t i = 0; i < N; ++i) std::copy(from[i][kType], from[i][kType] + kMaxOrder, to[i][kType]);
+}
+
+// `table` with the bfloat16 kernels of `own`, and its name.
+[[maybe_unused]] KernelTable with_bfloat16(KernelTable table, const KernelTable& own) {
+  table.isa = own.isa;
+  take_bfloat16(table.elementwise, own.elementwise);
+  take_bfloat16(table.binary, own.binary);
+  take_bfloat16(table.rows, own.rows);
+  take_bfloat16(table.columns, own.columns);
+  take_bfloat16(table.masked_rows, own.masked_rows);
+  return table;
+}
+
+}  // namespace
 
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
@@ -34,6 +60,12 @@ std::vector<const KernelTable*> supported_tables() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("f16c")) {
     tables.push_back(&kAvx512Table);
+#if defined(QUAKE_HAVE_AVX512BF16)
+    if (__builtin_cpu_supports("avx512bf16")) {
+      static const KernelTable table = with_bfloat16(kAvx512Table, kAvx512Bf16Table);
+      tables.push_back(&table);
+    }
+#endif
   }
 #endif
 // Every aarch64 processor has NEON with float16 conversions.

@@ -483,3 +483,75 @@ def test_logsumexp_bound_covers_a_row_summed_in_blocks(order):
         total = total + column  # float32
     error = np.abs(np.float32(np.log(total.astype(np.float64))) - exact)
     assert np.all(error <= K.MAX_ABS_ERROR["logsumexp"][order] + 2.0**-22 * exact)
+
+
+# --- Piecewise polynomials ----------------------------------------------------------------------
+
+SEGMENTS = (ROOT / "cpu_kernels" / "generic" / "segments.h").read_text(encoding="utf-8")
+
+
+def _segments(name, order):
+    """What segments.h says of one table, as a dictionary of numbers and arrays."""
+    [body] = re.findall(rf"struct {name}Segments<{order}> \{{\n(.*?)\n\}};", SEGMENTS, re.DOTALL)
+
+    def numbers(text):
+        return np.array([float.fromhex(v) for v in re.findall(r"(-?0x[0-9a-f.p+-]+)f", text)])
+
+    scalars = {k: float.fromhex(v) for k, v in re.findall(r"float (\w+) = (\S+)f;", body)}
+    [shift] = re.findall(r"kShift = (\d+);", body)
+    [local] = re.findall(r"kLocal = (\w+);", body)
+    [start] = re.findall(r"kStart\[32\] = \{(.*?)\};", body, re.DOTALL)
+    [table] = re.findall(r"c\[\d+\]\[32\] = \{(.*)\};", body, re.DOTALL)
+    return scalars | {
+        "shift": int(shift),
+        "local": local == "true",
+        "start": numbers(start),
+        "c": numbers(table).reshape(-1, 32),
+    }
+
+
+def _lookup(s, z):
+    """The polynomial of each z's segment by fused multiply-adds in float32."""
+    y = np.float32(z.astype(np.float64) * s["kScale"] + s["kOffset"])
+    row = (y.view(np.int32) >> s["shift"]) & 31
+    x = z.astype(np.float64) - (s["start"][row] if s["local"] else 0.0)
+    value = np.zeros_like(x)
+    for c in s["c"][::-1]:
+        value = np.float32(value * x + c[row]).astype(np.float64)
+    return value
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_piecewise_tanh_keeps_the_bound(order):
+    s = _segments("Tanh", order)
+    near_zero = np.float32(2.0) ** np.arange(-126, -3, dtype=np.float32)
+    z = np.concatenate([near_zero, np.linspace(0, s["kUpper"], 1_000_001, dtype=np.float32)[1:]])
+    assert (
+        np.max(np.abs(_lookup(s, z) / np.tanh(z.astype(np.float64)) - 1))
+        <= (K.MAX_REL_ERROR["tanh"][order])
+    )
+    assert _lookup(s, z[-1:]) == 1.0  # the limit, exactly
+    assert _lookup(s, z).max() <= 1.0
+
+
+@pytest.mark.parametrize("order", (2, 3))
+def test_piecewise_logarithm_of_the_normal_tail_leaves_room_for_the_power(order):
+    s = _segments("LogTail", 3)
+    z = np.linspace(0, s["kUpper"], 1_000_001, dtype=np.float32)
+    exact = scipy.special.log_ndtr(-z.astype(np.float64))
+    error = np.max(np.abs(np.expm1(_lookup(s, z) * LN2 - exact)))
+    assert (1 + error) * (1 + K.EXP_MAX_REL_ERROR[order]) - 1 <= (
+        K.MAX_REL_ERROR["gelu_erf"][order]
+    ) + 4 * EPS
+
+
+@pytest.mark.parametrize(("name", "order"), [("Tanh", o) for o in ORDERS] + [("LogTail", 3)])
+def test_segments_begin_where_the_row_changes(name, order):
+    s = _segments(name, order)
+    y = np.linspace(s["kOffset"], 8.0, 100_000, endpoint=False, dtype=np.float32)
+    row = (y.view(np.int32) >> s["shift"]) & 31
+    assert set(row) == set(range(32))
+    z = (y.astype(np.float64) - s["kOffset"]) / s["kScale"]
+    first = np.array([z[row == r].min() for r in range(32)])
+    assert np.all(s["start"] <= first + 1e-6)
+    assert np.all(s["start"] >= first - 1e-3)

@@ -25,6 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP_PATH = ROOT / "cpu_kernels" / "generic" / "constants.h"
+CPP_SEGMENTS_PATH = ROOT / "cpu_kernels" / "generic" / "segments.h"
 CPP_BOUNDS_PATH = ROOT / "cpu_kernels" / "tests" / "bounds.h"
 PY_PATH = ROOT / "quake_jax" / "_constants.py"
 
@@ -48,6 +49,8 @@ SOFTMAX_ROWS, SOFTMAX_WIDTH, SOFTMAX_SIGMA = 8192, 128, 2.0
 SOFTMAX_C_STEP = 100_000
 
 GRID = 1201  # points on which the Remez exchange looks for extrema
+SEGMENT_GRID = 101  # the same within a segment
+SEGMENTS = 32  # as many as two vector registers of 16 floats hold
 
 
 def float32(value: mp.mpf | float) -> float:
@@ -298,12 +301,17 @@ def log1p_problem(degree: int) -> Problem:
     return Problem(x, [mp.log1p(v) / v if v else mp.mpf(1) for v in x], degree)
 
 
+def upper_tail(z: mp.mpf) -> mp.mpf:
+    """Q(z), the probability that a standard normal variable exceeds z."""
+    return mp.erfc(z / mp.sqrt(2)) / 2
+
+
 def mills(z: mp.mpf) -> mp.mpf:
     """M(z) = exp(z^2/2) Q(z), Q the upper tail of the standard normal.
 
     This is Mills' ratio divided by sqrt(2 pi); gelu(x) = max(x, 0) - z exp(-z^2/2) M(z), z = |x|.
     """
-    return mp.exp(z * z / 2) * mp.erfc(z / mp.sqrt(2)) / 2
+    return mp.exp(z * z / 2) * upper_tail(z)
 
 
 @functools.cache
@@ -364,6 +372,102 @@ def derive_log1p(order: int) -> list[float]:
         if worst <= LOG1P_POLY_BOUND[order]:
             return coefficients
     raise ArithmeticError(f"no polynomial of degree below 12 serves order {order}")
+
+
+# --- Piecewise polynomials, for machines that look coefficients up in registers -------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Piecewise:
+    """A function on [0, upper] in 32 segments, each with a polynomial of its own.
+
+    The bits of the float y = scale z + offset above the lowest `shift` say the segment: 32 equal
+    parts of an octave of y (shift 18), or 8 of each of four octaves (shift 20). The lowest five of
+    those bits are the row of its coefficients.
+
+    Attributes:
+      name: of the C++ tables.
+      function: what is approximated, in the relative sense.
+      upper, scale, offset, shift: see above.
+      degree: of the polynomials, by order.
+      local: orders whose polynomials take z less the beginning of the segment: terms would cancel.
+      odd: the first segment has no constant term: relative accuracy at 0.
+      limit: value of the last segment, or None.
+    """
+
+    name: str
+    function: Callable[[mp.mpf], mp.mpf]
+    upper: float
+    scale: float
+    offset: float
+    shift: int
+    degree: Mapping[int, int]
+    local: frozenset[int] = frozenset()
+    odd: bool = False
+    limit: float | None = None
+
+    def row(self, z: np.ndarray) -> np.ndarray:
+        """The rows of float32 arguments."""
+        y = np.float32(z.astype(np.float64) * self.scale + self.offset)
+        return (y.view(np.int32) >> self.shift) & (SEGMENTS - 1)
+
+    def segments(self) -> list[tuple[int, float, float]]:
+        """All segments as (row, begin, end)."""
+        first = int(np.float32(self.offset).view(np.int32)) >> self.shift
+        y = np.arange(first, first + SEGMENTS + 1, dtype=np.int32) << self.shift
+        z = (y.view(np.float32).astype(np.float64) - self.offset) / self.scale
+        rows = (np.arange(first, first + SEGMENTS)) % SEGMENTS
+        return [(int(r), float(a), float(b)) for r, a, b in zip(rows, z[:-1], z[1:], strict=True)]
+
+    def start(self) -> list[float]:
+        """Where each segment begins, by row, rounded down so that no difference is negative."""
+        start = [0.0] * SEGMENTS
+        for row, begin, _ in self.segments():
+            near = np.float32(begin)
+            start[row] = float(near if near <= begin else np.nextafter(near, np.float32(0)))
+        return start
+
+    def derive(self, order: int) -> list[list[float]]:
+        """Coefficients as [power][row], rounded one by one and the others solved for again."""
+        degree, start = self.degree[order], self.start()
+        table = [[0.0] * SEGMENTS for _ in range(degree + 1)]
+        for row, begin, end in self.segments():
+            if self.limit is not None and end > self.upper:
+                table[0][row] = self.limit
+                continue
+            step = (mp.mpf(end) - begin) / (SEGMENT_GRID - 1)
+            z = [begin + step * i for i in range(0 if begin else 1, SEGMENT_GRID)]
+            x = [v - start[row] for v in z] if order in self.local else z
+            fixed = {0: mp.mpf(0)} if self.odd and not begin else {}
+            problem = Problem(x, [self.function(v) for v in z], degree, fixed)
+            for k in range(len(fixed), degree + 1):
+                fixed[k] = mp.mpf(float32(remez(problem, fixed)[0][k]))
+            for k, c in fixed.items():
+                table[k][row] = float(c)
+        return table
+
+    def evaluate(self, table, order: int, z: np.ndarray, rounded: bool) -> np.ndarray:
+        """The function at float32 z; `rounded`: by fused multiply-adds in float32."""
+        row, x = self.row(z), z.astype(np.float64)
+        if order in self.local:
+            x = x - np.array(self.start())[row]
+        value = np.zeros_like(x)
+        for c in reversed(table):
+            value = value * x + np.array(c)[row]
+            if rounded:
+                value = np.float32(value).astype(np.float64)
+        return value
+
+
+PIECEWISE = (
+    Piecewise(
+        "Tanh", mp.tanh, 9.125, 13 / 16, 0.5, 20, {1: 1, 2: 2, 3: 3, 4: 4, 5: 4},
+        local=frozenset({5}), odd=True, limit=1.0,
+    ),
+    Piecewise(
+        "LogTail", lambda z: mp.log(upper_tail(z), 2), 14.0, 17 / 32, 0.5, 20, {3: 2},
+    ),
+)  # fmt: skip
 
 
 # --- Order 1: the bit trick --------------------------------------------------------------------
@@ -436,6 +540,7 @@ class Constants:
     log1p: dict[int, list[float]]
     gelu_p: dict[int, float]
     gelu_m: dict[int, list[float]]
+    piecewise: dict[str, dict[int, list[list[float]]]]  # by name and order, as [power][row]
     ln2_hi: float
     ln2_lo: float
     log2e: float
@@ -466,6 +571,7 @@ def derive() -> Constants:
             log1p={order: derive_log1p(order) for order in orders},
             gelu_p={order: p for order, (p, _) in gelu.items()},
             gelu_m={order: m for order, (_, m) in gelu.items()},
+            piecewise={p.name: {o: p.derive(o) for o in p.degree} for p in PIECEWISE},
             ln2_hi=float32(ln2_hi),
             ln2_lo=float32(mp.ln2 - ln2_hi),
             log2e=float32(1 / mp.ln2),
@@ -555,7 +661,27 @@ def measure(constants: Constants, points: int = 200_001) -> list[Report]:
         errors = [float(np.max(np.abs(v / exact - 1))) for v in (polynomial, rounded)]
         bound = GELU_ERROR_SHARE * EXP_MAX_REL_ERROR[order]
         reports.append(Report("M(z)", order, len(c) - 1, *errors, bound))
+    for piecewise in PIECEWISE:
+        z = np.linspace(0, piecewise.upper, 8001, dtype=np.float32)[1:]
+        exact = _piecewise_exact(piecewise.name)
+        for order, table in constants.piecewise[piecewise.name].items():
+            values = (piecewise.evaluate(table, order, z, rounded) for rounded in (False, True))
+            if piecewise.name == "LogTail":  # what counts is the error of the power
+                name, bound = "Q(z), piecewise", GELU_ERROR_SHARE * EXP_MAX_REL_ERROR[order]
+                errors = [float(np.max(np.abs(np.exp2(v - exact) - 1))) for v in values]
+            else:
+                name, bound = "tanh, piecewise", EXP_POLY_BOUND[order]
+                errors = [float(np.max(np.abs(v / exact - 1))) for v in values]
+            reports.append(Report(name, order, piecewise.degree[order], *errors, bound))
     return reports
+
+
+@functools.cache
+def _piecewise_exact(name: str) -> np.ndarray:
+    piecewise = next(p for p in PIECEWISE if p.name == name)
+    z = np.linspace(0, piecewise.upper, 8001, dtype=np.float32)[1:]
+    with mp.workdps(DIGITS):
+        return np.array([float(piecewise.function(mp.mpf(float(v)))) for v in z])
 
 
 # --- Error bounds -------------------------------------------------------------------------------
@@ -637,10 +763,13 @@ class Parts:
     exponential: dict[int, float]  # the same with Horner's rule in float32, argument apart
     log1p: dict[int, float]  # e P(e), arithmetic included
     reports: dict[tuple[str, int], float]  # of polynomials by name
+    log_tail: dict[int, float]  # of Q(z) by a piecewise logarithm, arithmetic included
 
 
 def _parts(constants: Constants) -> Parts:
-    reports = {(r.name, r.order): r.polynomial for r in measure(constants)}
+    measured = measure(constants)
+    reports = {(r.name, r.order): r.polynomial for r in measured}
+    [log_tail] = (r.float32 for r in measured if r.name == "Q(z), piecewise")
     polynomial = {1: order1_error(constants)}
     for name in ("2^f", "e^r"):
         polynomial |= {order: e for (n, order), e in reports.items() if n == name}
@@ -667,6 +796,7 @@ def _parts(constants: Constants) -> Parts:
         {order: with_rounding(order) for order in EXP_MAX_REL_ERROR},
         {order: log1p(order) for order in EXP_MAX_REL_ERROR},
         reports,
+        {2: log_tail, 3: log_tail},
     )
 
 
@@ -681,8 +811,9 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     - exp: the promise of the library.
     - sigmoid = 1/(1 + e): an error ε of e becomes at most ε/(1 - ε).
     - silu, gelu_tanh = max(x, 0) - z e/(1 + e): at most the error of e.
-    - gelu_erf = max(x, 0) - z e M: at most that of e M.
-    - tanh = E/(E + 2): at most that of E.
+    - gelu_erf = max(x, 0) - z e M: at most that of e M. Orders 2 and 3 may have 2^(log2 Q) instead,
+      with the error of log2 Q as evaluated.
+    - tanh = E/(E + 2): at most that of E; or piecewise.
     - softmax: the quotient of two exponentials of rounded differences of up to 2^7 ln 2 (order 1:
       2^t is off by a factor from [c, 1.0615 c], and c cancels).
     - exp2: the argument is not multiplied (or, in nats, only its fraction is), so that no rounding
@@ -715,11 +846,18 @@ def error_bounds(constants: Constants) -> dict[str, dict[int, float]]:
     # x (a + b x^2) is rounded three times, also in nats.
     cubic = 3 * DEEPEST * ULP
     add("gelu_tanh", lambda o: polynomial[o] + argument(o, 1) + cubic + 8 * ULP)
+
+    def gelu_erf(order: int) -> float:
+        by_mills = (1 + reports["M(z)", order]) * (1 + polynomial[order]) - 1 + argument(order, 2)
+        by_log = parts.log_tail.get(order, 0.0) + polynomial[order]
+        return max(by_mills, by_log) + 10 * ULP
+
+    add("gelu_erf", gelu_erf)
+    # Piecewise, only the last roundings count: the slope's term is small beside the first one.
     add(
-        "gelu_erf",
-        lambda o: (1 + polynomial[o]) * (1 + reports["M(z)", o]) - 1 + argument(o, 2) + 10 * ULP,
+        "tanh",
+        lambda o: max(reports["(2^f - 1)/f", o] + 6 * ULP, reports["tanh, piecewise", o] + 3 * ULP),
     )
-    add("tanh", lambda o: reports["(2^f - 1)/f", o] + 6 * ULP)
     difference = 128 * math.log(2) * ULP
     add(
         "softmax",
@@ -873,6 +1011,56 @@ def render_cpp(c: Constants) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_cpp_segments(c: Constants) -> str:
+    """The text of cpu_kernels/generic/segments.h."""
+    lines = [
+        f"// Generated by `{_COMMAND}`; do not edit. Polynomials c0 + c1 x + ... in 32 segments,",
+        "// as c[power][row]. The row is the lowest five bits of the float y = kScale z + kOffset",
+        "// shifted right by kShift; x is z, if kLocal less kStart[row].",
+        "#ifndef QUAKE_GENERIC_SEGMENTS_H_",
+        "#define QUAKE_GENERIC_SEGMENTS_H_",
+        "",
+        "// clang-format off",
+        "namespace quake::constants {",
+    ]
+
+    def rows(values: Sequence[float], indent: str) -> list[str]:
+        words = [hex_float(v) + "," for v in values]
+        return [indent + " ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
+
+    for p in PIECEWISE:
+        lines += [
+            "",
+            "template <int Order>",
+            f"struct {p.name}Segments;",
+        ]
+        for order, table in c.piecewise[p.name].items():
+            lines += [
+                "template <>",
+                f"struct {p.name}Segments<{order}> {{",
+                f"  static constexpr float kUpper = {hex_float(p.upper)};",
+                f"  static constexpr float kScale = {hex_float(p.scale)};",
+                f"  static constexpr float kOffset = {hex_float(p.offset)};",
+                f"  static constexpr int kShift = {p.shift};",
+                f"  static constexpr bool kLocal = {'true' if order in p.local else 'false'};",
+                "  static constexpr float kStart[32] = {",
+                *rows(p.start(), "      "),
+                "  };",
+                f"  static constexpr float c[{len(table)}][32] = {{",
+            ]
+            for values in table:
+                lines += ["      {", *rows(values, "          "), "      },"]
+            lines += ["  };", "};"]
+    lines += [
+        "",
+        "}  // namespace quake::constants",
+        "// clang-format on",
+        "",
+        "#endif  // QUAKE_GENERIC_SEGMENTS_H_",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def render_cpp_bounds(c: Constants) -> str:
     """The text of cpu_kernels/tests/bounds.h."""
     lines = [
@@ -1019,6 +1207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     files = {
         CPP_PATH: render_cpp,
+        CPP_SEGMENTS_PATH: render_cpp_segments,
         CPP_BOUNDS_PATH: render_cpp_bounds,
         PY_PATH: render_python,
     }

@@ -50,23 +50,33 @@ struct GeluTanh {
   }
 };
 
-// x Phi(x) = max(x, 0) - z Q(z) with z = |x| and Q the upper tail of the standard normal distribution,
-// Q(z) = e^(-z^2/2) M(z): no cancellation on either side. M, smooth and slowly falling, is a polynomial
-// in 1/(1 + p z), the substitution of Hastings (1955).
+// x Phi(x) = max(x, 0) - z Q(z) with z = |x| and Q the upper tail of the standard normal distribution: no
+// cancellation on either side. Q(z) = e^(-z^2/2) M(z), where M, smooth and slowly falling, is a polynomial in
+// 1/(1 + p z), the substitution of Hastings (1955); or 2^(log2 Q(z)), the logarithm piecewise.
 struct GeluErf {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     using namespace constants;
     const vf z = magnitude_below(x, 14.0f);  // 0 from -13.2 on
-    const vf u = reciprocal(fma(z, set1(kGeluP[Order]), set1(1.0f)));
-    vf e;
+    if constexpr (kHasLookup && (Order == 2 || Order == 3)) {
+      const vf log_tail = piecewise<LogTailSegments<3>>(z);
+      const vf tail = exp_product<Order, Range::kModerate, kTailShift>(log_tail, set1(1.0f));
+      return fma(z * tail, set1(-1 / kTailScale), clamp_below(x, 0.0f));
+    } else {
+      const vf u = reciprocal(fma(z, set1(kGeluP[Order]), set1(1.0f)));
+      return fma(-(z * gaussian<Order>(z)), mills_ratio<Order>(u), clamp_below(x, 0.0f));
+    }
+  }
+
+  // e^(-z^2/2)
+  template <int Order>
+  QUAKE_INLINE vf gaussian(vf z) {
     if constexpr (Order <= 3) {
-      e = exp_product<Order, Range::kModerate>(z, z * (-0.5f * kUnit<Order>));
+      return exp_product<Order, Range::kModerate>(z, z * (-0.5f * kUnit<Order>));
     } else {
       const vf square = z * z;
-      e = exp_product<Order, Range::kModerate>(square, set1(-0.5f), product_error(z, z, square) * -0.5f);
+      return exp_product<Order, Range::kModerate>(square, set1(-0.5f), product_error(z, z, square) * -0.5f);
     }
-    return fma(-(z * e), mills_ratio<Order>(u), clamp_below(x, 0.0f));
   }
 
   template <int Order>
@@ -80,12 +90,16 @@ struct GeluErf {
   }
 };
 
-// E/(E + 2) with E = e^(2|x|) - 1 = 2^n f q(f) + (2^n - 1): near 0, n is 0 and E is f q(f), whose relative
-// error is the polynomial's, so nothing cancels.
+// Piecewise, or E/(E + 2) with E = e^(2|x|) - 1 = 2^n f q(f) + (2^n - 1): near 0, n is 0 and E is f q(f), whose
+// relative error is the polynomial's, so nothing cancels.
 struct Tanh {
   template <int Order>
   QUAKE_INLINE vf apply(vf x) {
     using namespace constants;
+    if constexpr (kHasLookup) {
+      using Segments = TanhSegments<Order>;
+      return copy_sign(piecewise<Segments>(clamp_above(abs(x), Segments::kUpper)), x);
+    }
     const vf t = clamp_above(abs(x) * (2 * kLog2e), 29.0f);  // integral, so that the limit is exactly 1
     vf n_power, f;
     if constexpr (kHasScalef) {

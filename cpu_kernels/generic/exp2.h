@@ -4,6 +4,20 @@
 //
 // Maximum relative error where the result is normal and finite: 2.99e-2, 2.7e-3, 1.08e-4, 3.6e-6, 2.5e-7.
 
+// A function by a polynomial for each of 32 segments (constants.h): cheaper than one polynomial for all of
+// its domain where a lookup costs no more than an operation.
+template <class Segments>
+QUAKE_INLINE vf piecewise(vf z) {
+  const vf y = fma(z, set1(Segments::kScale), set1(Segments::kOffset));
+  const vi row = as_int(y) >> Segments::kShift;
+  constexpr int kDegree = sizeof(Segments::c) / sizeof(Segments::c[0]) - 1;
+  const vf x = Segments::kLocal ? z - lookup(Segments::kStart, row) : z;
+  vf p = lookup(Segments::c[kDegree], row);
+#pragma GCC unroll 8
+  for (int i = kDegree - 1; i >= 0; --i) p = fma(p, x, lookup(Segments::c[i], row));
+  return p;
+}
+
 // The argument is a product x*w whose factor w carries the conversion into the unit that an order works in:
 // one nat is kUnit units. Order 1 without scalef wants 2^-23 of a power of two (one step of the result's
 // bits), orders 1 to 3 powers of two, orders 4 and 5 nats, because they reduce with a low part.

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "generic/constants.h"
+#include "generic/segments.h"
 #include "kernels.h"
 
 #define QUAKE_INLINE [[gnu::always_inline]] static inline

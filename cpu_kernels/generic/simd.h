@@ -2,6 +2,7 @@
 // sets share. Included inside an instruction set's namespace, after its shim.
 //
 // A shim (isa/*.cc) defines:
+//   kOnlyBFloat16                   the table has kernels for bfloat16 alone
 //   kLanes                          floats in a vector
 //   vf, vi, vh                      kLanes floats; kLanes int32 (GCC vector types: + - * & | << work);
 //                                   kLanes 16-bit words
@@ -13,12 +14,16 @@
 //   load_words(const uint16_t*), store_words, stream_words and their _partial forms
 //   stream_fence()                  orders streamed stores before whatever follows
 //   widen(vh) -> vi, narrow(vi) -> vh, half_to_float(vh) -> vf, float_to_half(vf) -> vh
+//   float_to_bfloat(vf) -> vh       to nearest even (bfloat_words.h does it by integer operations)
+//   join_bfloats(even, odd) -> vi   the same of two vectors, their results in turn
 //   fma(a, b, c)                    a*b + c, one rounding where the machine has it, else two
 //   product_error(a, b, p)          a*b - p, exact, for p the rounded product
 //   clamp_below(x, lowest), clamp_above(x, highest)       a NaN in x stays
 //   magnitude_below(x, highest)     min(|x|, highest); what becomes of a NaN is open
 //   max_skip_nan(accumulated, x)    a NaN in x is ignored
 //   floor(x), round(x) to nearest even, and with scalef: fraction(x) = x - floor(x), scalef(p, n) = p * 2^floor(n)
+//   kHasLookup                      the next is fast: two registers of coefficients, one permutation
+//   lookup(table, index)            table[index & 31] in each lane, of 32 floats
 //   order1_bits(v)                  the float whose bits are the integer nearest to v, saturated to 0 and
 //                                   inf; NaN stays (only without scalef)
 //   keep_where(v, mask, n, fill)    those of the first n lanes of v whose byte in mask is not 0, else fill
@@ -38,16 +43,6 @@ QUAKE_INLINE vf copy_sign(vf magnitude, vf sign) {
 }
 
 QUAKE_INLINE vf bfloat_to_float(vh words) { return as_float(widen(words) << 16); }
-
-// The bits of x with the upper half rounded to a bfloat16, to nearest even, and the lower half left over. The
-// NaNs that reach this have their low half clear (they come from a bfloat16 or from an invalid operation), so
-// the addition cannot carry them into an infinity.
-QUAKE_INLINE vi round_to_bfloat(vf x) {
-  const vi bits = as_int(x);
-  return bits + 0x7fff + ((bits >> 16) & 1);
-}
-
-QUAKE_INLINE vh float_to_bfloat(vf x) { return narrow((round_to_bfloat(x) >> 16) & 0xffff); }
 
 QUAKE_INLINE vf load(const bfloat16* p) { return bfloat_to_float(load_words(&p->bits)); }
 QUAKE_INLINE vf load(const float16* p) { return half_to_float(load_words(&p->bits)); }
@@ -102,8 +97,7 @@ QUAKE_INLINE void store_pair(T* p, Pair v, bool streamed) {
   }
 }
 QUAKE_INLINE void store_pair(bfloat16* p, Pair v, bool streamed) {
-  const vi even = (round_to_bfloat(v.first) >> 16) & 0xffff;
-  const vi words = even | (round_to_bfloat(v.second) & ~0xffff);
+  const vi words = join_bfloats(v.first, v.second);
   if (streamed) {
     stream(reinterpret_cast<float*>(p), as_float(words));
   } else {

@@ -13,9 +13,11 @@ constexpr void fill_orders(Fn (&row)[kMaxOrder]) {
 
 template <template <class> class Family, class Fn>
 constexpr void fill(Fn (&rows)[static_cast<int>(DType::kCount)][kMaxOrder]) {
-  fill_orders<Fn, Family<float>>(rows[static_cast<int>(DType::kFloat32)]);
   fill_orders<Fn, Family<bfloat16>>(rows[static_cast<int>(DType::kBFloat16)]);
-  fill_orders<Fn, Family<float16>>(rows[static_cast<int>(DType::kFloat16)]);
+  if constexpr (!kOnlyBFloat16) {
+    fill_orders<Fn, Family<float>>(rows[static_cast<int>(DType::kFloat32)]);
+    fill_orders<Fn, Family<float16>>(rows[static_cast<int>(DType::kFloat16)]);
+  }
 }
 
 template <class Functor>

@@ -7,9 +7,11 @@
 namespace quake {
 namespace {
 
+constexpr bool kOnlyBFloat16 = false;
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
+constexpr bool kHasLookup = false;
 constexpr int kReciprocalBits = 11;
 typedef float vf __attribute__((vector_size(32)));
 typedef std::int32_t vi __attribute__((vector_size(32)));
@@ -56,6 +58,8 @@ QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
 QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return _mm256_rcp_ps(d); }
 
+QUAKE_INLINE vf lookup(const float (&)[32], vi) { return vf{}; }  // never called: kHasLookup is false
+
 QUAKE_INLINE vf order1_bits(vf v) {
   v = clamp_above(v, 0x7f800000);
   const __m256 normal = _mm256_cmp_ps(v, _mm256_set1_ps(0x00800000), _CMP_GE_OQ);
@@ -92,14 +96,8 @@ QUAKE_INLINE float reduce_max(vf v) {
 }
 
 #include "generic/partial_words.h"
-#include "generic/simd.h"
-#include "generic/exp2.h"
-#include "generic/activations.h"
-#include "generic/map.h"
-#include "generic/softmax.h"
-#include "generic/softmax_columns.h"
-#include "generic/softmax_masked.h"
-#include "generic/table.h"
+#include "generic/bfloat_words.h"
+#include "generic/all.h"
 
 }  // namespace
 

@@ -7,9 +7,11 @@
 namespace quake {
 namespace {
 
+constexpr bool kOnlyBFloat16 = false;
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
 constexpr bool kHasScalef = false;
+constexpr bool kHasLookup = false;
 constexpr int kReciprocalBits = 8;
 typedef float vf __attribute__((vector_size(16)));
 typedef std::int32_t vi __attribute__((vector_size(16)));
@@ -47,6 +49,8 @@ QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
 QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return (vf)vrecpeq_f32((float32x4_t)d); }
 
+QUAKE_INLINE vf lookup(const float (&)[32], vi) { return vf{}; }  // never called: kHasLookup is false
+
 QUAKE_INLINE vf order1_bits(vf v) {
   v = clamp_above(v, 0x7f800000);
   const vi bits = (vi)vcvtnq_s32_f32((float32x4_t)v) & (vi)(v >= 0x1p23f);
@@ -71,14 +75,8 @@ QUAKE_INLINE float reduce_max(vf v) { return vmaxnmvq_f32((float32x4_t)v); }
 
 #include "generic/partial_floats.h"
 #include "generic/partial_words.h"
-#include "generic/simd.h"
-#include "generic/exp2.h"
-#include "generic/activations.h"
-#include "generic/map.h"
-#include "generic/softmax.h"
-#include "generic/softmax_columns.h"
-#include "generic/softmax_masked.h"
-#include "generic/table.h"
+#include "generic/bfloat_words.h"
+#include "generic/all.h"
 
 }  // namespace
 
