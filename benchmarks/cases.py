@@ -9,20 +9,51 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FUNCTIONS = ("softmax", "exp", "sigmoid", "silu", "tanh", "gelu_tanh", "gelu_erf")
+REDUCTIONS = ("softmax", "log_softmax", "logsumexp")
+BIASED = ("bias_gelu", "bias_silu")  # f(x + bias)
+GATED = ("swiglu", "geglu")  # f(gate) · value
+HALVED = ("glu",)  # gated too, but gate and value are the halves of one array
+ELEMENTWISE = (
+    *("exp", "exp2", "expm1", "sigmoid", "log_sigmoid", "silu", "tanh", "softplus"),
+    *("gelu_tanh", "gelu_erf", "quick_gelu", "mish", "elu", "selu", "celu", "logaddexp"),
+)
+FUNCTIONS = (*REDUCTIONS, *ELEMENTWISE, *BIASED, *HALVED, *GATED)
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
 DEFAULT_ORDERS = (1, 2, 3, 5)
+CELU_ALPHA = 1.3  # with 1 it would be elu
+SUBJECT_ORDER = 3  # the one that tables and most bars are about
 
 L2_SHAPE = (128, 1024)
+L2_SHAPE_OF_TWO = (64, 1024)  # two arrays in and one out
 VIT_SHAPE = (8, 12, 197, 197)  # attention weights of ViT-B/16, batch 8
+VOCABULARY_SHAPE = (64, 50257)  # logits of GPT-2
 GPT_SHAPE = (4, 12, 1024, 1024)  # attention weights of GPT-2 small, batch 4
 QUICK_SHAPE = (16, 256)
+
+# By the bytes of float32, in and out; L2 (1 MB a core) depends on the function: `l2_shape`.
+LEVELS = {
+    VIT_SHAPE: "L3",
+    VOCABULARY_SHAPE: "L3",
+    GPT_SHAPE: "DRAM",
+}
+
+# Beyond the second-level cache the arithmetic hides behind memory, for all functions alike.
+L3_FUNCTIONS = (
+    *("softmax", "log_softmax", "exp", "sigmoid", "silu", "tanh", "gelu_tanh", "gelu_erf"),
+    *(*BIASED, *HALVED, *GATED),
+)
+DRAM_FUNCTIONS = ("softmax", "log_softmax", "exp", "silu", "gelu_tanh", "gelu_erf")
+
+ROUNDS = 15
+# A reading of main memory is one call of up to a fifth of a second.
+DRAM_ROUNDS = 7
+DRAM_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator on one array."""
+    """One operator at one shape: that of its result, or what logsumexp reduces."""
 
     function: str
     shape: tuple[int, ...]
@@ -33,18 +64,72 @@ class Case:
         return math.prod(self.shape)
 
     @property
+    def operand_shapes(self) -> tuple[tuple[int, ...], ...]:
+        if self.function in HALVED:
+            return ((*self.shape[:-1], 2 * self.shape[-1]),)
+        if self.function in BIASED:
+            return self.shape, self.shape[-1:]
+        if self.function in (*GATED, "logaddexp"):
+            return self.shape, self.shape
+        return (self.shape,)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.shape[:-1] if self.function == "logsumexp" else self.shape
+
+    @property
+    def traffic(self) -> float:
+        """Elements read and written, relative to a copy of an array of `shape`."""
+        arrays = (*self.operand_shapes, self.out_shape)
+        return sum(math.prod(shape) for shape in arrays) / (2 * self.elements)
+
+    @property
+    def level(self) -> str:
+        """Where the arrays sit; empty for a shape of the user's."""
+        return "L2" if self.shape == l2_shape(self.function) else LEVELS.get(self.shape, "")
+
+    @property
     def label(self) -> str:
         return f"{self.function} {'×'.join(map(str, self.shape))} {self.dtype}"
+
+
+def l2_shape(function: str) -> tuple[int, ...]:
+    """The shape at which a function's arrays fill the second-level cache."""
+    of_two = function in (*GATED, *HALVED, "logaddexp")
+    return L2_SHAPE_OF_TWO if of_two else L2_SHAPE
 
 
 def choose(
     functions: Sequence[str], dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]] | None
 ) -> list[Case]:
-    """List the cases of a run; without shapes, the large one is measured for softmax only."""
+    """List the cases of a run; without shapes, each function has its own."""
     cases = []
     for dtype in dtypes:
         for function in functions:
-            large = (GPT_SHAPE,) if function == "softmax" else ()
-            for shape in shapes or (L2_SHAPE, VIT_SHAPE, *large):
+            for shape in shapes or _shapes(function):
                 cases.append(Case(function, tuple(shape), dtype))
     return cases
+
+
+def _shapes(function: str) -> list[tuple[int, ...]]:
+    return [
+        l2_shape(function),
+        *([VIT_SHAPE] if function in L3_FUNCTIONS else []),
+        *([VOCABULARY_SHAPE] if function in REDUCTIONS else []),
+        *([GPT_SHAPE] if function in DRAM_FUNCTIONS else []),
+    ]
+
+
+def orders(case: Case) -> tuple[int, ...]:
+    """The orders measured by default; all of them where the default order is decided."""
+    return ORDERS if decides(case.function, case.shape, case.dtype) else DEFAULT_ORDERS
+
+
+def decides(function: str, shape: Sequence[int], dtype: str) -> bool:
+    """Whether a case decides the default order of its function (`defaults`)."""
+    return dtype == "float32" and tuple(shape) == l2_shape(function)
+
+
+def rounds(case: Case) -> int:
+    """The number of interleaved rounds by default."""
+    return DRAM_ROUNDS if case.elements >= DRAM_ELEMENTS else ROUNDS

@@ -99,14 +99,25 @@ def describe(threads: int) -> dict:
     }
 
 
+def cpu_family() -> int | None:
+    """The family that the CPU reports of itself (x86 on Linux only)."""
+    family = _cpuinfo("cpu family")
+    return int(family) if family else None
+
+
 def _cpu_model() -> str | None:
+    return _cpuinfo("model name") or platform.processor() or None
+
+
+def _cpuinfo(field: str) -> str | None:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
     except OSError:
         pass
-    return platform.processor() or None
+    return None
 
 
 def _xla_pool_threads() -> int | None:

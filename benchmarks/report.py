@@ -12,6 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
+from benchmarks.cases import CELU_ALPHA, SUBJECT_ORDER
+
 Rows = list[list[str]]
 
 
@@ -41,19 +44,19 @@ def to_terminal(result: dict) -> None:
 def to_markdown(result: dict, path: Path) -> None:
     """Write the tables into a Markdown file.
 
-    The section of an earlier run with as many threads is replaced; everything else in the file
-    stays, and without such a section the new one is appended.
+    The section of an earlier run with as many threads and the same instruction set is replaced;
+    everything else in the file stays, and without such a section the new one is appended.
 
     Args:
         result: The result of a run.
         path: The file, made if it does not exist.
     """
-    threads = result["environment"]["threads"]
+    threads, isa = result["environment"]["threads"], result["environment"]["isa"]
     begin, end = (
-        f"<!-- benchmarks ops, threads {threads}: {word} -->"
+        f"<!-- benchmarks ops, threads {threads}, isa {isa}: {word} -->"
         for word in ("begin, generated", "end")
     )
-    parts = [begin, "", f"### Operators, {_threads(threads)}", "", headline(result), ""]
+    parts = [begin, "", f"### Operators, {_threads(threads)}, {isa}", "", headline(result), ""]
     for title, rows in tables(result):
         lines = [" | ".join(row) for row in rows]
         lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
@@ -88,10 +91,21 @@ def headline(result: dict) -> str:
 
 def tables(result: dict) -> list[tuple[str, Rows]]:
     """Make the tables: titles, and rows with the heading first."""
-    made = [
-        ("Time, ns per element (median)", _times(result)),
-        ("Speed: their time over ours, median (quartiles) of the rounds", _ratios(result)),
-    ]
+    made = []
+    for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
+        cases = [case for case in result["cases"] if case["dtype"] == dtype]
+        subject = figures.subject(cases[0])
+        made += [
+            (f"Time, {dtype}: ns per element (median)", _times(cases)),
+            (f"Speed of {subject}, {dtype}: their time over ours (median)", _speeds(cases)),
+        ]
+    if result["scaling"]:
+        rows = [["operator", "two threads over one"]]
+        rows += [
+            [f"{_label(entry)} {entry['dtype']}, order {entry['order']}", _spread(entry["speedup"])]
+            for entry in result["scaling"]
+        ]
+        made.append(("Speed of two threads over one, median (quartiles) of the rounds", rows))
     if result["call_overhead"]:
         rows = [["operator", "quake_jax", "jax.nn", "difference"]]
         for name, o in result["call_overhead"].items():
@@ -107,8 +121,8 @@ def tables(result: dict) -> list[tuple[str, Rows]]:
         made.append(("One call of 16 elements inside a jitted program, µs", rows))
     if result["bars"]:
         rows = [["bar", "figure", "wanted", ""]]
-        for bar in result["bars"]:
-            sign = "≥" if bar["unit"] == "×" else "≤"
+        for bar in sorted(result["bars"], key=lambda bar: bar["met"]):  # the missed ones first
+            sign = "≥" if bar["at_least"] else "≤"
             rows.append(
                 [
                     bar["name"],
@@ -117,62 +131,100 @@ def tables(result: dict) -> list[tuple[str, Rows]]:
                     "met" if bar["met"] else "MISSED",
                 ]
             )
-        made.append(("Bars", rows))
+        missed = sum(not bar["met"] for bar in result["bars"])
+        made.append((f"Bars ({missed} of {len(result['bars'])} missed)", rows))
+    if result["default_orders"]:
+        orders = list(result["default_orders"][0]["times"])
+        rows = [["operator", *orders, "default"]]
+        for decided in result["default_orders"]:
+            times = [_spread(decided["times"][order]) for order in orders]
+            rows.append([decided["function"], *times, str(decided["default"])])
+        made.append((f"Default order: time relative to order {SUBJECT_ORDER}, float32 in L2", rows))
     return made
 
 
-def _times(result: dict) -> Rows:
-    names = []
-    for case in result["cases"]:
-        for name in case["contestants"]:
-            if not name.startswith("copy") and name not in names:
-                names.append(name)
+def _times(cases: list[dict]) -> Rows:
+    names = list(
+        dict.fromkeys(
+            name
+            for case in cases
+            for name in figures.systems(case)
+            # Order 4 is measured only to decide the default order, which has a table of its own.
+            if name != "order 4" or all(name in case["contestants"] for case in cases)
+        )
+    )
     rows = [["operator", *names, "copy"]]
-    for case in result["cases"]:
-        row = [_label(case)]
-        for name in names:
-            entry = case["contestants"].get(name)
-            row.append(
-                "–"
-                if entry is None
-                else f"{entry['ns_per_element']:.3f}" + ("†" if entry["doubtful"] else "")
-            )
-        row.append(f"{case['contestants'][case['copy']]['ns_per_element']:.3f}")
-        rows.append(row)
+    for case in cases:
+        entries = [case["contestants"].get(name) for name in names]
+        times = ["–" if e is None else _number(e) for e in entries]
+        rows.append([_label(case), *times, _number(case["contestants"][case["copy"]])])
     return rows
 
 
-def _ratios(result: dict) -> Rows:
-    others = []
-    for case in result["cases"]:
-        for ratios in case["ratios"].values():
-            others += [name for name in ratios if name not in others]
-    rows = [["operator", "ours", *others, "share of copy", "error"]]
-    for case in result["cases"]:
-        copy = case["contestants"][case["copy"]]["ns_per_element"]
-        for name, ratios in case["ratios"].items():
-            row = [_label(case), name]
-            for other in others:
-                r = ratios.get(other)
-                row.append(
-                    "–" if r is None else f"{r['median']:.2f} ({r['low']:.2f}–{r['high']:.2f})"
-                )
-            entry = case["contestants"][name]
-            row.append(f"{100 * copy / entry['ns_per_element']:.0f} %")
-            row.append(f"{entry['relative_error']:.1e}")
-            rows.append(row)
-    return rows
+def _number(entry: dict) -> str:
+    return f"{entry['ns_per_element']:.3f}" + ("†" if entry["doubtful"] else "")
+
+
+def _speeds(cases: list[dict]) -> Rows:
+    others = list(
+        dict.fromkeys(name for case in cases for r in case["ratios"].values() for name in r)
+    )
+    head = ["operator", *others, "fastest (quartiles)", "share of copy"]
+    rows = [[*head, "cycles/16", "bound", "largest error"]]
+    for case in cases:
+        subject = figures.subject(case)
+        ratios, entry = case["ratios"][subject], case["contestants"][subject]
+        fastest = figures.fastest(ratios)
+        rows.append(
+            [
+                _label(case),
+                *(f"{ratios[name]['median']:.2f}" if name in ratios else "–" for name in others),
+                _spread(fastest[1]) if fastest else "–",
+                f"{100 * figures.share_of_copy(case, subject):.0f} %",
+                _cycles(entry.get("cycles_per_16")),
+                _cycles(entry.get("bound_cycles_per_16")),
+                f"{entry['relative_error']:.1e}",
+            ]
+        )
+    # Columns that a run has nothing for (several threads, another CPU) are left out.
+    kept = [i for i in range(len(rows[0])) if any(row[i] != "–" for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows]
+
+
+def _cycles(cycles: float | None) -> str:
+    return "–" if cycles is None else f"{cycles:.2f}"
+
+
+def _spread(quartiles: dict) -> str:
+    return f"{quartiles['median']:.2f} ({quartiles['low']:.2f}–{quartiles['high']:.2f})"
 
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
     settings = result["settings"]
+    rounds = sorted({case["rounds"] for case in result["cases"]}, reverse=True)
+    few = f" ({rounds[-1]} for arrays in DRAM)" if len(rounds) > 1 else ""
     lines = [
-        f"{settings['rounds']} interleaved rounds, readings of at least "
-        f"{1e3 * settings['reading_seconds']:g} ms, one input and one output buffer for all. "
+        f"{rounds[0]} interleaved rounds{few}, readings of at least "
+        f"{1e3 * settings['reading_seconds']:g} ms, the same input and output buffers for all. "
         "JAX operators are timed in a loop inside one program; from torch and onnxruntime the "
-        "time of a call at 16 elements is subtracted."
+        "time of a call at 16 elements is subtracted.",
+        "Share of copy: bytes read and written per second, relative to the fastest copy. L2, L3, "
+        "DRAM: where the arrays of float32 sit. Largest error: relative to the exact result.",
+        f"celu has alpha {CELU_ALPHA}. glu takes both halves from one array, swiglu and geglu take "
+        "two arrays; torch runs one kernel per step where it has none for the whole.",
     ]
+    if any(case["gigahertz"] for case in result["cases"]):
+        clocks = [case["gigahertz"] for case in result["cases"]]
+        lines.append(
+            "Cycles/16: cycles per 16 elements, by a chain of multiplications timed in the same "
+            f"rounds ({min(clocks):.2f} to {max(clocks):.2f} GHz). Bound: the fewest that the "
+            "instructions of the inner loop can take on Zen 5, which starts in a cycle "
+            "2 multiplications, 2 additions, 4 vector operations, 2 loads and 1 store of 512 bits, "
+            "8 instructions (`benchmarks/instructions.py`); none for operators of several loops."
+        )
+    if result["environment"]["isa"] == "avx2":
+        lines.append("AVX2 is forced on quake_jax alone: the other libraries use AVX-512 too.")
     if settings["allocator"] == "system":
         lines.append("The system's allocator was left as it is: page faults are part of the times.")
     rejected = {"faults": 0, "preempted": 0}
@@ -191,11 +243,23 @@ def remarks(result: dict) -> list[str]:
     if result["left_out"]:
         reasons = (f"{name} ({why})" for name, why in result["left_out"].items())
         lines.append(f"Left out: {'; '.join(reasons)}.")
+    for name, labels in result["lacking"].items():
+        lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
     return lines
 
 
+def _grouped(labels: list[str]) -> list[str]:
+    """Functions by dtype, from labels `function dtype`."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        function, dtype = label.split()
+        groups.setdefault(dtype, []).append(function)
+    return [f"{' '.join(functions)} in {dtype}" for dtype, functions in groups.items()]
+
+
 def _label(case: dict) -> str:
-    return f"{case['function']} {'×'.join(map(str, case['shape']))} {case['dtype']}"
+    level = f" ({case['level']})" if case.get("level") else ""
+    return f"{case['function']} {'×'.join(map(str, case['shape']))}{level}"
 
 
 def _threads(threads: int) -> str:

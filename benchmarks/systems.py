@@ -1,12 +1,14 @@
 """The memory that all contestants of a case share, and the contestants that run in JAX or copy.
 
-Every contestant reads the same input and writes the same output buffer, so that neither fresh
+Every contestant reads the same operands and writes the same output buffer, so that neither fresh
 pages nor a lucky placement in the cache decides; `peers` has the other libraries.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,24 +25,30 @@ CHECKED_ELEMENTS = 1 << 20
 
 
 class Buffers:
-    """Input and output of one case.
+    """Operands and output of one case.
 
     The output is donated to every JAX call, whose result then takes its place at the same
     address; libraries outside JAX write to it through a NumPy view.
 
     Attributes:
-        source: NumPy view of the input.
+        case: The case.
+        sources: NumPy views of the operands.
         target: NumPy view of the output.
     """
 
     def __init__(self, case: Case):
-        self._x = jnp.array(operators.inputs(case))
-        self._out = jnp.zeros_like(self._x).block_until_ready()
+        self.case = case
+        self._operands = tuple(jnp.array(operand) for operand in operators.inputs(case))
+        dtype = jnp.dtype(case.dtype)
+        self._out = jnp.zeros(case.out_shape, dtype).block_until_ready()
         self._address = self._out.unsafe_buffer_pointer()
-        self.source = _view(self._x.unsafe_buffer_pointer(), case)
-        self.target = _view(self._address, case)
+        self.sources = [
+            _view(operand.unsafe_buffer_pointer(), operand.shape, dtype)
+            for operand in self._operands
+        ]
+        self.target = _view(self._address, case.out_shape, dtype)
 
-    def runner(self, operator: Callable[[jax.Array], jax.Array]) -> Callable[[int], None]:
+    def runner(self, operator: Callable[..., jax.Array]) -> Callable[[int], None]:
         """Compile `operator` so that calling the result with n runs it n times.
 
         The loop is inside the compiled program: an operator costs what it costs between others in
@@ -49,55 +57,68 @@ class Buffers:
         donated one in every iteration.
         """
 
-        def loop(x, out, calls):
+        def loop(operands, out, calls):
             def body(_, carry):
-                x, _ = lax.optimization_barrier(carry)
-                return x, operator(x)
+                operands, _ = lax.optimization_barrier(carry)
+                return operands, operator(*operands)
 
-            return lax.fori_loop(0, calls, body, (x, out))[1]
+            return lax.fori_loop(0, calls, body, (operands, out))[1]
 
         compiled = jax.jit(loop, donate_argnums=1)
 
         def run(calls: int) -> None:
-            self._out = compiled(self._x, self._out, np.int32(calls)).block_until_ready()
+            self._out = compiled(self._operands, self._out, np.int32(calls)).block_until_ready()
             if self._out.unsafe_buffer_pointer() != self._address:
                 raise RuntimeError("XLA did not reuse the donated output buffer")
 
         return run
 
-    def error(self, function: str) -> float:
+    def error(self) -> float:
         """Largest relative error of what the last contestant wrote, on the first rows."""
-        columns = self.source.shape[-1]
-        rows = max(1, CHECKED_ELEMENTS // columns)
-        x, y = (a.reshape(-1, columns)[:rows] for a in (self.source, self.target))
-        return operators.relative_error(function, x, y)
+        wanted = self._exact
+        written = self.target.reshape(-1, wanted.shape[-1])[: len(wanted)]
+        return operators.relative_error(self.case.function, wanted, written)
+
+    @functools.cached_property
+    def _exact(self) -> np.ndarray:
+        rows = max(1, CHECKED_ELEMENTS // self.case.shape[-1])
+        first = [source.reshape(-1, source.shape[-1])[:rows] for source in self.sources]
+        return operators.exact(self.case.function, first)
 
 
-def _view(address: int, case: Case) -> np.ndarray:
+def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A writable NumPy view that does not hold the JAX array (a held one cannot be donated)."""
-    dtype = jnp.dtype(case.dtype)
-    memory = (ctypes.c_char * (case.elements * dtype.itemsize)).from_address(address)
-    return np.frombuffer(memory, dtype=dtype).reshape(case.shape)
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-def jax_nn(case: Case, buffers: Buffers, name: str = "jax.nn") -> Contestant:
+def for_copies(buffers: Buffers) -> Buffers:
+    """Buffers for a copy of an array of the case's shape: the same ones where they fit."""
+    case = buffers.case
+    if case.operand_shapes[0] == case.out_shape:
+        return buffers
+    return Buffers(Case("exp", case.shape, case.dtype))
+
+
+def jax_nn(buffers: Buffers, name: str = "jax.nn") -> Contestant:
     """XLA's own operator."""
-    return Contestant(name, buffers.runner(operators.JAX_NN[case.function]))
+    return Contestant(name, buffers.runner(operators.JAX_NN[buffers.case.function]))
 
 
-def quake(case: Case, buffers: Buffers, order: int) -> Contestant:
+def quake(buffers: Buffers, order: int) -> Contestant:
     """The operator of quake_jax at one order."""
-    return Contestant(f"order {order}", buffers.runner(operators.quake(case.function, order)))
+    operator = operators.quake(buffers.case.function, order)
+    return Contestant(f"order {order}", buffers.runner(operator))
 
 
 def copies(buffers: Buffers) -> list[Contestant]:
-    """Copies of the input to the output; the fastest one is the limit for the operators."""
+    """Copies of the operand to the output; the fastest one is the limit for the operators."""
 
     def numpy_copy(calls: int) -> None:
         for _ in range(calls):
-            np.copyto(buffers.target, buffers.source)
+            np.copyto(buffers.target, buffers.sources[0])
 
     return [
-        Contestant("copy (XLA)", buffers.runner(lambda x: x)),
+        Contestant("copy (XLA)", buffers.runner(lambda x, *_: x)),
         Contestant("copy (NumPy)", numpy_copy),
     ]

@@ -6,6 +6,7 @@ and repeated; contestants are compared only within a round, so that slow drifts 
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import random
 import resource
@@ -107,6 +108,10 @@ class Quartiles:
             return cls(sample[0], sample[0], sample[0])
         low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
         return cls(low, median, high)
+
+    def as_dict(self) -> dict[str, float]:
+        """The three by name, for JSON."""
+        return dataclasses.asdict(self)
 
 
 def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
@@ -237,13 +242,13 @@ def measure(
     for _ in range(rounds):
         for contestant in order.sample(contestants, len(contestants)):
             name = contestant.name
-            _read_well(contestant, calls[name], series[name], threads, max_faults)
+            read_well(contestant, calls[name], series[name], threads, max_faults)
             time.sleep(contestant.settle)
             advance()
     return series
 
 
-def _read_well(
+def read_well(
     contestant: Contestant, calls: int, series: Series, threads: int, max_faults: float
 ) -> None:
     """Add one good reading to the series, or after `MAX_ATTEMPTS` the least disturbed one."""

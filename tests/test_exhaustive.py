@@ -125,7 +125,7 @@ def test_measures_agree_with_their_definition(function, dtype):
 def test_a_fall_between_two_ranges_is_counted_once():
     """Cutting the inputs into ranges does not change the result."""
     arguments = "tanh", "float32"
-    kernel = [quake_jax.supported_isas()[-1]], [5]
+    kernel = [quake_jax.supported_isas()[0]], [5]
     first = bits(0.5)
     whole = cpu.measure_accuracy(*arguments, first, 3000, 1, *kernel)[0]
     parts = [
