@@ -47,6 +47,16 @@ QUAKE_INLINE vf power_of_two(vf n) {
   return as_float(as_int(n + (0x1p23f + 127 + Shift)) << 23);
 }
 
+// p 2^n, and 2^Shift, which scalef() has in p already.
+template <int Shift>
+QUAKE_INLINE vf times_power_of_two(vf p, vf n) {
+  if constexpr (kHasScalef) {
+    return scalef(p, n);
+  } else {
+    return p * power_of_two<Shift>(n);
+  }
+}
+
 // What the caller knows of u = x*w, in nats: whatever it rules out need not be clamped.
 enum class Range {
   kAny,         // nothing
@@ -62,11 +72,7 @@ QUAKE_INLINE vf exp_reduced(vf n, vf r) {
   vf p;
   if constexpr (Order == 4) p = fma(horner<4>(r, kExpPoly4, kScale), r, set1(kScale));
   if constexpr (Order == 5) p = fma(horner<5>(r, kExpPoly5, kScale), r, set1(kScale));
-  if constexpr (kHasScalef) {
-    return scalef(p, n);
-  } else {
-    return p * power_of_two<Shift>(n);
-  }
+  return times_power_of_two<Shift>(p, n);
 }
 
 struct NoCorrection {};
@@ -111,11 +117,7 @@ QUAKE_INLINE vf exp_product(vf x, vf w, Low low = {}, float order1_shift = const
       f = corrected(fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), u)), low);
       return exp_reduced<Order, Shift>(n, f);
     }
-    if constexpr (kHasScalef) {
-      return scalef(p, n);
-    } else {
-      return p * power_of_two<Shift>(n);
-    }
+    return times_power_of_two<Shift>(p, n);
   }
 }
 

@@ -75,7 +75,7 @@ QUAKE_INLINE vf row_maximum(const T* x, std::size_t columns) {
 // v where it is finite, else 0.
 QUAKE_INLINE vf finite_or_zero(vf v) { return as_float(as_int(v) & ((as_int(v) & 0x7f800000) != 0x7f800000)); }
 
-// The sum of the exponentials of a row. They are kept in e, whole vectors of them, unless e is null.
+// The sum of the exponentials of a row. They are kept in e unless that is null.
 // Meanwhile the cache lines of the row at `soon` are fetched (a prefetch of an address past the input is
 // harmless): the next steps are all loads and stores, this one leaves the memory idle.
 template <Reduction R, int Order, class T>
@@ -101,13 +101,22 @@ QUAKE_INLINE float row_exp(const T* x, float* e, std::size_t columns, vf maximum
         },
         [&](std::size_t i, std::size_t n) {
           const vf v = weight<R, Order>(load_up_to(x + begin + i, n) - maximum);
-          if (e) store(e + begin + i, v);
+          if (e) store_up_to(e + begin + i, v, n);
           __builtin_prefetch(soon + begin + i);
           s[0] += keep_up_to(v, n, 0.0f);
         });
     total += (s[0] + s[1]) + (s[2] + s[3]);
   }
   return reduce_add(total);
+}
+
+// log(sum) of a positive, normal, finite sum; NaN of NaN. A call of logf would spill all vector registers.
+QUAKE_INLINE vf log_of_sum(vf sum) {
+  constexpr float kLn2 = 0.693147181f;
+  const vi bits = as_int(sum);
+  const vf exponent = as_float((bits >> 23) + 0x4b000000) - (0x1p23f + 127);
+  const vf m = as_float((bits & 0x7fffff) | 0x3f800000) - 1.0f;
+  return fma(exponent, set1(kLn2), m * log1p_over_e<5>(m)) + sum * 0.0f;
 }
 
 // The last step: y = e * factor for softmax, with factor = 1/sum, and y = (x - maximum) - log_sum for
@@ -118,7 +127,8 @@ QUAKE_INLINE vf last_step(vf value, vf maximum, vf factor_or_log_sum) {
 }
 template <Reduction R>
 QUAKE_INLINE vf factor_or_log_sum(float sum) {
-  return set1(R == Reduction::kSoftmax ? 1.0f / sum : __builtin_logf(sum));
+  if constexpr (R == Reduction::kSoftmax) return set1(1.0f / sum);
+  return log_of_sum(set1(sum));
 }
 
 // The last step of a row, from values that are the kept exponentials or the row itself, and the maximum of a
@@ -142,18 +152,71 @@ QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t
   return next_maximum.result();
 }
 
-// The last step of a softmax row too long for the tile: the exponentials are computed again.
-template <int Order, class T>
-QUAKE_INLINE void exp_and_scale_row(const T* x, T* y, std::size_t columns, vf maximum, vf factor,
-                                    bool streamed) {
-  const auto scaled = [&](vf v) { return weight<Reduction::kSoftmax, Order>(v - maximum) * factor; };
+// Rows longer than the tile are read in pieces of its length, the maximum and the exponentials of a piece from
+// L1. The sums of the pieces, each relative to its own maximum, are combined.
+struct LongSum {
+  float maximum = -0x1.fffffep127f;  // not -inf, from which nothing can be subtracted
+  float sum = 0;
+
+  QUAKE_INLINE_MEMBER void add(float piece_maximum, float piece_sum) {
+    if (piece_maximum > maximum) {
+      sum *= __builtin_expf(maximum - piece_maximum);
+      maximum = piece_maximum;
+      sum += piece_sum;
+    } else {
+      sum += piece_sum * __builtin_expf(piece_maximum - maximum);
+    }
+  }
+};
+
+// The exponentials of rows of up to so many pieces are kept in the output, if that is float32, until the sum is
+// known: such rows stay in L2. Those of others are computed again.
+constexpr std::size_t kKeptPieces = 32;
+
+// y = step(value) for the values of a piece.
+template <class T, class Value, class Step>
+QUAKE_INLINE void long_piece(const Value* values, T* y, std::size_t length, bool streamed, const Step& step) {
   for_each_vector(
-      columns,
+      length,
       [&](std::size_t i, int) {
-        const Pair v = load_pair(x + i);
-        store_pair(y + i, {scaled(v.first), scaled(v.second)}, streamed);
+        const Pair v = load_pair(values + i);
+        store_pair(y + i, {step(v.first), step(v.second)}, streamed);
       },
-      [&](std::size_t i, std::size_t n) { store_up_to(y + i, scaled(load_up_to(x + i, n)), n); });
+      [&](std::size_t i, std::size_t n) { store_up_to(y + i, step(load_up_to(values + i, n)), n); });
+}
+
+template <Reduction R, int Order, class T>
+[[gnu::noinline]] void long_row(const T* x, T* y, std::size_t columns, bool streamed) {
+  float maxima[kKeptPieces];
+  const bool keep =
+      R == Reduction::kSoftmax && sizeof(T) == sizeof(float) && columns <= kKeptPieces * kTile && !streamed;
+  LongSum total;
+  for (std::size_t begin = 0, piece = 0; begin < columns; begin += kTile, ++piece) {
+    const std::size_t length = columns - begin < kTile ? columns - begin : kTile;
+    // A piece of -inf alone has the exponentials 0.
+    const vf maximum = clamp_below(row_maximum(x + begin, length), -0x1.fffffep127f);
+    float* e = keep ? reinterpret_cast<float*>(y) + begin : nullptr;
+    // Where nothing is stored yet, the output's lines are fetched meanwhile: exponentials leave time for it.
+    const T* soon = keep || streamed ? x + begin + length : y + begin;
+    const float sum = row_exp<R, Order>(x + begin, e, length, maximum, soon);
+    if (keep) maxima[piece] = maximum[0];
+    total.add(maximum[0], sum);
+  }
+  const vf last = factor_or_log_sum<R>(total.sum);
+  for (std::size_t begin = 0, piece = 0; begin < columns; begin += kTile, ++piece) {
+    const std::size_t length = columns - begin < kTile ? columns - begin : kTile;
+    if (keep) {
+      const vf factor = last * __builtin_expf(maxima[piece] - total.maximum);
+      long_piece<T>(reinterpret_cast<float*>(y) + begin, y + begin, length, streamed,
+                    [&](vf e) { return e * factor; });
+    } else {
+      const vf maximum = set1(total.maximum);
+      long_piece<T>(x + begin, y + begin, length, streamed, [&](vf v) {
+        if constexpr (R == Reduction::kSoftmax) return weight<R, Order>(v - maximum) * last;
+        return last_step<R>(v, maximum, last);
+      });
+    }
+  }
 }
 
 // Rows of at most kShort vectors: the values stay in registers. The maximum is taken one row ahead, because
@@ -274,13 +337,11 @@ void reduce_rows(const void* in, void* out, std::size_t rows, std::size_t column
   const bool streamed = streamable(y, columns, stores);
   if (columns <= kShort<T> * kLanes) {
     dispatch_short_rows<R, 1, Order>(x, y, rows, columns, streamed);
-  } else if (R == Reduction::kLogSoftmax || columns <= kTile) {
+  } else if (columns <= kTile) {
     batched_rows<R, Order>(x, y, rows, columns, streamed);
   } else {
     for (std::size_t row = 0; row < rows; ++row, x += columns, y += columns) {
-      const vf maximum = row_maximum(x, columns);
-      const float sum = row_exp<R, Order>(x, nullptr, columns, maximum, x);
-      exp_and_scale_row<Order>(x, y, columns, maximum, set1(1.0f / sum), streamed);
+      long_row<R, Order>(x, y, columns, streamed);
     }
   }
   if (streamed) stream_fence();
