@@ -1,20 +1,26 @@
 // The loops that map a functor of activations.h over arrays. Included inside an instruction set's namespace.
 
-// Four independent vectors at a time hide the latency of the polynomial.
+// So many independent pairs of vectors at a time hide the latency of the polynomial; more would not fit into
+// the registers.
+constexpr int kPairsInFlight = kRegisters / 8;
+
 template <class Functor, class T, int Order>
 void map(const void* in, void* out, std::size_t count, Stores stores) {
+  constexpr std::size_t kPair = 2 * kLanes, kStep = kPairsInFlight * kPair;
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
   const bool streamed = streamable(y, 0, stores);
   std::size_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    Pair v[2] = {load_pair(x + i), load_pair(x + i + 2 * kLanes)};
-#pragma GCC unroll 2
+  for (; i + kStep <= count; i += kStep) {
+    Pair v[kPairsInFlight];
+#pragma GCC unroll 4
+    for (int k = 0; k < kPairsInFlight; ++k) v[k] = load_pair(x + i + k * kPair);
+#pragma GCC unroll 4
     for (Pair& pair : v) {
       pair = {Functor::template apply<Order>(pair.first), Functor::template apply<Order>(pair.second)};
     }
-    store_pair(y + i, v[0], streamed);
-    store_pair(y + i + 2 * kLanes, v[1], streamed);
+#pragma GCC unroll 4
+    for (int k = 0; k < kPairsInFlight; ++k) store_pair(y + i + k * kPair, v[k], streamed);
   }
   for (; i + kLanes <= count; i += kLanes) {
     store(y + i, Functor::template apply<Order>(load(x + i)));
@@ -28,13 +34,23 @@ void map(const void* in, void* out, std::size_t count, Stores stores) {
 
 template <class Functor, class T, int Order>
 QUAKE_INLINE void map_row(const T* a, const T* b, T* y, std::size_t count, bool streamed) {
+  constexpr int kPairs = kPairsInFlight / 2;  // of either operand
+  constexpr std::size_t kPair = 2 * kLanes, kStep = kPairs * kPair;
   std::size_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Pair u = load_pair(a + i), v = load_pair(b + i);
-    store_pair(
-        y + i,
-        {Functor::template apply<Order>(u.first, v.first), Functor::template apply<Order>(u.second, v.second)},
-        streamed);
+  for (; i + kStep <= count; i += kStep) {
+    Pair u[kPairs], v[kPairs];
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) {
+      u[k] = load_pair(a + i + k * kPair);
+      v[k] = load_pair(b + i + k * kPair);
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) {
+      u[k] = {Functor::template apply<Order>(u[k].first, v[k].first),
+              Functor::template apply<Order>(u[k].second, v[k].second)};
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) store_pair(y + i + k * kPair, u[k], streamed);
   }
   for (; i + kLanes <= count; i += kLanes) {
     store(y + i, Functor::template apply<Order>(load(a + i), load(b + i)));
