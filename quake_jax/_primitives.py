@@ -154,8 +154,10 @@ def _elementwise_shape(*avals, order: int):
 
 
 def _lower_elementwise(context, *operands, target: str, order: int):
+    if not _compat.is_partitioned(context):
+        return _typed(context, _custom_call(context, *operands, target=target, order=order))
     # The partitioners gather any call all of whose axes are batch axes. With a unit axis at the
-    # end, every true axis stays split.
+    # end, every true axis stays split. (Not elsewhere: XLA copies a bfloat16 operand for it.)
     (aval,) = context.avals_out
     extended = aval.update(
         shape=(*aval.shape, 1),
