@@ -89,6 +89,75 @@ using ColumnsFn = void (*)(const void* in, void* out, std::size_t length, std::s
 using MaskedRowsFn = void (*)(const void* in, const unsigned char* mask, const std::size_t* mask_offsets,
                               void* out, std::size_t rows, std::size_t columns);
 
+// The pieces of fused attention; attention.cc puts them together. All arithmetic is float32: 16-bit types are
+// converted by the packing and by finish(). (A set that multiplies bfloat16 directly would bring its own
+// pack_*, score and accumulate.)
+//
+// A row tile is up to `row_tile` query rows; its packed queries are [size][row_tile], rows that do not exist
+// being 0. A key tile is up to kKeyTile keys; its packed keys are panels of `panel` keys, [size][panel] each,
+// and its packed values panels of `panel` columns, [capacity][panel] each. Scores are rows of kScoreStride.
+struct AttentionKernels {
+  static constexpr std::size_t kKeyTile = 256;
+  // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.
+  static constexpr std::size_t kScoreStride = kKeyTile + 16;
+
+  // Up to this many rows of a key/value head, reading keys and values once is all that counts: they are read
+  // where they lie (…_in_place), and the rows are not cut into tiles.
+  static constexpr std::size_t kFewRows = 8;
+
+  std::size_t row_tile, panel, lanes;
+
+  // `count` pointers to rows of `size` elements, which are multiplied by `scale`. Rows past row_tile are not
+  // packed, but where they can be read a faster way is open. Writes up to a vector past the tile's end.
+  using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                                 float* out);
+  using PackKeysFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                              float* out);
+  using PackValuesFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                                std::size_t capacity, float* out);
+  PackQueriesFn pack_queries[static_cast<int>(DType::kCount)];
+  PackKeysFn pack_keys[static_cast<int>(DType::kCount)];
+  PackValuesFn pack_values[static_cast<int>(DType::kCount)];
+
+  // scores = queries · keys, of whole vectors of keys.
+  void (*score)(const float* queries, std::size_t rows, const float* keys, std::size_t count, std::size_t size,
+                float* scores);
+  // scores = cap * tanh(scores / cap)
+  void (*soft_cap[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float cap);
+  // One row: scores += bias, whose elements are `stride` apart.
+  void (*add_bias[static_cast<int>(DType::kCount)])(float* scores, const void* bias, std::ptrdiff_t stride,
+                                                    std::size_t count);
+  // One row: scores = kept ? scores : fill, with contiguous mask bytes.
+  void (*apply_mask)(float* scores, const unsigned char* mask, std::size_t count, float fill);
+  // One step of online softmax: raises the rows' maxima, replaces the scores by e^(score - maximum), adds
+  // them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past `count`
+  // up to a whole vector become 0.
+  void (*weigh[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float* maxima, float* sums,
+                           float* accumulators, std::size_t accumulator_stride, std::size_t size);
+  // accumulators += scores · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
+  void (*accumulate)(const float* scores, std::size_t rows, const float* values, std::size_t count,
+                     std::size_t capacity, std::size_t size, float* accumulators,
+                     std::size_t accumulator_stride);
+  // out = accumulators / sum
+  void (*finish[static_cast<int>(DType::kCount)])(const float* accumulators, std::size_t size, float sum,
+                                                  void* out);
+  // What log(sum) lacks: the exponential of order 1 has a constant factor.
+  float log_sum_correction[kMaxOrder];
+
+  // For few rows, where packing would cost more than the products: score and accumulate from keys and values
+  // where they lie, `stride` elements apart. The queries are rows of `query_stride` floats, padded with 0 to
+  // whole vectors. Memory `ahead` keys further is fetched meanwhile.
+  void (*score_in_place[static_cast<int>(DType::kCount)])(const float* queries, std::size_t query_stride,
+                                                          std::size_t rows, const void* keys,
+                                                          std::ptrdiff_t stride, std::size_t count,
+                                                          std::size_t size, std::size_t ahead, float* scores);
+  void (*accumulate_in_place[static_cast<int>(DType::kCount)])(const float* scores, std::size_t rows,
+                                                               const void* values, std::ptrdiff_t stride,
+                                                               std::size_t count, std::size_t size,
+                                                               std::size_t ahead, float* accumulators,
+                                                               std::size_t accumulator_stride);
+};
+
 // One instruction set's kernels; the last index of each array is order - 1.
 struct KernelTable {
   const char* isa;
@@ -98,6 +167,7 @@ struct KernelTable {
   ColumnsFn columns[static_cast<int>(Reduction::kCount)][static_cast<int>(DType::kCount)][kMaxOrder];
   // kSoftmax and kLogSoftmax only.
   MaskedRowsFn masked_rows[2][static_cast<int>(DType::kCount)][kMaxOrder];
+  AttentionKernels attention;
 };
 
 }  // namespace quake

@@ -7,4 +7,5 @@
 #include "generic/softmax.h"
 #include "generic/softmax_columns.h"
 #include "generic/softmax_masked.h"
+#include "generic/attention.h"
 #include "generic/table.h"

@@ -29,6 +29,10 @@
 //   keep_where(v, mask, n, fill)    those of the first n lanes of v whose byte in mask is not 0, else fill
 //   keep_first(v, n, fill)          the first n lanes of v, and fill in the others
 //   reduce_add(v), reduce_max(v)    over the lanes
+//   load_quads(p, stride)           groups of 4 lanes, from p, p + stride, …
+//   zip_low(a, b), zip_high(a, b)   of each group: a0 b0 a1 b1; a2 b2 a3 b3
+//   join_low(a, b), join_high(a, b) of each group: a0 a1 b0 b1; a2 a3 b2 b3
+//   store_quad_sum(float*, v)       the sum of the groups, 4 floats
 
 QUAKE_INLINE vf set1(float value) { return value - vf{}; }
 

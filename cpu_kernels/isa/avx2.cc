@@ -95,6 +95,18 @@ QUAKE_INLINE float reduce_max(vf v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+QUAKE_INLINE vf load_quads(const float* p, std::ptrdiff_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+QUAKE_INLINE vf zip_low(vf a, vf b) { return _mm256_unpacklo_ps(a, b); }
+QUAKE_INLINE vf zip_high(vf a, vf b) { return _mm256_unpackhi_ps(a, b); }
+QUAKE_INLINE vf join_low(vf a, vf b) { return _mm256_shuffle_ps(a, b, 0x44); }
+QUAKE_INLINE vf join_high(vf a, vf b) { return _mm256_shuffle_ps(a, b, 0xee); }
+// The sum of the two groups of lanes.
+QUAKE_INLINE void store_quad_sum(float* p, vf v) {
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+}
+
 #include "generic/partial_words.h"
 #include "generic/bfloat_words.h"
 #include "generic/all.h"

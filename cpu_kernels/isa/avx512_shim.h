@@ -74,3 +74,19 @@ QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float
 
 QUAKE_INLINE float reduce_add(vf v) { return _mm512_reduce_add_ps(v); }
 QUAKE_INLINE float reduce_max(vf v) { return _mm512_reduce_max_ps(v); }
+
+QUAKE_INLINE vf load_quads(const float* p, std::ptrdiff_t stride) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * stride), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * stride), 3);
+}
+QUAKE_INLINE vf zip_low(vf a, vf b) { return _mm512_unpacklo_ps(a, b); }
+QUAKE_INLINE vf zip_high(vf a, vf b) { return _mm512_unpackhi_ps(a, b); }
+QUAKE_INLINE vf join_low(vf a, vf b) { return _mm512_shuffle_ps(a, b, 0x44); }
+QUAKE_INLINE vf join_high(vf a, vf b) { return _mm512_shuffle_ps(a, b, 0xee); }
+// The sum of the four groups of lanes.
+QUAKE_INLINE void store_quad_sum(float* p, vf v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}

@@ -115,6 +115,13 @@ QUAKE_INLINE float reduce_max(vf v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+QUAKE_INLINE vf load_quads(const float* p, std::ptrdiff_t) { return load(p); }
+QUAKE_INLINE vf zip_low(vf a, vf b) { return _mm_unpacklo_ps(a, b); }
+QUAKE_INLINE vf zip_high(vf a, vf b) { return _mm_unpackhi_ps(a, b); }
+QUAKE_INLINE vf join_low(vf a, vf b) { return _mm_shuffle_ps(a, b, 0x44); }
+QUAKE_INLINE vf join_high(vf a, vf b) { return _mm_shuffle_ps(a, b, 0xee); }
+QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
+
 #include "generic/partial_floats.h"
 #include "generic/partial_words.h"
 #include "generic/bfloat_words.h"

@@ -73,6 +73,13 @@ QUAKE_INLINE vf keep_where(vf v, const unsigned char* mask, std::size_t n, float
 QUAKE_INLINE float reduce_add(vf v) { return vaddvq_f32((float32x4_t)v); }
 QUAKE_INLINE float reduce_max(vf v) { return vmaxnmvq_f32((float32x4_t)v); }
 
+QUAKE_INLINE vf load_quads(const float* p, std::ptrdiff_t) { return load(p); }
+QUAKE_INLINE vf zip_low(vf a, vf b) { return (vf)vzip1q_f32((float32x4_t)a, (float32x4_t)b); }
+QUAKE_INLINE vf zip_high(vf a, vf b) { return (vf)vzip2q_f32((float32x4_t)a, (float32x4_t)b); }
+QUAKE_INLINE vf join_low(vf a, vf b) { return (vf)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
+QUAKE_INLINE vf join_high(vf a, vf b) { return (vf)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
+QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
+
 #include "generic/partial_floats.h"
 #include "generic/partial_words.h"
 #include "generic/bfloat_words.h"

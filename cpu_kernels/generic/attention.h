@@ -1,0 +1,565 @@
+// The tile kernels of fused attention: packing, the two products, one step of online softmax, the last
+// division. Included inside an instruction set's namespace, after softmax.h and activations.h; kernels.h says
+// what each does and how tiles are laid out, attention.cc puts them together.
+
+// The register tile of both products: kRowTile rows by 2 vectors, 3/4 of the registers. A row's element is
+// broadcast from memory and used twice; tall tiles want least of the packed operand's bandwidth, which
+// comes from L2: 10 bytes a cycle with AVX-512 against 21 for 6 rows by 4 vectors.
+constexpr int kRowTile = kRegisters >= 32 ? 12 : 6;
+constexpr int kPanel = 2 * kLanes;
+constexpr std::size_t kScoreStride = AttentionKernels::kScoreStride;
+
+// ---- Products ----
+
+// c[r][v] += sum over k of a[r, k] b[k, v]; b has rows of kPanel.
+template <int R, int V, int kRowStep, int kDepthStep>
+QUAKE_INLINE void multiply_add(const float* a, const float* b, std::size_t depth, vf (&c)[R][V]) {
+  for (std::size_t k = 0; k < depth; ++k, a += kDepthStep, b += kPanel) {
+    vf column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) column[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vf factor = set1(a[r * kRowStep]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) c[r][v] = fma(factor, column[v], c[r][v]);
+    }
+  }
+}
+
+template <int R, int V>
+[[gnu::noinline]] void score_panel(const float* queries, const float* keys, std::size_t size, float* scores) {
+  vf c[R][V] = {};
+  multiply_add<R, V, 1, kRowTile>(queries, keys, size, c);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(scores + r * kScoreStride + v * kLanes, c[r][v]);
+  }
+}
+
+template <int R, int V>
+[[gnu::noinline]] void accumulate_panel(const float* scores, const float* values, std::size_t count, float* out,
+                                        std::size_t stride) {
+  vf c[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) c[r][v] = load(out + r * stride + v * kLanes);
+  }
+  multiply_add<R, V, kScoreStride, 1>(scores, values, count, c);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * stride + v * kLanes, c[r][v]);
+  }
+}
+
+// Calls body<R>() for the smallest register tile that has `rows` rows.
+template <class Body>
+QUAKE_INLINE void with_row_tile(std::size_t rows, const Body& body) {
+  if (rows <= 1) return body.template run<1>();
+  if (rows <= 2) return body.template run<2>();
+  if (rows <= 4) return body.template run<4>();
+  if constexpr (kRowTile > 6) {
+    if (rows <= 6) return body.template run<6>();
+    if (rows <= 8) return body.template run<8>();
+  }
+  return body.template run<kRowTile>();
+}
+
+struct ScorePanels {
+  const float *queries, *keys;
+  std::size_t count, size;
+  float* scores;
+
+  template <int R>
+  QUAKE_INLINE_MEMBER void run() const {
+    for (std::size_t i = 0; i < count; i += kPanel) {
+      const float* panel = keys + i * size;
+      if (count - i > kLanes) {
+        score_panel<R, 2>(queries, panel, size, scores + i);
+      } else {
+        score_panel<R, 1>(queries, panel, size, scores + i);
+      }
+    }
+  }
+};
+
+void score(const float* queries, std::size_t rows, const float* keys, std::size_t count, std::size_t size,
+           float* scores) {
+  with_row_tile(rows, ScorePanels{queries, keys, count, size, scores});
+}
+
+struct AccumulatePanels {
+  const float *scores, *values;
+  std::size_t count, capacity, size;
+  float* out;
+  std::size_t stride;
+
+  template <int R>
+  QUAKE_INLINE_MEMBER void run() const {
+    for (std::size_t i = 0; i < size; i += kPanel) {
+      const float* panel = values + i * capacity;
+      if (size - i > kLanes) {
+        accumulate_panel<R, 2>(scores, panel, count, out + i, stride);
+      } else {
+        accumulate_panel<R, 1>(scores, panel, count, out + i, stride);
+      }
+    }
+  }
+};
+
+void accumulate(const float* scores, std::size_t rows, const float* values, std::size_t count,
+                std::size_t capacity, std::size_t size, float* accumulators, std::size_t accumulator_stride) {
+  with_row_tile(rows,
+                AccumulatePanels{scores, values, count, capacity, size, accumulators, accumulator_stride});
+}
+
+// ---- Packing ----
+
+// Transposes the 4 x 4 blocks in the groups of four vectors.
+QUAKE_INLINE void transpose_quads(vf (&v)[4]) {
+  const vf a = zip_low(v[0], v[1]), b = zip_high(v[0], v[1]);
+  const vf c = zip_low(v[2], v[3]), d = zip_high(v[2], v[3]);
+  v[0] = join_low(a, c);
+  v[1] = join_high(a, c);
+  v[2] = join_low(b, d);
+  v[3] = join_high(b, d);
+}
+
+// Writes column j of kLanes rows, `stride` apart, times `scale`, to out + j * out_stride. Reads whole quads of
+// columns.
+QUAKE_INLINE void transpose(const float* in, std::ptrdiff_t stride, std::size_t columns, float scale,
+                            float* out, std::size_t out_stride) {
+  const auto quad = [&](std::size_t j, std::size_t n) {
+    vf v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = load_quads(in + i * stride + j, 4 * stride) * scale;
+    transpose_quads(v);
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < 4; ++i) {
+      if (i < n) store(out + (j + i) * out_stride, v[i]);
+    }
+  };
+  std::size_t j = 0;
+  for (; j + 4 <= columns; j += 4) quad(j, 4);
+  if (j < columns) quad(j, columns - j);
+}
+
+// Columns are converted in chunks of this many, into a buffer in L1.
+constexpr std::size_t kColumnChunk = 64;
+
+// Rows as float32; rows past `count` and columns past `columns` up to a whole vector are 0.
+template <class T, class RowAt>
+QUAKE_INLINE void convert_rows(const RowAt& row_at, std::size_t count, std::size_t columns,
+                               float (&out)[kLanes][kColumnChunk]) {
+  for (std::size_t r = 0; r < kLanes; ++r) {
+    const T* row = r < count ? row_at(r) : nullptr;
+    for (std::size_t j = 0; j < columns; j += kLanes) {
+      const std::size_t n = columns - j < kLanes ? columns - j : kLanes;
+      store(&out[r][j], row ? load_up_to(row + j, n) : vf{});
+    }
+  }
+}
+
+// Whether `count` rows lie at equal distances, which it returns in `stride`.
+QUAKE_INLINE bool evenly_spaced(const void* const* rows, std::size_t count, std::ptrdiff_t& stride) {
+  stride = static_cast<const float*>(rows[1]) - static_cast<const float*>(rows[0]);
+  for (std::size_t i = 2; i < count; ++i) {
+    if (static_cast<const float*>(rows[i]) - static_cast<const float*>(rows[i - 1]) != stride) return false;
+  }
+  return true;
+}
+
+// A vector of a column may reach into the next column, which is written after it: columns ascend, and the
+// groups of rows descend.
+template <class T>
+void pack_queries(const void* const* rows, std::size_t count, std::size_t size, float scale, float* out) {
+  constexpr std::size_t kGroups = (kRowTile + kLanes - 1) / kLanes;
+  std::ptrdiff_t stride;
+  if (sizeof(T) == sizeof(float) && size % 4 == 0 && count >= kGroups * kLanes &&
+      evenly_spaced(rows, kGroups * kLanes, stride)) {
+    for (std::size_t group = kGroups; group-- > 0;) {
+      const float* from = static_cast<const float*>(rows[group * kLanes]);
+      transpose(from, stride, size, scale, out + group * kLanes, kRowTile);
+    }
+    return;
+  }
+  if (count > kRowTile) count = kRowTile;
+  alignas(64) float chunk[kLanes][kColumnChunk];
+  for (std::size_t j = 0; j < size; j += kColumnChunk) {
+    const std::size_t columns = size - j < kColumnChunk ? size - j : kColumnChunk;
+    for (std::size_t group = kGroups; group-- > 0;) {
+      const std::size_t first = group * kLanes, n = count > first ? count - first : 0;
+      convert_rows<T>([&](std::size_t r) { return static_cast<const T*>(rows[first + r]) + j; },
+                      n < kLanes ? n : kLanes, columns, chunk);
+      transpose(&chunk[0][0], kColumnChunk, columns, scale, out + j * kRowTile + first, kRowTile);
+    }
+  }
+}
+
+template <class T>
+void pack_keys(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size, float* out) {
+  alignas(64) float chunk[kLanes][kColumnChunk];
+  const T* base = static_cast<const T*>(in);
+  for (std::size_t i = 0; i < keys; i += kLanes) {
+    const T* from = base + static_cast<std::ptrdiff_t>(i) * stride;
+    float* to = out + i / kPanel * kPanel * size + i % kPanel;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (keys - i >= kLanes && size % 4 == 0) {
+        transpose(from, stride, size, 1.0f, to, kPanel);
+        continue;
+      }
+    }
+    const std::size_t count = keys - i < kLanes ? keys - i : kLanes;
+    for (std::size_t j = 0; j < size; j += kColumnChunk) {
+      const std::size_t columns = size - j < kColumnChunk ? size - j : kColumnChunk;
+      convert_rows<T>([&](std::size_t r) { return from + static_cast<std::ptrdiff_t>(r) * stride + j; }, count,
+                      columns, chunk);
+      transpose(&chunk[0][0], kColumnChunk, columns, 1.0f, to + j * kPanel, kPanel);
+    }
+  }
+}
+
+template <class T>
+void pack_values(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                 std::size_t capacity, float* out) {
+  const T* from = static_cast<const T*>(in);
+  for (std::size_t i = 0; i < keys; ++i, from += stride) {
+    float* to = out + i * kPanel;
+    std::size_t j = 0;
+    for (; j + kPanel <= size; j += kPanel, to += capacity * kPanel) {
+      store(to, load(from + j));
+      store(to + kLanes, load(from + j + kLanes));
+    }
+    for (; j < size; j += kLanes, to += kLanes) {
+      store(to, load_up_to(from + j, size - j < kLanes ? size - j : kLanes));
+    }
+  }
+}
+
+// ---- Softmax ----
+
+// The coefficients of e^r for r = f ln 2, as a polynomial in f.
+template <std::size_t N>
+struct Exp2Coefficients {
+  float c[N] = {};
+  constexpr explicit Exp2Coefficients(const float (&of_r)[N]) {
+    double power = 1;
+    for (std::size_t i = 0; i < N; ++i) {
+      power *= 0.69314718055994530942;
+      c[i] = static_cast<float>(of_r[i] * power);
+    }
+  }
+};
+constexpr Exp2Coefficients kWeightPoly4{constants::kExpPoly4};
+constexpr Exp2Coefficients kWeightPoly5{constants::kExpPoly5};
+
+// e^difference for a difference of at most 0. Orders 4 and 5 reduce without a low part: the rounding of
+// difference * log2(e) is no larger than that of the logit itself, which is a dot product in float32.
+template <int Order>
+QUAKE_INLINE vf attention_weight(vf difference) {
+  if constexpr (Order <= 3) {
+    return weight<Reduction::kSoftmax, Order>(difference);
+  } else {
+    const vf t = difference * constants::kLog2e;
+    vf n, f, p;
+    if constexpr (kHasScalef) {
+      n = t;
+      f = fraction(t);
+    } else {
+      const vf clamped = clamp_below(t, -127.0f);
+      n = floor(clamped);
+      f = clamped - n;
+    }
+    if constexpr (Order == 4) p = fma(polynomial(f, kWeightPoly4.c), f, set1(1.0f));
+    if constexpr (Order == 5) p = fma(polynomial(f, kWeightPoly5.c), f, set1(1.0f));
+    if constexpr (kHasScalef) {
+      return scalef(p, n);
+    } else {
+      return p * power_of_two(n);
+    }
+  }
+}
+
+// The maximum of a row whose last vector has `last` scores; those after them become -inf.
+QUAKE_INLINE float scores_maximum(float* scores, std::size_t vectors, std::size_t last) {
+  if (last < kLanes) {
+    float* tail = scores + (vectors - 1) * kLanes;
+    store(tail, keep_first(load(tail), last, -kInfinity));
+  }
+  vf m[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
+  std::size_t i = 0;
+  for (; i + 4 <= vectors; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) m[j] = max_skip_nan(m[j], load(scores + (i + j) * kLanes));
+  }
+  for (; i < vectors; ++i) m[0] = max_skip_nan(m[0], load(scores + i * kLanes));
+  return reduce_max(max_skip_nan(max_skip_nan(m[0], m[1]), max_skip_nan(m[2], m[3])));
+}
+
+template <int Order>
+QUAKE_INLINE float weigh_row(float* scores, std::size_t vectors, vf base) {
+  vf s[4] = {};
+  std::size_t i = 0;
+  const auto step = [&](std::size_t at, int k) {
+    const vf e = attention_weight<Order>(load(scores + at * kLanes) - base);
+    store(scores + at * kLanes, e);
+    s[k] += e;
+  };
+  for (; i + 4 <= vectors; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) step(i + j, j);
+  }
+  for (; i < vectors; ++i) step(i, 0);
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// A row's maximum has grown: what was accumulated relative to the old one shrinks. The factor is that of
+// order 5, whatever the order: it would enter the results systematically.
+QUAKE_INLINE float shrink(float* accumulators, std::size_t size, float old_maximum, float maximum) {
+  const vf factor = attention_weight<5>(set1(old_maximum) - maximum);
+  for (std::size_t j = 0; j < size; j += kLanes) store(accumulators + j, load(accumulators + j) * factor);
+  return factor[0];
+}
+
+template <int Order>
+void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, float* sums, float* accumulators,
+           std::size_t accumulator_stride, std::size_t size) {
+  const std::size_t vectors = (count + kLanes - 1) / kLanes, last = count - (vectors - 1) * kLanes;
+  float grown[kRowTile > AttentionKernels::kFewRows ? kRowTile : AttentionKernels::kFewRows];
+  for (std::size_t r = 0; r < rows; ++r) {
+    grown[r] = scores_maximum(scores + r * kScoreStride, vectors, last);
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
+    if (grown[r] > maxima[r]) {
+      if (sums[r] != 0) {
+        sums[r] *= shrink(accumulators + r * accumulator_stride, size, maxima[r], grown[r]);
+      }
+      maxima[r] = grown[r];
+    }
+    // With a maximum of -inf nothing is subtracted: the weights are 0, and a later tile may have better ones.
+    const float base = maxima[r] == -kInfinity ? 0.0f : maxima[r];
+    sums[r] += weigh_row<Order>(scores + r * kScoreStride, vectors, set1(base));
+  }
+}
+
+template <int Order>
+void soft_cap(float* scores, std::size_t rows, std::size_t count, float cap) {
+  const float inverse = 1.0f / cap;
+  for (std::size_t r = 0; r < rows; ++r, scores += kScoreStride) {
+    for (std::size_t i = 0; i < count; i += kLanes) {
+      store(scores + i, Tanh::apply<Order>(load(scores + i) * inverse) * cap);
+    }
+  }
+}
+
+template <class T>
+void add_bias(float* scores, const void* bias, std::ptrdiff_t stride, std::size_t count) {
+  const T* b = static_cast<const T*>(bias);
+  for (std::size_t i = 0; i < count; i += kLanes) {
+    const std::size_t n = count - i < kLanes ? count - i : kLanes;
+    vf v;
+    if (stride == 1) {
+      v = load_up_to(b + i, n);
+    } else {
+      T gathered[kLanes] = {};
+      for (std::size_t j = 0; j < n; ++j) gathered[j] = b[static_cast<std::ptrdiff_t>(i + j) * stride];
+      v = load(gathered);
+    }
+    store(scores + i, load(scores + i) + v);
+  }
+}
+
+void apply_mask(float* scores, const unsigned char* mask, std::size_t count, float fill) {
+  for (std::size_t i = 0; i < count; i += kLanes) {
+    const std::size_t n = count - i < kLanes ? count - i : kLanes;
+    store(scores + i, keep_where(load(scores + i), mask + i, n, fill));
+  }
+}
+
+template <class T>
+void finish(const float* accumulators, std::size_t size, float sum, void* out) {
+  T* y = static_cast<T*>(out);
+  const float factor = 1.0f / sum;
+  for (std::size_t j = 0; j < size; j += kLanes) {
+    store_up_to(y + j, load(accumulators + j) * factor, size - j < kLanes ? size - j : kLanes);
+  }
+}
+
+// ---- Few rows ----
+
+// Rows that are far apart are not fetched by the hardware in time.
+constexpr std::size_t kLineBytes = 64;
+
+template <class T>
+QUAKE_INLINE void prefetch_row(const T* row, std::size_t size) {
+  for (std::size_t j = 0; j < size; j += kLineBytes / sizeof(T)) __builtin_prefetch(row + j);
+}
+
+// The sums over the lanes of four vectors.
+QUAKE_INLINE void store_sums(float* to, const vf (&s)[4]) {
+  const vf a = zip_low(s[0], s[1]) + zip_high(s[0], s[1]);
+  const vf b = zip_low(s[2], s[3]) + zip_high(s[2], s[3]);
+  store_quad_sum(to, join_low(a, b) + join_high(a, b));
+}
+
+// The scores of R queries and four keys.
+template <int R, class T>
+QUAKE_INLINE void score_four(const float* queries, std::size_t query_stride, const T* keys,
+                             std::ptrdiff_t stride, std::size_t size, float* scores) {
+  vf s[R][4] = {};
+  const auto step = [&](std::size_t j, std::size_t n) {
+    vf k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) k[i] = load_up_to(keys + i * stride + j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf q = load(queries + r * query_stride + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) s[r][i] = fma(q, k[i], s[r][i]);
+    }
+  };
+  std::size_t j = 0;
+  for (; j + kLanes <= size; j += kLanes) step(j, kLanes);
+  if (j < size) step(j, size - j);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) store_sums(scores + r * kScoreStride, s[r]);
+}
+
+template <class T>
+QUAKE_INLINE float dot(const float* query, const T* key, std::size_t size) {
+  vf s = {};
+  for (std::size_t j = 0; j < size; j += kLanes) {
+    s = fma(load(query + j), load_up_to(key + j, size - j < kLanes ? size - j : kLanes), s);
+  }
+  return reduce_add(s);
+}
+
+// Rows that share what is loaded.
+constexpr std::size_t kSharing = kRegisters >= 32 ? 4 : 2;
+
+template <class T>
+void score_in_place(const float* queries, std::size_t query_stride, std::size_t rows, const void* keys,
+                    std::ptrdiff_t stride, std::size_t count, std::size_t size, std::size_t ahead,
+                    float* scores) {
+  const T* k = static_cast<const T*>(keys);
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4, k += 4 * stride) {
+    for (std::size_t j = 0; j < 4; ++j) {
+      prefetch_row(k + static_cast<std::ptrdiff_t>(ahead + j) * stride, size);
+    }
+    std::size_t r = 0;
+    for (; r + kSharing <= rows; r += kSharing) {
+      score_four<kSharing>(queries + r * query_stride, query_stride, k, stride, size,
+                           scores + r * kScoreStride + i);
+    }
+    for (; r < rows; ++r) {
+      score_four<1>(queries + r * query_stride, query_stride, k, stride, size, scores + r * kScoreStride + i);
+    }
+  }
+  for (; i < count; ++i, k += stride) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      scores[r * kScoreStride + i] = dot(queries + r * query_stride, k, size);
+    }
+  }
+}
+
+// R rows and V vectors of columns, of which only the last may be partial.
+template <int R, int V, class T>
+QUAKE_INLINE void add_values(const float* scores, const T* values, std::ptrdiff_t stride, std::size_t count,
+                             std::size_t last, float* out, std::size_t out_stride) {
+  vf c[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) c[r][v] = load(out + r * out_stride + v * kLanes);
+  }
+  for (std::size_t i = 0; i < count; ++i, values += stride) {
+    vf column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V - 1; ++v) column[v] = load(values + v * kLanes);
+    column[V - 1] = load_up_to(values + (V - 1) * kLanes, last);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf factor = set1(scores[r * kScoreStride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) c[r][v] = fma(factor, column[v], c[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * out_stride + v * kLanes, c[r][v]);
+  }
+}
+
+template <int R, class T>
+QUAKE_INLINE void add_value_rows(const float* scores, const T* values, std::ptrdiff_t stride, std::size_t count,
+                                 std::size_t size, float* out, std::size_t out_stride) {
+  std::size_t j = 0;
+  for (; j + 4 * kLanes <= size; j += 4 * kLanes) {
+    add_values<R, 4>(scores, values + j, stride, count, kLanes, out + j, out_stride);
+  }
+  for (; j < size; j += kLanes) {
+    add_values<R, 1>(scores, values + j, stride, count, size - j < kLanes ? size - j : kLanes, out + j,
+                     out_stride);
+  }
+}
+
+template <class T>
+void accumulate_in_place(const float* scores, std::size_t rows, const void* values, std::ptrdiff_t stride,
+                         std::size_t count, std::size_t size, std::size_t ahead, float* accumulators,
+                         std::size_t accumulator_stride) {
+  const T* v = static_cast<const T*>(values);
+  for (std::size_t i = 0; i < count; ++i) {
+    prefetch_row(v + static_cast<std::ptrdiff_t>(ahead + i) * stride, size);
+  }
+  std::size_t r = 0;
+  for (; r + kSharing <= rows; r += kSharing) {
+    add_value_rows<kSharing>(scores + r * kScoreStride, v, stride, count, size,
+                             accumulators + r * accumulator_stride, accumulator_stride);
+  }
+  for (; r < rows; ++r) {
+    add_value_rows<1>(scores + r * kScoreStride, v, stride, count, size, accumulators + r * accumulator_stride,
+                      accumulator_stride);
+  }
+}
+
+// ---- The table ----
+
+template <class T>
+constexpr void fill_attention(AttentionKernels& table, DType dtype) {
+  const int i = static_cast<int>(dtype);
+  table.pack_queries[i] = pack_queries<T>;
+  table.pack_keys[i] = pack_keys<T>;
+  table.pack_values[i] = pack_values<T>;
+  table.add_bias[i] = add_bias<T>;
+  table.finish[i] = finish<T>;
+  table.score_in_place[i] = score_in_place<T>;
+  table.accumulate_in_place[i] = accumulate_in_place<T>;
+}
+
+template <int Order>
+constexpr void fill_attention_order(AttentionKernels& table) {
+  table.weigh[Order - 1] = weigh<Order>;
+  table.soft_cap[Order - 1] = soft_cap<Order>;
+  if constexpr (Order > 1) fill_attention_order<Order - 1>(table);
+}
+
+constexpr AttentionKernels attention_kernels() {
+  AttentionKernels table = {};
+  table.row_tile = kRowTile;
+  table.panel = kPanel;
+  table.lanes = kLanes;
+  fill_attention<float>(table, DType::kFloat32);
+  fill_attention<bfloat16>(table, DType::kBFloat16);
+  fill_attention<float16>(table, DType::kFloat16);
+  fill_attention_order<kMaxOrder>(table);
+  table.score = score;
+  table.accumulate = accumulate;
+  table.apply_mask = apply_mask;
+  table.log_sum_correction[0] = (constants::kSoftmaxShift - constants::kOrder1Shift) * 0.693147181f;
+  return table;
+}
