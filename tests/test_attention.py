@@ -1,5 +1,6 @@
 """Fused attention: values against double precision, derivatives, transformations and errors."""
 
+import concurrent.futures
 import functools
 import inspect
 import itertools
@@ -518,6 +519,22 @@ def test_jit_scan_and_remat():
 def test_results_do_not_depend_on_jit():
     x = operands(t=70, s=300)
     np.testing.assert_array_equal(jax.jit(quake)(*x), quake(*x))
+
+
+def test_concurrent_calls_and_calls_side_by_side_in_one_program():
+    shapes = ({"t": 130, "s": 260}, {"t": 1, "s": 3000, "h": 64}, {"b": 3, "t": 64, "s": 64})
+    x = [operands(**shape) for shape in shapes]
+
+    @jax.jit
+    def together(x):
+        return [quake(*a, is_causal=True) for a in x]
+
+    expected = [quake(*a, is_causal=True) for a in x]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = [pool.submit(lambda: jax.device_get(together(x))) for _ in range(64)]
+        for run in runs:
+            for y, z in zip(run.result(timeout=60), expected, strict=True):
+                np.testing.assert_array_equal(y, z)
 
 
 def test_the_fallback_of_other_platforms():
