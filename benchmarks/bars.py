@@ -191,20 +191,21 @@ def judge(result: dict) -> list[dict]:
                 figure = kind.figure(bar, entry)
                 if figure is not None:
                     verdicts.append(
-                        _verdict(bar.name, figure, bar.threshold, kind.unit, kind.at_least)
+                        verdict(bar.name, figure, bar.threshold, kind.unit, kind.at_least)
                     )
     if BARS[0].holds(environment):
         for name, overhead in (result["call_overhead"] or {}).items():
             figure = overhead["difference_us"]
             verdicts.append(
-                _verdict(
+                verdict(
                     f"call overhead, {name}, 16 elements", figure, CALL_OVERHEAD_US, "µs", False
                 )
             )
     return verdicts
 
 
-def _verdict(name: str, figure: float, threshold: float, unit: str, at_least: bool) -> dict:
+def verdict(name: str, figure: float, threshold: float, unit: str, at_least: bool) -> dict:
+    """What `report` shows of one bar."""
     return {
         "name": name,
         "figure": figure,

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare with torch and onnxruntime where installed",
     )
     few = f"{cases.DRAM_ROUNDS} in DRAM, 3 with --quick"
-    add("--rounds", type=_positive, help=f"interleaved rounds ({cases.ROUNDS}; {few})")
+    add("--rounds", type=positive, help=f"interleaved rounds ({cases.ROUNDS}; {few})")
     add("--quick", action="store_true", help="a small shape and short readings: a try, no result")
     add(
         "--self-check",
@@ -71,7 +71,8 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number from 1 up, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)

@@ -68,7 +68,7 @@ class Peers:
         """torch's copy, which uses several threads where NumPy's does not."""
         if "torch" not in self._makers:
             return []
-        source, target = _torch_tensor(buffers.sources[0]), _torch_tensor(buffers.target)
+        source, target = torch_tensor(buffers.sources[0]), torch_tensor(buffers.target)
         settle = SETTLE_SECONDS["torch"] if self._threads > 1 else 0.0
         return [
             Contestant("copy (torch)", _repeat(lambda: target.copy_(source), buffers), 0.0, settle)
@@ -104,7 +104,8 @@ def _repeat(call: Callable[[], object], buffers: Buffers) -> Callable[[int], Non
     return run
 
 
-def _torch_tensor(array):
+def torch_tensor(array):
+    """The same memory as a tensor of torch."""
     import torch
 
     if array.dtype.name == "bfloat16":  # torch does not know NumPy's extension type
@@ -121,8 +122,8 @@ def _torch_maker(threads: int):
 
     def make(buffers: Buffers) -> Callable[[], object] | None:
         function = buffers.case.function
-        x, *second = map(_torch_tensor, buffers.sources)
-        y, out = second[0] if second else None, _torch_tensor(buffers.target)
+        x, *second = map(torch_tensor, buffers.sources)
+        y, out = second[0] if second else None, torch_tensor(buffers.target)
         scratch = torch.empty_like(x) if function == "log_sigmoid" else None
         # Without a kernel for the whole, as many as eager code would run, in place after the first.
         call = {

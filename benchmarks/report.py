@@ -1,6 +1,6 @@
-"""How a result of `ops` is shown: tables on the terminal, JSON, and a section of a Markdown file.
+"""How a result is shown: tables on the terminal, JSON, and a section of a Markdown file.
 
-The terminal and the Markdown file show the same rows.
+The terminal and the Markdown file show the same rows; those of `ops` are made here.
 """
 
 from __future__ import annotations
@@ -25,24 +25,41 @@ def to_json(result: dict, path: Path) -> None:
 
 def to_terminal(result: dict) -> None:
     """Print the tables, the bars and the remarks."""
+    print_page(headline(result), tables(result), remarks(result))
+
+
+def print_page(head: str, made: list[tuple[str, Rows]], lines: list[str]) -> None:
+    """Print a headline, tables as `tables` makes them, and remarks."""
     console = Console()
     # Not a terminal (a log, a pipe): wide enough for whole rows.
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(headline(result), style="bold", highlight=False)
-    for title, rows in tables(result):
+    console.print(head, style="bold", highlight=False)
+    for title, rows in made:
         table = Table(title=title, title_justify="left")
         for i, head in enumerate(rows[0]):
             table.add_column(head, justify="left" if i == 0 else "right")
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for line in remarks(result):
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
 def to_markdown(result: dict, path: Path) -> None:
-    """Write the tables into a Markdown file.
+    """Write the tables into a Markdown file, as `write_section` does.
+
+    Args:
+        result: The result of a run.
+        path: The file, made if it does not exist.
+    """
+    write_section(result, path, "Operators", tables(result), remarks(result))
+
+
+def write_section(
+    result: dict, path: Path, subject: str, made: list[tuple[str, Rows]], notes: list[str]
+) -> None:
+    """Write a headline, tables and remarks into a Markdown file.
 
     The section of an earlier run with as many threads and the same instruction set is replaced;
     everything else in the file stays, and without such a section the new one is appended.
@@ -50,18 +67,21 @@ def to_markdown(result: dict, path: Path) -> None:
     Args:
         result: The result of a run.
         path: The file, made if it does not exist.
+        subject: What was measured, for the heading.
+        made: Tables as `tables` makes them.
+        notes: The remarks.
     """
     threads, isa = result["environment"]["threads"], result["environment"]["isa"]
     begin, end = (
-        f"<!-- benchmarks ops, threads {threads}, isa {isa}: {word} -->"
+        f"<!-- benchmarks {result['benchmark']}, threads {threads}, isa {isa}: {word} -->"
         for word in ("begin, generated", "end")
     )
-    parts = [begin, "", f"### Operators, {_threads(threads)}, {isa}", "", headline(result), ""]
-    for title, rows in tables(result):
+    parts = [begin, "", f"### {subject}, {_threads(threads)}, {isa}", "", headline(result), ""]
+    for title, rows in made:
         lines = [" | ".join(row) for row in rows]
         lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
         parts += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
-    parts += [f"- {line}" for line in remarks(result)] + ["", end]
+    parts += [f"- {line}" for line in notes] + ["", end]
     section = "\n".join(parts)
     text = path.read_text() if path.exists() else ""
     old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -102,7 +122,7 @@ def tables(result: dict) -> list[tuple[str, Rows]]:
     if result["scaling"]:
         rows = [["operator", "two threads over one"]]
         rows += [
-            [f"{_label(entry)} {entry['dtype']}, order {entry['order']}", _spread(entry["speedup"])]
+            [f"{_label(entry)} {entry['dtype']}, order {entry['order']}", spread(entry["speedup"])]
             for entry in result["scaling"]
         ]
         made.append(("Speed of two threads over one, median (quartiles) of the rounds", rows))
@@ -119,28 +139,34 @@ def tables(result: dict) -> list[tuple[str, Rows]]:
                 ]
             )
         made.append(("One call of 16 elements inside a jitted program, µs", rows))
-    if result["bars"]:
-        rows = [["bar", "figure", "wanted", ""]]
-        for bar in sorted(result["bars"], key=lambda bar: bar["met"]):  # the missed ones first
-            sign = "≥" if bar["at_least"] else "≤"
-            rows.append(
-                [
-                    bar["name"],
-                    f"{bar['figure']:.2f} {bar['unit']}",
-                    f"{sign} {bar['threshold']:.2f} {bar['unit']}",
-                    "met" if bar["met"] else "MISSED",
-                ]
-            )
-        missed = sum(not bar["met"] for bar in result["bars"])
-        made.append((f"Bars ({missed} of {len(result['bars'])} missed)", rows))
+    made += bars_table(result)
     if result["default_orders"]:
         orders = list(result["default_orders"][0]["times"])
         rows = [["operator", *orders, "default"]]
         for decided in result["default_orders"]:
-            times = [_spread(decided["times"][order]) for order in orders]
+            times = [spread(decided["times"][order]) for order in orders]
             rows.append([decided["function"], *times, str(decided["default"])])
         made.append((f"Default order: time relative to order {SUBJECT_ORDER}, float32 in L2", rows))
     return made
+
+
+def bars_table(result: dict) -> list[tuple[str, Rows]]:
+    """The table of the bars, or none where a run is not judged."""
+    if not result["bars"]:
+        return []
+    rows = [["bar", "figure", "wanted", ""]]
+    for bar in sorted(result["bars"], key=lambda bar: bar["met"]):  # the missed ones first
+        sign = "≥" if bar["at_least"] else "≤"
+        rows.append(
+            [
+                bar["name"],
+                f"{bar['figure']:.2f} {bar['unit']}",
+                f"{sign} {bar['threshold']:.2f} {bar['unit']}",
+                "met" if bar["met"] else "MISSED",
+            ]
+        )
+    missed = sum(not bar["met"] for bar in result["bars"])
+    return [(f"Bars ({missed} of {len(result['bars'])} missed)", rows)]
 
 
 def _times(cases: list[dict]) -> Rows:
@@ -179,7 +205,7 @@ def _speeds(cases: list[dict]) -> Rows:
             [
                 _label(case),
                 *(f"{ratios[name]['median']:.2f}" if name in ratios else "–" for name in others),
-                _spread(fastest[1]) if fastest else "–",
+                spread(fastest[1]) if fastest else "–",
                 f"{100 * figures.share_of_copy(case, subject):.0f} %",
                 _cycles(entry.get("cycles_per_16")),
                 _cycles(entry.get("bound_cycles_per_16")),
@@ -195,7 +221,8 @@ def _cycles(cycles: float | None) -> str:
     return "–" if cycles is None else f"{cycles:.2f}"
 
 
-def _spread(quartiles: dict) -> str:
+def spread(quartiles: dict) -> str:
+    """The median, and the quartiles in brackets."""
     return f"{quartiles['median']:.2f} ({quartiles['low']:.2f}–{quartiles['high']:.2f})"
 
 
@@ -227,6 +254,15 @@ def remarks(result: dict) -> list[str]:
         lines.append("AVX2 is forced on quake_jax alone: the other libraries use AVX-512 too.")
     if settings["allocator"] == "system":
         lines.append("The system's allocator was left as it is: page faults are part of the times.")
+    lines += quality_remarks(result)
+    for name, labels in result["lacking"].items():
+        lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
+    return lines
+
+
+def quality_remarks(result: dict) -> list[str]:
+    """Say what was rejected, what is doubtful, and what was left out."""
+    lines = []
     rejected = {"faults": 0, "preempted": 0}
     doubtful = 0
     for case in result["cases"]:
@@ -243,8 +279,6 @@ def remarks(result: dict) -> list[str]:
     if result["left_out"]:
         reasons = (f"{name} ({why})" for name, why in result["left_out"].items())
         lines.append(f"Left out: {'; '.join(reasons)}.")
-    for name, labels in result["lacking"].items():
-        lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
     return lines
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from benchmarks.cases import SUBJECT_ORDER, VIT_SHAPE, Case
+from benchmarks.timing import Contestant
 
 FUNCTIONS = ("softmax", "log_softmax", "gelu_tanh", "exp")
 THREADS = (1, 2)
@@ -48,6 +50,46 @@ def measure(
         For each case its function, shape and dtype, the seconds per call of either in each round,
         the number of disturbed readings used, and median and quartiles of the `speedup`.
     """
+    compared = compare(cases, _quake, rounds, target, keep_pages, advance)
+    return [
+        {
+            "function": case.function,
+            "shape": list(case.shape),
+            "dtype": case.dtype,
+            "order": SUBJECT_ORDER,
+            **entry,
+        }
+        for case, entry in zip(cases, compared, strict=True)
+    ]
+
+
+def _quake(case: Case) -> Contestant:
+    from benchmarks import systems
+
+    return systems.quake(systems.Buffers(case), SUBJECT_ORDER)
+
+
+def compare(
+    cases: Sequence[Any],
+    make: Callable[[Any], Contestant],
+    rounds: int,
+    target: float,
+    keep_pages: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Compare one thread with two, whatever is timed.
+
+    Args:
+        cases: What to run.
+        make: A function of a module, called in either process: the contestant of a case.
+        rounds: As in `measure`, like the rest.
+        target: Least length of a reading in seconds.
+        keep_pages: As in `environment.prepare`.
+        advance: Called after each case.
+
+    Returns:
+        For each case its `seconds`, `doubtful` and `speedup`, as `measure` describes them.
+    """
     from benchmarks.timing import paired_ratio
 
     spawn = multiprocessing.get_context("spawn")  # JAX must start afresh in each
@@ -55,7 +97,7 @@ def measure(
     for threads in THREADS:
         pipes[threads], end = spawn.Pipe()
         worker = spawn.Process(
-            target=_work, args=(end, threads, rounds, target, keep_pages), daemon=True
+            target=_work, args=(end, threads, make, rounds, target, keep_pages), daemon=True
         )
         worker.start()
         end.close()  # the parent sees the end of a worker that fails
@@ -78,10 +120,6 @@ def measure(
         speedup = paired_ratio(seconds[1], seconds[2])
         result.append(
             {
-                "function": case.function,
-                "shape": list(case.shape),
-                "dtype": case.dtype,
-                "order": SUBJECT_ORDER,
                 "seconds": {str(threads): times for threads, times in seconds.items()},
                 "doubtful": doubtful,
                 "speedup": speedup.as_dict(),
@@ -95,17 +133,24 @@ def measure(
     return result
 
 
-def _work(pipe: Connection, threads: int, rounds: int, target: float, keep_pages: bool) -> None:
+def _work(
+    pipe: Connection,
+    threads: int,
+    make: Callable[[Any], Contestant],
+    rounds: int,
+    target: float,
+    keep_pages: bool,
+) -> None:
     """Answer the parent: a case prepares its reading, "read" takes one, None is the end."""
     from benchmarks import environment
 
     environment.prepare(threads, keep_pages)
 
-    from benchmarks import systems, timing
+    from benchmarks import timing
 
     max_faults = timing.MAX_FAULTS if keep_pages else float("inf")
     while (case := pipe.recv()) is not None:
-        contestant = systems.quake(systems.Buffers(case), SUBJECT_ORDER)
+        contestant = make(case)
         calls = timing.calibrate(contestant.run, target)
         pipe.send("ready")
         for _ in range(rounds):

@@ -43,10 +43,10 @@ class Buffers:
         self._out = jnp.zeros(case.out_shape, dtype).block_until_ready()
         self._address = self._out.unsafe_buffer_pointer()
         self.sources = [
-            _view(operand.unsafe_buffer_pointer(), operand.shape, dtype)
+            view(operand.unsafe_buffer_pointer(), operand.shape, dtype)
             for operand in self._operands
         ]
-        self.target = _view(self._address, case.out_shape, dtype)
+        self.target = view(self._address, case.out_shape, dtype)
 
     def runner(self, operator: Callable[..., jax.Array]) -> Callable[[int], None]:
         """Compile `operator` so that calling the result with n runs it n times.
@@ -86,7 +86,7 @@ class Buffers:
         return operators.exact(self.case.function, first)
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A writable NumPy view that does not hold the JAX array (a held one cannot be donated)."""
     memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype=dtype).reshape(shape)

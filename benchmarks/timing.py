@@ -58,12 +58,14 @@ class Contestant:
             subtracts them.
         settle: Seconds during which its idle threads still spin after a run. They would take a
             core from whoever is next, so the stopwatch waits that long.
+        calls: Calls of a reading; None to find out how many make one long enough.
     """
 
     name: str
     run: Callable[[int], None]
     overhead: float = 0.0
     settle: float = 0.0
+    calls: int | None = None
 
 
 @dataclass
@@ -237,7 +239,7 @@ def measure(
         The series of each contestant by its name.
     """
     order = random.Random(seed)
-    calls = {c.name: calibrate(c.run, target) for c in contestants}
+    calls = {c.name: c.calls or calibrate(c.run, target) for c in contestants}
     series = {c.name: Series(c.overhead) for c in contestants}
     for _ in range(rounds):
         for contestant in order.sample(contestants, len(contestants)):

@@ -8,11 +8,15 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "denormals.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -319,6 +323,212 @@ ffi::Error run_masked(const char* target, Reduction reduction, ffi::ThreadPool p
   return ffi::Error::Success();
 }
 
+// ---- Attention ----
+
+// What the call has beside queries, keys and values; the operands come in this order.
+enum AttentionOperand : std::int32_t { kHasBias = 1, kHasMask = 2, kHasQueryLengths = 4, kHasKeyLengths = 8 };
+
+struct AttentionAttributes {
+  std::int32_t order;
+  float scale, soft_cap;                              // soft_cap: 0 for none
+  std::int32_t is_causal, window_left, window_right;  // windows: negative for no limit
+  std::int32_t packed_axis;  // 2 or 3: of the one operand that holds queries, keys and values; else 0
+  std::int32_t present;      // a sum of AttentionOperand
+};
+
+std::size_t extent(const ffi::AnyBuffer& x, std::size_t axis) {
+  return static_cast<std::size_t>(x.dimensions()[axis]);
+}
+
+// Queries, keys or values of shape (batch, time, heads, size).
+AttentionProblem::Operand whole_operand(const ffi::AnyBuffer& x) {
+  const auto size = static_cast<std::ptrdiff_t>(x.dimensions()[3]);
+  const std::ptrdiff_t time = static_cast<std::ptrdiff_t>(x.dimensions()[2]) * size;
+  return {x.untyped_data(), static_cast<std::ptrdiff_t>(x.dimensions()[1]) * time, time, size};
+}
+
+// One of the three slices of x, of shape (batch, time, 3, heads, size) or (batch, time, heads, 3, size).
+AttentionProblem::Operand packed_operand(const ffi::AnyBuffer& x, std::int32_t packed_axis, std::size_t slice,
+                                         std::size_t element_size) {
+  const auto dims = x.dimensions();
+  const auto size = static_cast<std::ptrdiff_t>(dims[4]);
+  const auto heads = static_cast<std::ptrdiff_t>(packed_axis == 2 ? dims[3] : dims[2]);
+  const std::ptrdiff_t time = 3 * heads * size;
+  const std::size_t begin = slice * static_cast<std::size_t>(packed_axis == 2 ? heads * size : size);
+  return {bytes(x) + begin * element_size, static_cast<std::ptrdiff_t>(dims[1]) * time, time,
+          packed_axis == 2 ? size : 3 * size};
+}
+
+// The strides of an array of shape `full`, any of whose axes may have size 1 instead; nothing if it has
+// another shape.
+std::optional<AttentionProblem::Strides> broadcast_strides(const ffi::AnyBuffer& x,
+                                                           const std::size_t (&full)[4]) {
+  if (x.dimensions().size() != 4) return std::nullopt;
+  std::ptrdiff_t strides[4], stride = 1;
+  for (std::size_t i = 4; i-- > 0;) {
+    const std::size_t size = extent(x, i);
+    if (size != full[i] && size != 1) return std::nullopt;
+    strides[i] = size == 1 ? 0 : stride;
+    stride *= static_cast<std::ptrdiff_t>(size);
+  }
+  return AttentionProblem::Strides{strides[0], strides[1], strides[2], strides[3]};
+}
+
+ffi::Error check_lengths(const char* target, const ffi::AnyBuffer& lengths, std::size_t batch) {
+  if (lengths.element_type() != ffi::S32 || lengths.dimensions().size() != 1 || extent(lengths, 0) != batch) {
+    return invalid(target, "lengths " + describe(lengths) + ", expected int32[" + std::to_string(batch) + "]");
+  }
+  return ffi::Error::Success();
+}
+
+bool has_dimensions(const ffi::AnyBuffer& x, std::initializer_list<std::size_t> expected) {
+  return std::ranges::equal(x.dimensions(), expected,
+                            [](std::int64_t a, std::size_t b) { return a == static_cast<std::int64_t>(b); });
+}
+
+// Fills in the queries, keys and values, from one operand or three.
+ffi::Error take_operands(const char* target, const AttentionAttributes& attributes,
+                         const std::vector<ffi::AnyBuffer>& x, std::size_t element_size, AttentionProblem& p) {
+  p.batch = extent(x[0], 0);
+  p.query_length = extent(x[0], 1);
+  if (attributes.packed_axis != 0) {
+    const std::size_t packed = static_cast<std::size_t>(attributes.packed_axis);
+    if (extent(x[0], packed) != 3) return invalid(target, describe(x[0]) + ", expected an axis of size 3");
+    p.key_length = p.query_length;
+    p.query_heads = p.kv_heads = extent(x[0], 5 - packed);
+    p.head_size = p.value_size = extent(x[0], 4);
+    p.query = packed_operand(x[0], attributes.packed_axis, 0, element_size);
+    p.key = packed_operand(x[0], attributes.packed_axis, 1, element_size);
+    p.value = packed_operand(x[0], attributes.packed_axis, 2, element_size);
+    return ffi::Error::Success();
+  }
+  p.query_heads = extent(x[0], 2);
+  p.head_size = extent(x[0], 3);
+  p.key_length = extent(x[1], 1);
+  p.kv_heads = extent(x[1], 2);
+  p.value_size = extent(x[2], 3);
+  if (!has_dimensions(x[1], {p.batch, p.key_length, p.kv_heads, p.head_size})) {
+    return mismatch(target, x[0], x[1], "queries and keys with the same batch and head size");
+  }
+  if (!has_dimensions(x[2], {p.batch, p.key_length, p.kv_heads, p.value_size})) {
+    return mismatch(target, x[1], x[2], "keys and values with the same batch, length and heads");
+  }
+  p.query = whole_operand(x[0]);
+  p.key = whole_operand(x[1]);
+  p.value = whole_operand(x[2]);
+  return ffi::Error::Success();
+}
+
+// Whether a call takes less time than a few hops through the pool. Results do not depend on it.
+bool is_small(const AttentionProblem& p) {
+  const std::size_t sizes = p.head_size + p.value_size;
+  const std::size_t read = p.batch * p.key_length * p.kv_heads * sizes;
+  return read < (std::size_t{1} << 17) &&
+         p.batch * p.query_heads * p.query_length * p.key_length * sizes < (std::size_t{1} << 20);
+}
+
+ffi::Error run_attention_call(const char* target, ffi::ThreadPool pool, const AttentionAttributes& attributes,
+                              ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  const bool packed = attributes.packed_axis != 0;
+  if (packed && attributes.packed_axis != 2 && attributes.packed_axis != 3) {
+    return invalid(target, "packed_axis is " + std::to_string(attributes.packed_axis) + ", expected 0, 2 or 3");
+  }
+  std::vector<ffi::AnyBuffer> x;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const ffi::ErrorOr<ffi::AnyBuffer> argument = arguments.get<ffi::AnyBuffer>(i);
+    if (argument.has_error()) return argument.error();
+    x.push_back(*argument);
+  }
+  std::size_t next = packed ? 1 : 3, expected = next;
+  for (const auto operand : {kHasBias, kHasMask, kHasQueryLengths, kHasKeyLengths}) {
+    expected += (attributes.present & operand) != 0;
+  }
+  if (x.size() != expected || results.size() != 2) {
+    return invalid(target, std::to_string(x.size()) + " operands and " + std::to_string(results.size()) +
+                               " results, expected " + std::to_string(expected) + " and 2");
+  }
+  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out_or = results.get<ffi::AnyBuffer>(0);
+  if (out_or.has_error()) return out_or.error();
+  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> residual_or = results.get<ffi::AnyBuffer>(1);
+  if (residual_or.has_error()) return residual_or.error();
+  const ffi::AnyBuffer& out = **out_or;
+  const ffi::AnyBuffer& residual = **residual_or;
+
+  const ffi::ErrorOr<Call> call = packed ? check(target, attributes.order, x[0], {&out})
+                                         : check(target, attributes.order, x[0], {&x[1], &x[2], &out});
+  if (call.has_error()) return call.error();
+  for (std::size_t i = 0; i < next; ++i) {
+    const std::size_t rank = packed ? 5 : 4;
+    if (x[i].dimensions().size() != rank) {
+      return invalid(target, "operand " + describe(x[i]) + ", expected rank " + std::to_string(rank));
+    }
+  }
+  AttentionProblem p;
+  p.dtype = static_cast<DType>(call->dtype);
+  if (ffi::Error error = take_operands(target, attributes, x, call->element_size, p); error.failure()) {
+    return error;
+  }
+  if (!has_dimensions(out, {p.batch, p.query_length, p.query_heads, p.value_size})) {
+    return mismatch(target, x[0], out, "a result of shape (batch, queries, heads, value size)");
+  }
+  if (residual.element_type() != ffi::F32 ||
+      !has_dimensions(residual, {p.batch, p.query_length, p.query_heads})) {
+    return mismatch(target, out, residual, "a float32 residual of shape (batch, queries, heads)");
+  }
+  p.out = out.untyped_data();
+  p.residual = static_cast<float*>(residual.untyped_data());
+
+  const std::size_t full[4] = {p.batch, p.query_heads, p.query_length, p.key_length};
+  if (attributes.present & kHasBias) {
+    const ffi::AnyBuffer& bias = x[next++];
+    const ffi::ErrorOr<Call> type = check(target, attributes.order, bias, {});
+    if (type.has_error()) return type.error();
+    const auto strides = broadcast_strides(bias, full);
+    if (!strides) return mismatch(target, x[0], bias, "a bias of the logits' shape");
+    p.bias = bias.untyped_data();
+    p.bias_dtype = static_cast<DType>(type->dtype);
+    p.bias_strides = *strides;
+  }
+  if (attributes.present & kHasMask) {
+    const ffi::AnyBuffer& mask = x[next++];
+    const auto strides = broadcast_strides(mask, full);
+    if (mask.element_type() != ffi::PRED || !strides) {
+      return mismatch(target, x[0], mask, "a boolean mask of the logits' shape");
+    }
+    p.mask = static_cast<const unsigned char*>(mask.untyped_data());
+    p.mask_strides = *strides;
+  }
+  if (attributes.present & kHasQueryLengths) {
+    const ffi::AnyBuffer& lengths = x[next++];
+    if (ffi::Error error = check_lengths(target, lengths, p.batch); error.failure()) return error;
+    p.query_lengths = static_cast<const std::int32_t*>(lengths.untyped_data());
+  }
+  if (attributes.present & kHasKeyLengths) {
+    const ffi::AnyBuffer& lengths = x[next++];
+    if (ffi::Error error = check_lengths(target, lengths, p.batch); error.failure()) return error;
+    p.key_lengths = static_cast<const std::int32_t*>(lengths.untyped_data());
+  }
+  p.scale = attributes.scale;
+  p.soft_cap = attributes.soft_cap;
+  p.is_causal = attributes.is_causal != 0;
+  p.window_left = std::max<std::ptrdiff_t>(attributes.window_left, -1);
+  p.window_right = std::max<std::ptrdiff_t>(attributes.window_right, -1);
+
+  const bool small = is_small(p);
+  const ParallelFor parallel = [&](std::size_t tasks, const std::function<void(std::size_t)>& body) {
+    if (small) {
+      ScopedFlushDenormals flush;
+      for (std::size_t task = 0; task < tasks; ++task) body(task);
+    } else {
+      parallel_for(pool, tasks, body);
+    }
+  };
+  if (const char* problem = run_attention(p, active_table(), call->order_index, parallel)) {
+    return invalid(target, problem);
+  }
+  return ffi::Error::Success();
+}
+
 // ---- The handlers: one function per target ----
 
 #define QUAKE_NAME(name, Functor) "quake_jax_" #name,
@@ -329,6 +539,7 @@ constexpr const char* kSplitNames[] = {QUAKE_GATED_KERNELS(QUAKE_SPLIT_NAME)};
 constexpr int kFirstGated = static_cast<int>(Binary::kGlu);
 constexpr const char* kReductionNames[] = {"quake_jax_softmax", "quake_jax_log_softmax", "quake_jax_logsumexp"};
 constexpr const char* kMaskedNames[] = {"quake_jax_softmax_where", "quake_jax_log_softmax_where"};
+constexpr const char* kAttentionName = "quake_jax_dot_product_attention";
 
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<std::int32_t>("order"); }
 
@@ -402,6 +613,29 @@ XLA_FFI_Error* masked_handler(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
+XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      bind()
+          .Attr<float>("scale")
+          .Attr<float>("soft_cap")
+          .Attr<std::int32_t>("is_causal")
+          .Attr<std::int32_t>("window_left")
+          .Attr<std::int32_t>("window_right")
+          .Attr<std::int32_t>("packed_axis")
+          .Attr<std::int32_t>("present")
+          .RemainingArgs()
+          .RemainingRets()
+          .To([](ffi::ThreadPool pool, std::int32_t order, float scale, float soft_cap, std::int32_t is_causal,
+                 std::int32_t window_left, std::int32_t window_right, std::int32_t packed_axis,
+                 std::int32_t present, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+            const AttentionAttributes attributes = {order,       scale,        soft_cap,    is_causal,
+                                                    window_left, window_right, packed_axis, present};
+            return run_attention_call(kAttentionName, pool, attributes, arguments, results);
+          })
+          .release();
+  return handler->Call(frame);
+}
+
 }  // namespace
 
 std::vector<FfiTarget> ffi_targets() {
@@ -420,6 +654,7 @@ std::vector<FfiTarget> ffi_targets() {
       {kReductionNames[2], reduction_handler<Reduction::kLogSumExp>},
       {kMaskedNames[0], masked_handler<Reduction::kSoftmax>},
       {kMaskedNames[1], masked_handler<Reduction::kLogSoftmax>},
+      {kAttentionName, attention_handler},
   };
 }
 

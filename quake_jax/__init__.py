@@ -29,6 +29,8 @@ from quake_jax.activations import silu as silu
 from quake_jax.activations import softplus as softplus
 from quake_jax.activations import swish as swish
 from quake_jax.activations import tanh as tanh
+from quake_jax.attention import dot_product_attention as dot_product_attention
+from quake_jax.attention import packed_dot_product_attention as packed_dot_product_attention
 from quake_jax.gated import bias_gelu as bias_gelu
 from quake_jax.gated import bias_silu as bias_silu
 from quake_jax.gated import geglu as geglu

@@ -21,7 +21,9 @@ from jax.interpreters import batching, mlir
 from quake_jax import _compat, _extension, reference
 
 
-def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) -> Callable:
+def _primitive(
+    name: str, *, shape: Callable, lower: Callable, batch: Callable, multiple_results: bool = False
+) -> Callable:
     """Make the primitive of the kernel `name`, and return the function that binds it.
 
     Args:
@@ -29,8 +31,10 @@ def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) 
       shape: `shape(*avals, **parameters)`, the abstract value of the result.
       lower: `lower(context, *operands, target=…, **parameters)`, its lowering for CPUs.
       batch: `batch(bind, operands, axes, **parameters)`, the batched result and its batch axis.
+      multiple_results: whether results, and what comes of `shape` and `batch`, are sequences.
     """
     primitive = _compat.Primitive(f"quake_{name}")
+    primitive.multiple_results = multiple_results
     primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
 
     @primitive.def_abstract_eval
@@ -39,7 +43,7 @@ def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) 
             raise TypeError(f"quake_jax.{name}: x is a partial sum, unreduced over a mesh axis")
         return shape(*avals, **parameters)
 
-    def bind(*operands: jax.Array, **parameters: int) -> jax.Array:
+    def bind(*operands: jax.Array, **parameters: int | float) -> jax.Array | list[jax.Array]:
         # Within jax.shard_map a replicated operand beside a split one needs a cast, whose
         # transpose adds up its gradient over the devices.
         return primitive.bind(*_compat.auto_insert_reshard(*operands), **parameters)
@@ -48,7 +52,7 @@ def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) 
     assert target in _extension.targets, target
     batching.primitive_batchers[primitive] = functools.partial(batch, bind)
     mlir.register_lowering(primitive, functools.partial(lower, target=target), platform="cpu")
-    fallback = mlir.lower_fun(getattr(reference, name), multiple_results=False)
+    fallback = mlir.lower_fun(getattr(reference, name), multiple_results=multiple_results)
     mlir.register_lowering(primitive, fallback)
     return bind
 
@@ -56,15 +60,15 @@ def _primitive(name: str, *, shape: Callable, lower: Callable, batch: Callable) 
 # Lowering.
 
 
-def _sharding_rule(operands: Sequence, result: Sequence, sizes: dict, whole: set):
+def _sharding_rule(operands: Sequence, results: Sequence, sizes: dict, whole: set):
     """A Shardy rule.
 
     Args:
-      operands, result: for each array a label per axis; axes of one label are split alike.
+      operands, results: for each array a label per axis; axes of one label are split alike.
       sizes: the size of each label's axes.
       whole: labels of axes that must not be split.
     """
-    labels = list(dict.fromkeys(label for axes in (*operands, result) for label in axes))
+    labels = list(dict.fromkeys(label for axes in (*operands, *results) for label in axes))
     letters = [chr(c) for c in range(ord("i"), ord("z") + 1)]
     letters += [f"z_{k}" for k in range(1, len(labels) - len(letters) + 1)]
     names = dict(zip(labels, letters, strict=False))
@@ -72,12 +76,12 @@ def _sharding_rule(operands: Sequence, result: Sequence, sizes: dict, whole: set
     def listed(axes) -> str:
         return "[" + ", ".join(names[label] for label in axes) + "]"
 
-    inputs = ", ".join(map(listed, operands))
+    inputs, outputs = (", ".join(map(listed, arrays)) for arrays in (operands, results))
     factors = ", ".join(f"{names[label]}={sizes[label]}" for label in labels)
     # In the order of the factors, as the syntax demands.
     kept = ", ".join(names[label] for label in labels if label in whole)
     return mlir.ir.Attribute.parse(
-        f"#sdy.op_sharding_rule<({inputs})->({listed(result)}) {{{factors}}} "
+        f"#sdy.op_sharding_rule<({inputs})->({outputs}) {{{factors}}} "
         f"need_replication={{{kept}}}, custom>"
     )
 
@@ -89,12 +93,12 @@ def _custom_call(
     batch_axes: int | None = None,
     axes: tuple[Sequence, Sequence] | None = None,
     whole: Sequence = (),
-    **parameters: int,
-):
-    """Emit the custom call `target`.
+    **parameters: int | float,
+) -> Sequence:
+    """Emit the custom call `target`, and return its results.
 
-    The first `batch_axes` axes of all operands and of the result may be split over devices; None
-    means that the call needs its operands whole. `axes` are the labels of `_sharding_rule`.
+    The first `batch_axes` axes of all operands and results may be split over devices; None means
+    that the call needs its operands whole. `axes` are the labels of `_sharding_rule`.
     """
     attributes = {}
     if batch_axes is not None:
@@ -103,23 +107,34 @@ def _custom_call(
         count = mlir.ir.StringAttr.get(str(batch_axes))
         attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get({"num_batch_dims": count})
     call = jax.ffi.build_ffi_lowering_function(target, extra_attributes=attributes)(
-        context, *operands, **{name: np.int32(value) for name, value in parameters.items()}
+        context,
+        *operands,
+        **{
+            name: np.float32(value) if isinstance(value, float) else np.int32(value)
+            for name, value in parameters.items()
+        },
     )
     if batch_axes is not None:
-        inputs, result = axes
-        sizes = dict(zip(result, context.avals_out[0].shape, strict=True))
-        for labels, aval in zip(inputs, context.avals_in, strict=True):
+        inputs, results = axes
+        sizes = {}
+        for labels, aval in (
+            *zip(results, context.avals_out, strict=True),
+            *zip(inputs, context.avals_in, strict=True),
+        ):
             sizes.update(zip(labels, aval.shape, strict=True))
         # A Shardy rule needs numbers. Programs exported with symbolic dimensions go without.
         if all(isinstance(size, int) for size in sizes.values()):
-            rule = _sharding_rule(inputs, result, sizes, set(whole))
+            rule = _sharding_rule(inputs, results, sizes, set(whole))
             call.operation.attributes["sdy.sharding_rule"] = rule
-    return call.result
+    return call.results
 
 
-def _typed(context, result):
-    """The result of a lowering, with the sharding that its abstract value has."""
-    return [_compat.lower_with_sharding_in_types(context, result, context.avals_out[0])]
+def _typed(context, results: Sequence) -> list:
+    """The results of a lowering, with the shardings that their abstract values have."""
+    return [
+        _compat.lower_with_sharding_in_types(context, result, aval)
+        for result, aval in zip(results, context.avals_out, strict=True)
+    ]
 
 
 def _lower_function(function: Callable) -> Callable:
@@ -166,16 +181,16 @@ def _lower_elementwise(context, *operands, target: str, order: int):
     inner = context.replace(avals_in=[extended] * len(operands), avals_out=[extended])
     operands = [_compat.reshape(inner, x, extended) for x in operands]
     labels = range(extended.ndim)
-    result = _custom_call(
+    (result,) = _custom_call(
         inner,
         *operands,
         target=target,
         batch_axes=aval.ndim,
-        axes=([labels] * len(operands), labels),
+        axes=([labels] * len(operands), [labels]),
         whole=[aval.ndim],
         order=order,
     )
-    return _typed(context, _compat.reshape(context, result, aval))
+    return _typed(context, [_compat.reshape(context, result, aval)])
 
 
 def _batch_elementwise(bind, operands, axes, *, order: int):
@@ -202,17 +217,17 @@ def _split_shape(x, *, order: int, gate_first: int):
 
 def _lower_split(context, x, *, target: str, order: int, gate_first: int):
     batch = range(context.avals_out[0].ndim - 1)
-    result = _custom_call(
+    results = _custom_call(
         context,
         x,
         target=target,
         batch_axes=len(batch),
-        axes=([[*batch, "both"]], [*batch, "half"]),
+        axes=([[*batch, "both"]], [[*batch, "half"]]),
         whole=["both", "half"],
         order=order,
         gate_first=gate_first,
     )
-    return _typed(context, result)
+    return _typed(context, results)
 
 
 def _batch_split(bind, operands, axes, **parameters):
@@ -282,17 +297,17 @@ def _over_axis(name: str, *, keeps_axis: bool = True) -> Callable:
         if _compat.is_partitioned(context) and axis != labels[-1]:
             # XLA splits leading axes only; with the kernel's axis at the end, these are all others.
             return _lower_function(over_last_axis)(context, x, order=order, axis=axis)
-        result = _custom_call(
+        results = _custom_call(
             context,
             x,
             target=target,
             batch_axes=axis,
-            axes=([labels], labels if keeps_axis else without(labels, axis)),
+            axes=([labels], [labels if keeps_axis else without(labels, axis)]),
             whole=[axis],
             order=order,
             axis=axis,
         )
-        return _typed(context, result)
+        return _typed(context, results)
 
     def batch(bind, operands, axes, *, order: int, axis: int):
         (x,), (batch_axis,) = operands, axes
@@ -322,18 +337,18 @@ def _masked(name: str) -> Callable:
             # XLA would split the mask's axes of size 1 together with x's.
             return _lower_function(with_whole_mask)(context, x, where, order=order, axis=axis)
         whole_mask = mask.shape == aval.shape
-        result = _custom_call(
+        results = _custom_call(
             context,
             x,
             where,
             target=target,
             batch_axes=axis if whole_mask else None,
-            axes=([labels, labels], labels),
+            axes=([labels, labels], [labels]),
             whole=[axis],
             order=order,
             axis=axis,
         )
-        return _typed(context, result)
+        return _typed(context, results)
 
     def batch(bind, operands, axes, *, order: int, axis: int):
         x, where = _in_front(operands, axes)
@@ -342,6 +357,84 @@ def _masked(name: str) -> Callable:
         return bind(x, where, order=order, axis=axis + 1), 0
 
     bind = _primitive(name, shape=shape, lower=lower, batch=batch)
+    return bind
+
+
+# Attention. The operands are query (B, T, N, H), key (B, S, K, H) and value (B, S, K, V), or one
+# array of all three, of shape (B, T, 3, N, H) or (B, T, N, 3, H); then those that the bits of
+# `present` name: 1 bias and 2 mask, of shape (B, N, T, S) or with axes of size 1; 4 query lengths
+# and 8 key lengths, int32 of shape (B,). The results are (B, T, N, V) in the operands' dtype and
+# the log-sum-exp of the logits (B, T, N) in float32.
+
+
+def _attention(name: str) -> Callable:
+    def shapes(*avals, packed_axis: int, **parameters):
+        first = avals[0]
+        if packed_axis:
+            batch, length, *heads, _ = first.shape
+            shape = (batch, length, heads[3 - packed_axis], first.shape[-1])
+            split = [first]
+        else:
+            shape = (*first.shape[:-1], avals[2].shape[-1])
+            split = avals[:3]
+        # What one operand is split over, the others have to be too.
+        batch = next((x.sharding.spec[0] for x in split if x.sharding.spec[0] is not None), None)
+
+        def result(shape, dtype):
+            spec = (batch, *(None for _ in shape[1:]))
+            sharding = first.sharding.update(spec=spec)
+            return first.update(shape=shape, dtype=dtype, sharding=sharding, weak_type=False)
+
+        return result(shape, first.dtype), result(shape[:-1], np.dtype(np.float32))
+
+    def with_batch_axes(*operands, **parameters):
+        batch = operands[0].shape[0]
+        return bind(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in operands), **parameters)
+
+    def lower(context, *operands, target: str, **parameters):
+        batch = context.avals_in[0].shape[0]
+        whole_batch = all(x.shape[0] == batch for x in context.avals_in)
+        if _compat.is_partitioned(context) and not whole_batch:
+            # XLA would split a bias' or mask's first axis of size 1 together with the others'.
+            return mlir.lower_fun(with_batch_axes)(context, *operands, **parameters)
+
+        def labels(avals, kind):
+            # Of the axes after the first none is split, so each may have a label of its own.
+            return [
+                ["batch", *((kind, i, k) for k in range(1, x.ndim))] for i, x in enumerate(avals)
+            ]
+
+        inputs, results = labels(context.avals_in, "in"), labels(context.avals_out, "out")
+        return _typed(
+            context,
+            _custom_call(
+                context,
+                *operands,
+                target=target,
+                batch_axes=1 if whole_batch else None,
+                axes=(inputs, results),
+                whole=[label for axes in (*inputs, *results) for label in axes[1:]],
+                **parameters,
+            ),
+        )
+
+    def batch(bind, operands, axes, *, packed_axis: int, **parameters):
+        """The new axis becomes part of the batch axis."""
+        new = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+        old = operands[0].shape[1 if axes[0] == 0 else 0]
+        folded = []
+        arrays = 1 if packed_axis else 3
+        for i, (x, axis) in enumerate(zip(operands, axes, strict=True)):
+            if axis is None and i >= arrays and x.ndim == 4 and x.shape[0] == 1:
+                folded.append(x)  # a bias or a mask for all broadcasts as it did
+                continue
+            x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+            x = jnp.broadcast_to(x, (new, old, *x.shape[2:]))
+            folded.append(x.reshape(new * old, *x.shape[2:]))
+        results = bind(*folded, packed_axis=packed_axis, **parameters)
+        return [y.reshape(new, old, *y.shape[1:]) for y in results], [0, 0]
+
+    bind = _primitive(name, shape=shapes, lower=lower, batch=batch, multiple_results=True)
     return bind
 
 
@@ -380,3 +473,5 @@ log_softmax = _over_axis("log_softmax")
 logsumexp = _over_axis("logsumexp", keeps_axis=False)
 softmax_where = _masked("softmax_where")
 log_softmax_where = _masked("log_softmax_where")
+
+dot_product_attention = _attention("dot_product_attention")

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from quake_jax import _constants
@@ -443,3 +444,163 @@ def logsumexp(x: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
     total = jnp.sum(_exp(x - largest, order), axis)
     return jnp.squeeze(largest, axis) + jnp.log(total)
+
+
+# Attention. On platforms other than CPU it is jax.nn's own, exact whatever the order.
+
+# What jax.nn puts in the place of a masked float32 logit.
+MASKED_LOGIT = float(np.float32(-0.7 * float(np.finfo(np.float32).max)))
+
+
+def kept_keys(
+    queries: jax.Array,
+    keys: int,
+    mask: jax.Array | None,
+    query_lengths: jax.Array | None,
+    key_lengths: jax.Array | None,
+    *,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+) -> jax.Array | None:
+    """Which of the `keys` keys each of `queries` (T positions) sees, or None if it is all.
+
+    mask broadcasts to (B, N, T, S) and so does the result; lengths have shape (B,), and a window
+    of -1 has no limit.
+    """
+    t, s = queries[:, None], jnp.arange(keys)[None, :]
+    kept = [] if mask is None else [mask]
+    if is_causal:
+        kept.append(s <= t)
+    if window_left >= 0:
+        kept.append(t <= s + window_left)
+    if window_right >= 0:
+        kept.append(t >= s - window_right)
+    if query_lengths is not None:
+        kept.append(t < query_lengths[:, None, None, None])
+    if key_lengths is not None:
+        kept.append(s < key_lengths[:, None, None, None])
+    return functools.reduce(jnp.logical_and, kept) if kept else None
+
+
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """x of shape (B, N, T, S), N being 1 or the query heads, as (B, kv_heads or 1, -1, T, S)."""
+    batch, heads, *rest = x.shape
+    # Not as a reshape: that has no rule for split arrays whose axes of size 1 move.
+    return x[:, :, None] if heads == 1 else x.reshape(batch, kv_heads, heads // kv_heads, *rest)
+
+
+def attention_logits(
+    query: jax.Array, key: jax.Array, bias: jax.Array | None, *, scale: float, soft_cap: float
+) -> jax.Array:
+    """Logits (B, K, N / K, T, S) before masks of query (B, T, N, H) and key (B, S, K, H).
+
+    They have at least float32. soft_cap 0 is none.
+    """
+    batch, length, heads, size = query.shape
+    kv_heads = key.shape[2]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    query = query.astype(dtype).reshape(batch, length, kv_heads, heads // kv_heads, size)
+    logits = scale * jnp.einsum("btkgh,bskh->bkgts", query, key.astype(dtype))
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return logits if bias is None else logits + grouped(bias, kv_heads).astype(dtype)
+
+
+def unfused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    query_lengths: jax.Array | None = None,
+    key_lengths: jax.Array | None = None,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention and the log-sum-exp of its logits, with all weights in memory.
+
+    The shapes are those of `quake_jax.dot_product_attention` with a batch axis.
+    """
+    (batch, length, heads, _), (_, keys, kv_heads, size) = query.shape, value.shape
+    logits = attention_logits(query, key, bias, scale=scale, soft_cap=soft_cap)
+    kept = kept_keys(
+        jnp.arange(length),
+        keys,
+        mask,
+        query_lengths,
+        key_lengths,
+        is_causal=is_causal,
+        window_left=window_left,
+        window_right=window_right,
+    )
+    if kept is not None:
+        kept = grouped(kept.reshape((1,) * (4 - kept.ndim) + kept.shape), kv_heads)
+        logits = jnp.where(kept, logits, MASKED_LOGIT)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(logits.dtype))
+    out = out.reshape(batch, length, heads, size)
+    if query_lengths is not None:
+        valid = jnp.arange(length) < query_lengths[:, None]
+        out = jnp.where(valid[:, :, None, None], out, 0)
+    lse = lse.reshape(batch, heads, length).transpose(0, 2, 1)
+    return out.astype(query.dtype), lse
+
+
+def attention_operands(
+    operands: Sequence[jax.Array], packed_axis: int, present: int
+) -> list[jax.Array | None]:
+    """Query, key, value, bias, mask, query lengths and key lengths, with None for what is absent.
+
+    Args:
+      operands: those of the primitive, which takes only what there is.
+      packed_axis: 2 or 3, of the one operand that holds query, key and value; or 0.
+      present: a sum of 1 (bias), 2 (mask), 4 (query lengths) and 8 (key lengths).
+    """
+    rest = iter(operands[1 if packed_axis else 3 :])
+    return [
+        *(
+            (lax.index_in_dim(operands[0], i, packed_axis, keepdims=False) for i in range(3))
+            if packed_axis
+            else operands[:3]
+        ),
+        *(next(rest) if present & bit else None for bit in (1, 2, 4, 8)),
+    ]
+
+
+def dot_product_attention(
+    *operands: jax.Array, order: int, packed_axis: int, present: int, **parameters
+) -> tuple[jax.Array, jax.Array]:
+    """`jax.nn.dot_product_attention` and its residual in float32, of the primitive's operands.
+
+    It is exact for every `order`. With a soft cap, values of another size than the keys, or
+    float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
+    """
+    query, key, value, bias, mask, query_lengths, key_lengths = arrays = attention_operands(
+        operands, packed_axis, present
+    )
+    out, lse = unfused_attention(*arrays, **parameters)
+    if not parameters["soft_cap"] and value.shape == key.shape and query.dtype != jnp.float16:
+        window = (parameters["window_left"], parameters["window_right"])
+        if window == (-1, -1):
+            window = None
+        else:  # one that reaches everywhere instead of none
+            window = tuple(max(query.shape[1], key.shape[1]) if w < 0 else w for w in window)
+        out = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=parameters["scale"],
+            is_causal=bool(parameters["is_causal"]),
+            query_seq_lengths=query_lengths,
+            key_value_seq_lengths=key_lengths,
+            local_window_size=window,
+        )
+    return out, lse

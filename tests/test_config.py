@@ -55,6 +55,22 @@ def test_context_and_global_default(function):
     assert orders_used(function.quake, *x) == {own}
 
 
+def test_the_default_of_attention():
+    x = jnp.ones((4, 1, 8))
+    for f in (
+        lambda order=None: quake_jax.dot_product_attention(x, x, x, order=order),
+        lambda order=None: quake_jax.packed_dot_product_attention(
+            jnp.stack([x] * 3, 1), order=order
+        ),
+    ):
+        assert orders_used(f) == {5}
+        assert orders_used(lambda f=f: f(order=2)) == {2}
+        with quake_jax.default_order(1):
+            assert orders_used(f) == {1}
+        with quake_jax.default_order("exact"):
+            assert orders_used(f) == set()
+
+
 def test_the_default_takes_part_in_the_jit_cache():
     traces = []
 
@@ -145,11 +161,15 @@ def show(name, f):
     print(name, 'custom_call_target="quake_jax' in text)
 for name in dir(quake_jax):
     f = getattr(quake_jax, name)
-    if "order" in getattr(f, "__annotations__", ()) and "default" not in name:
+    if "attention" in name or "default" in name:
+        continue
+    if "order" in getattr(f, "__annotations__", ()):
         try:
             show(name, f)
         except TypeError:  # a second operand is missing
             show(name, lambda x: f(x, x[0]))
+show("attention", lambda x: quake_jax.dot_product_attention(x[None], x[None], x[None]))
+show("packed", lambda x: quake_jax.packed_dot_product_attention(jnp.stack([x[None]] * 3, 1)))
 show("gelu erf", lambda x: quake_jax.gelu(x, False))
 with quake_jax.default_order(1):
     show("context", quake_jax.exp)
@@ -161,6 +181,6 @@ except ValueError:
 """
     on = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1").stdout
     off = run_python(code, tmp_path, QUAKE_JAX_DISABLE="0").stdout
-    assert on.count("False") == 27 and "True" not in on
+    assert on.count("False") == 29 and "True" not in on
     assert off == on.replace("False", "True")
     assert on.endswith("a wrong order is still an error\n")

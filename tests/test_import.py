@@ -13,6 +13,7 @@ PUBLIC = {
     "bias_gelu",
     "bias_silu",
     "celu",
+    "dot_product_attention",
     "elu",
     "exp",
     "exp2",
@@ -25,6 +26,7 @@ PUBLIC = {
     "logaddexp",
     "logsumexp",
     "mish",
+    "packed_dot_product_attention",
     "quick_gelu",
     "selu",
     "sigmoid",
@@ -66,7 +68,7 @@ print(json.dumps([modules, sorted(n for n in dir(quake_jax) if n[0] != "_"), len
     assert modules == [name for name in modules if name in ("scipy", "jax.export")]
     assert devices == 3
     # The rest are the package's own modules.
-    assert set(names) - PUBLIC <= {"activations", "gated"}
+    assert set(names) - PUBLIC <= {"activations", "attention", "gated"}
 
 
 def test_isa_is_one_of_the_supported():
