@@ -129,13 +129,13 @@ def tables(result: dict) -> list[tuple[str, Rows]]:
     if result["call_overhead"]:
         rows = [["operator", "quake_jax", "jax.nn", "difference"]]
         for name, o in result["call_overhead"].items():
-            spread = f"({o['difference_low_us']:.3f}–{o['difference_high_us']:.3f})"
+            quartiles = f"({o['difference_low_us']:.3f}–{o['difference_high_us']:.3f})"
             rows.append(
                 [
                     name,
                     f"{o['quake_jax_us']:.3f}",
                     f"{o['jax_nn_us']:.3f}",
-                    f"{o['difference_us']:+.3f} {spread}",
+                    f"{o['difference_us']:+.3f} {quartiles}",
                 ]
             )
         made.append(("One call of 16 elements inside a jitted program, µs", rows))

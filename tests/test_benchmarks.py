@@ -513,6 +513,10 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     assert "tanh 4×64" in once
     report.to_markdown(result, page)
     assert page.read_text() == once
+    # A full run decides defaults too.
+    times = {name: {"low": 1.0, "median": 1.0, "high": 1.0} for name in ("order 3", "order 4")}
+    result["default_orders"] = [{"function": "tanh", "times": times, "default": 4}]
+    assert ["tanh", "1.00 (1.00–1.00)", "1.00 (1.00–1.00)", "4"] in report.tables(result)[-1][1]
 
 
 def test_plots_are_small_files(tmp_path):
