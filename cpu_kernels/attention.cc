@@ -627,21 +627,24 @@ class Attention {
 
   // ---- Few rows ----
 
-  // One split of the keys for all heads of one batch element: keys and values are read in the order in which
-  // they lie, in chunks that stay in cache while the heads take turns.
+  // Heads that are scored together, and their rows in all.
+  static constexpr size_t kMostHeads = 32, kMostRows = 64;
+
+  // One split of the keys for all heads of one batch element, in chunks whose keys and values stay in cache.
   void run_in_place(size_t task) {
     constexpr size_t kChunk = 2 * kPiece;
     const size_t batch = task / plan_.splits, split = task % plan_.splits, rows = plan_.rows;
     const size_t query_stride = round_up(std::max<size_t>(p_.head_size, 1), kernels_.lanes);
     const size_t query_count = p_.kv_heads * rows * query_stride;
+    const size_t heads = std::min({p_.kv_heads, kMostRows / rows, kMostHeads});
     float* const queries =
-        reinterpret_cast<float*>(workspace((query_count + kMaxRowTile * kScoreStride) * sizeof(float)));
+        reinterpret_cast<float*>(workspace((query_count + heads * rows * kScoreStride) * sizeof(float)));
     if (!queries) {
       failed_ = true;
       return;
     }
     float* const scores = queries + query_count;
-    std::fill_n(scores, kMaxRowTile * kScoreStride, 0.0f);
+    std::fill_n(scores, heads * rows * kScoreStride, 0.0f);
     for (size_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
       Row described[kMaxRowTile];
       describe_rows(batch, kv_head, 0, rows, described);
@@ -654,9 +657,10 @@ class Attention {
     }
     const size_t begin = split * plan_.split_keys, end = std::min(p_.key_length, begin + plan_.split_keys);
     for (size_t key = begin; key < end; key += kChunk) {
-      for (size_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
-        attend_in_place(batch, kv_head, split, key, std::min(kChunk, end - key),
-                        queries + kv_head * rows * query_stride, query_stride, scores);
+      for (size_t kv_head = 0; kv_head < p_.kv_heads; kv_head += heads) {
+        attend_in_place(batch, kv_head, std::min(heads, p_.kv_heads - kv_head), split, key,
+                        std::min(kChunk, end - key), queries + kv_head * rows * query_stride, query_stride,
+                        scores);
       }
     }
   }
@@ -670,36 +674,57 @@ class Attention {
     for (size_t j = 0; j < p_.head_size; ++j) out[j] *= p_.scale;
   }
 
-  void attend_in_place(size_t batch, size_t kv_head, size_t split, size_t key, size_t keys,
+  // A chunk of keys for the heads [kv_head, kv_head + heads).
+  void attend_in_place(size_t batch, size_t kv_head, size_t heads, size_t split, size_t key, size_t keys,
                        const float* queries, size_t query_stride, float* scores) const {
     Row rows[kMaxRowTile];
-    float maxima[kMaxRowTile], sums[kMaxRowTile];
+    PieceBits bits[kMostHeads];
+    for (size_t h = 0; h < heads; ++h) {
+      if (masked_) describe_rows(batch, kv_head + h, 0, plan_.rows, rows);
+      bits[h] = judge(batch, rows, plan_.rows, key, keys);
+    }
+    // Heads that have the same pieces to compute go together.
+    for (size_t first = 0, last = 0; first < heads; first = last) {
+      while (last < heads && bits[last].active == bits[first].active) ++last;
+      if (bits[first].active == 0) continue;
+      attend_pieces(batch, kv_head + first, last - first, split, key, keys, bits + first,
+                    queries + first * plan_.rows * query_stride, query_stride, scores);
+    }
+  }
+
+  void attend_pieces(size_t batch, size_t kv_head, size_t heads, size_t split, size_t key, size_t keys,
+                     const PieceBits* bits, const float* queries, size_t query_stride, float* scores) const {
     const size_t count = plan_.rows, stride = plan_.splits * partial_stride();
     float* parts = partial(batch * p_.kv_heads + kv_head, 0, split);
-    describe_rows(batch, kv_head, 0, count, rows);
-    const PieceBits bits = judge(batch, rows, count, key, keys);
-    if (bits.active == 0) return;
     // Up to the last active piece; what is masked in between is replaced like the mixed pieces.
+    const std::uint32_t active = bits->active;
     size_t first = 0, last = 0;
-    while (!(bits.active >> first & 1)) ++first;
-    for (size_t i = first; bits.active >> i; ++i) last = i + 1;
+    while (!(active >> first & 1)) ++first;
+    for (size_t i = first; active >> i; ++i) last = i + 1;
     const std::uint32_t all = (1u << (last - first)) - 1;
-    const std::uint32_t mixed = (bits.mixed >> first | ~(bits.active >> first)) & all;
     const size_t begin = key + first * kPiece, n = std::min(key + keys, key + last * kPiece) - begin;
-    for (size_t r = 0; r < count; ++r) {
-      maxima[r] = parts[r * stride];
-      sums[r] = parts[r * stride + 1];
-    }
     kernels_.score_in_place[dtype_](queries, query_stride, count, key_row(p_.key, batch, kv_head, begin),
-                                    p_.key.time, n, p_.head_size, keys, scores);
-    adjust(batch, rows, count, begin, n, mixed, scores);
-    kernels_.weigh[order_](scores, count, n, maxima, sums, parts + 16, stride, p_.value_size);
-    kernels_.accumulate_in_place[dtype_](scores, count, key_row(p_.value, batch, kv_head, begin), p_.value.time,
-                                         n, p_.value_size, keys, parts + 16, stride);
-    for (size_t r = 0; r < count; ++r) {
-      parts[r * stride] = maxima[r];
-      parts[r * stride + 1] = sums[r];
+                                    {heads, n, p_.key.head, p_.key.time}, p_.head_size, scores);
+    for (size_t h = 0; h < heads; ++h) {
+      Row rows[kMaxRowTile];
+      float maxima[kMaxRowTile], sums[kMaxRowTile];
+      float *const head_scores = scores + h * count * kScoreStride, *const head_parts =
+                                                                        parts + h * count * stride;
+      describe_rows(batch, kv_head + h, 0, count, rows);
+      adjust(batch, rows, count, begin, n, (bits[h].mixed >> first | ~(active >> first)) & all, head_scores);
+      for (size_t r = 0; r < count; ++r) {
+        maxima[r] = head_parts[r * stride];
+        sums[r] = head_parts[r * stride + 1];
+      }
+      kernels_.weigh[order_](head_scores, count, n, maxima, sums, head_parts + 16, stride, p_.value_size);
+      for (size_t r = 0; r < count; ++r) {
+        head_parts[r * stride] = maxima[r];
+        head_parts[r * stride + 1] = sums[r];
+      }
     }
+    kernels_.accumulate_in_place[dtype_](scores, count, key_row(p_.value, batch, kv_head, begin),
+                                         {heads, n, p_.value.head, p_.value.time}, p_.value_size, parts + 16,
+                                         stride);
   }
 
   // Joins the splits of all rows of a key/value head.

@@ -145,16 +145,19 @@ struct AttentionKernels {
   float log_sum_correction[kMaxOrder];
 
   // For few rows, where packing would cost more than the products: score and accumulate from keys and values
-  // where they lie, `stride` elements apart. The queries are rows of `query_stride` floats, padded with 0 to
-  // whole vectors. Memory `ahead` keys further is fetched meanwhile.
+  // where they lie. A step takes a few keys of all heads, so that memory is read in the order in which heads
+  // and keys usually lie, which hardware fetches ahead. The rows of a head follow those of the head before, in
+  // the queries (of `query_stride` floats, padded with 0 to whole vectors), scores and accumulators alike.
+  struct InPlace {
+    std::size_t heads, count;            // key/value heads, and keys
+    std::ptrdiff_t head_stride, stride;  // in elements
+  };
   void (*score_in_place[static_cast<int>(DType::kCount)])(const float* queries, std::size_t query_stride,
-                                                          std::size_t rows, const void* keys,
-                                                          std::ptrdiff_t stride, std::size_t count,
-                                                          std::size_t size, std::size_t ahead, float* scores);
+                                                          std::size_t rows, const void* keys, InPlace at,
+                                                          std::size_t size, float* scores);
   void (*accumulate_in_place[static_cast<int>(DType::kCount)])(const float* scores, std::size_t rows,
-                                                               const void* values, std::ptrdiff_t stride,
-                                                               std::size_t count, std::size_t size,
-                                                               std::size_t ahead, float* accumulators,
+                                                               const void* values, InPlace at, std::size_t size,
+                                                               float* accumulators,
                                                                std::size_t accumulator_stride);
 };
 
