@@ -522,6 +522,10 @@ class Attention {
     bool& packed = scratch.packed[row / kernels_.row_tile];
     if (packed) return;
     packed = true;
+    for (size_t i = row + kernels_.row_tile; i < std::min(count, row + 2 * kernels_.row_tile); ++i) {
+      const char* q = query_row(batch, scratch.rows[i]);
+      for (size_t j = 0; j < p_.head_size * element_size(p_.dtype); j += kLine) __builtin_prefetch(q + j);
+    }
     const void* rows[kMaxRowTile];
     const size_t n = std::min(kMaxRowTile, count - row);
     for (size_t i = 0; i < n; ++i) rows[i] = query_row(batch, scratch.rows[row + i]);
@@ -532,6 +536,34 @@ class Attention {
     std::fill_n(scratch.state.maxima + first, count, -kInfinity);
     std::fill_n(scratch.state.sums + first, count, 0.0f);
     std::fill_n(accumulator(scratch, first), count * plan_.padded_value_size, 0.0f);
+  }
+
+  // The keys and values that are packed next: the following tile's, or the first ones of the head that the same
+  // thread most likely has next.
+  struct Next {
+    size_t batch = 0, kv_head = 0, key = 0, keys = 0;
+  };
+  Next next_tile(size_t head, size_t key, size_t end) const {
+    if (key + plan_.key_tile < end) {
+      key += plan_.key_tile;
+    } else {
+      if (head == 0 || plan_.splits > 1) return {};
+      --head;
+      key = 0;
+      end = p_.key_length;
+    }
+    return {head / p_.kv_heads, head % p_.kv_heads, key, std::min(plan_.key_tile, end - key)};
+  }
+
+  // Fetches the part of them that falls to the rows [row, last) of `count`.
+  void fetch_share(const Next& next, size_t row, size_t last, size_t count) const {
+    const size_t size = element_size(p_.dtype);
+    for (size_t i = next.keys * row / count; i < next.keys * last / count; ++i) {
+      const char* k = key_row(p_.key, next.batch, next.kv_head, next.key + i);
+      const char* v = key_row(p_.value, next.batch, next.kv_head, next.key + i);
+      for (size_t j = 0; j < p_.head_size * size; j += kLine) __builtin_prefetch(k + j);
+      for (size_t j = 0; j < p_.value_size * size; j += kLine) __builtin_prefetch(v + j);
+    }
   }
 
   // Attends to the keys [begin, end). With `skip`, pieces without any kept key are left out, and that is
@@ -558,7 +590,9 @@ class Attention {
                                  scratch.keys);
       kernels_.pack_values[dtype_](key_row(p_.value, batch, kv_head, key), p_.value.time, keys, p_.value_size,
                                    plan_.key_tile, scratch.values);
+      const Next next = next_tile(head, key, end);
       for (size_t r = 0; r < count; r += tile) {
+        fetch_share(next, r, std::min(r + tile, count), count);
         if (scratch.bits[r / tile].active == 0) continue;
         pack_queries(scratch, batch, r, count);
         attend_tile(scratch, batch, r, std::min(tile, count - r), key, keys);
