@@ -28,6 +28,7 @@ using std::size_t;
 constexpr size_t kKeyTile = AttentionKernels::kKeyTile;
 constexpr size_t kScoreStride = AttentionKernels::kScoreStride;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kFloat = static_cast<int>(DType::kFloat32);
 
 // Masks are judged in pieces of this many keys; a multiple of every instruction set's panel.
 constexpr size_t kPiece = 32;
@@ -49,6 +50,12 @@ const char* advance(const void* data, std::ptrdiff_t elements, DType dtype) {
 }
 
 constexpr size_t kLine = 64;
+
+// The hardware does not expect short pieces of rows that are far apart.
+void fetch(const void* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 struct FreeBytes {
   void operator()(char* p) const { ::operator delete[](p, std::align_val_t{kLine}); }
 };
@@ -176,6 +183,7 @@ struct Plan {
   size_t splits;      // of the keys
   size_t split_keys;  // a multiple of kPiece
   bool in_place;      // few rows: one task has all heads, and packs nothing
+  size_t depth;       // words of a packed query or key
   size_t padded_value_size;
 };
 
@@ -186,6 +194,7 @@ Plan make_plan(const AttentionProblem& p, const AttentionKernels& kernels) {
   Plan plan = {};
   plan.groups = p.query_heads / p.kv_heads;
   plan.rows = plan.groups * p.query_length;
+  plan.depth = ceil_div(p.head_size, kernels.per_word[static_cast<int>(p.dtype)]);
   plan.padded_value_size = std::max(round_up(p.value_size, kernels.lanes), kernels.lanes);
   const size_t heads = p.batch * p.kv_heads, sizes = std::max<size_t>(p.head_size + p.value_size, 1);
   // Queries and accumulators of a block, and a packed tile of keys and values, share a cache of 1 MiB.
@@ -246,7 +255,8 @@ class Attention {
  private:
   // The state of online softmax for one row of a task.
   struct State {
-    float *maxima, *sums, *accumulators;
+    float *maxima, *accumulators;
+    WeightSum* sums;
   };
 
   // The memory of a task that packs, carved out of this thread's workspace.
@@ -264,22 +274,17 @@ class Attention {
   // Returns false if memory is refused.
   bool take_scratch(Scratch& scratch) {
     const size_t rows = plan_.block_rows, tiles = rows / kernels_.row_tile;
-    float** const parts[] = {&scratch.queries,
-                             &scratch.keys,
-                             &scratch.values,
-                             &scratch.scores,
-                             &scratch.state.maxima,
-                             &scratch.state.sums,
-                             &scratch.state.accumulators};
+    float** const parts[] = {&scratch.queries, &scratch.keys,         &scratch.values,
+                             &scratch.scores,  &scratch.state.maxima, &scratch.state.accumulators};
     const size_t sizes[] = {tiles * query_tile_stride(),
-                            plan_.key_tile * p_.head_size,
-                            plan_.key_tile * round_up(p_.value_size, kernels_.panel),
+                            plan_.key_tile * plan_.depth,
+                            plan_.key_tile / per_word() * round_up(p_.value_size, kernels_.panel),
                             kernels_.row_tile * kScoreStride,
                             rows,
-                            rows,
                             rows * plan_.padded_value_size};
-    const size_t row_bytes = rows * sizeof(Row), bit_bytes = tiles * sizeof(PieceBits);
-    size_t total = row_bytes + bit_bytes + 2 * tiles * sizeof(bool);
+    const size_t row_bytes = rows * sizeof(Row), sum_bytes = rows * sizeof(WeightSum);
+    const size_t bit_bytes = tiles * sizeof(PieceBits);
+    size_t total = row_bytes + sum_bytes + bit_bytes + 2 * tiles * sizeof(bool);
     for (const size_t size : sizes) total += round_up(size * sizeof(float), kLine);
     char* next = workspace(total);
     if (!next) {
@@ -291,19 +296,26 @@ class Attention {
       next += round_up(sizes[i] * sizeof(float), kLine);
     }
     scratch.rows = reinterpret_cast<Row*>(next);
-    scratch.bits = reinterpret_cast<PieceBits*>(next + row_bytes);
-    scratch.skipped = reinterpret_cast<bool*>(next + row_bytes + bit_bytes);
+    scratch.state.sums = reinterpret_cast<WeightSum*>(next + row_bytes);
+    scratch.bits = reinterpret_cast<PieceBits*>(next + row_bytes + sum_bytes);
+    scratch.skipped = reinterpret_cast<bool*>(next + row_bytes + sum_bytes + bit_bytes);
     scratch.packed = scratch.skipped + tiles;
     // Rows of a register tile that do not exist are multiplied too: without effect, but not with denormals.
     std::fill_n(scratch.scores, kernels_.row_tile * kScoreStride, 0.0f);
     return true;
   }
 
-  // Of a row and a split: the maximum, the sum, the accumulators.
+  // Of a row and a split: the maximum, the two sums, the accumulators.
   size_t partial_stride() const { return plan_.padded_value_size + 16; }
   float* partial(size_t kv_head_of_all, size_t row, size_t split) const {
     float* partials = reinterpret_cast<float*>(partials_.get());
     return partials + ((kv_head_of_all * plan_.rows + row) * plan_.splits + split) * partial_stride();
+  }
+
+  static WeightSum sum_of(const float* part) { return {part[1], part[2]}; }
+  static void store_sum(float* part, const WeightSum& sum) {
+    part[1] = sum.used;
+    part[2] = sum.exact;
   }
 
   // ---- Rows and masks ----
@@ -434,13 +446,9 @@ class Attention {
            offset(key, s.key);
   }
 
-  // Fetches what adjust() will read, while the scores are computed: the hardware does not expect short pieces
-  // of rows that are far apart.
+  // Fetches what adjust() will read, while the scores are computed.
   void prefetch_adjustments(size_t batch, const Row* rows, size_t row_count, size_t key, size_t count,
                             bool mixed) const {
-    const auto fetch = [](const void* from, size_t bytes) {
-      for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
-    };
     for (size_t r = 0; r < row_count; ++r) {
       if (mixed && p_.mask) fetch(mask_at(batch, rows[r], key), p_.mask_strides.key == 1 ? count : 1);
       if (p_.bias) {
@@ -485,8 +493,9 @@ class Attention {
     if (plan_.splits > 1) {
       for (size_t r = 0; r < count; ++r) {
         float* part = partial(head, first + r, split);
+        std::fill_n(part, 16, 0.0f);
         part[0] = scratch.state.maxima[r];
-        part[1] = scratch.state.sums[r];
+        store_sum(part, scratch.state.sums[r]);
         std::copy_n(accumulator(scratch, r), plan_.padded_value_size, part + 16);
       }
     } else {
@@ -498,8 +507,10 @@ class Attention {
     }
   }
 
+  size_t per_word() const { return kernels_.per_word[dtype_]; }
+
   // Packing writes up to a vector past a tile's end.
-  size_t query_tile_stride() const { return round_up(kernels_.row_tile * p_.head_size + kernels_.lanes, 16); }
+  size_t query_tile_stride() const { return round_up(kernels_.row_tile * plan_.depth + kernels_.lanes, 16); }
   float* packed_queries(const Scratch& scratch, size_t row) const {
     return scratch.queries + row / kernels_.row_tile * query_tile_stride();
   }
@@ -522,6 +533,10 @@ class Attention {
     bool& packed = scratch.packed[row / kernels_.row_tile];
     if (packed) return;
     packed = true;
+    // The next tile's queries are fetched while this one is worked on.
+    for (size_t i = row + kernels_.row_tile; i < std::min(count, row + 2 * kernels_.row_tile); ++i) {
+      fetch(query_row(batch, scratch.rows[i]), p_.head_size * element_size(p_.dtype));
+    }
     const void* rows[kMaxRowTile];
     const size_t n = std::min(kMaxRowTile, count - row);
     for (size_t i = 0; i < n; ++i) rows[i] = query_row(batch, scratch.rows[row + i]);
@@ -530,8 +545,34 @@ class Attention {
 
   void reset(Scratch& scratch, size_t first, size_t count) const {
     std::fill_n(scratch.state.maxima + first, count, -kInfinity);
-    std::fill_n(scratch.state.sums + first, count, 0.0f);
+    std::fill_n(scratch.state.sums + first, count, WeightSum{});
     std::fill_n(accumulator(scratch, first), count * plan_.padded_value_size, 0.0f);
+  }
+
+  // The keys and values that are packed next: the following tile's, or the first ones of the head that the same
+  // thread most likely has next.
+  struct Next {
+    size_t batch = 0, kv_head = 0, key = 0, keys = 0;
+  };
+  Next next_tile(size_t head, size_t key, size_t end) const {
+    if (key + plan_.key_tile < end) {
+      key += plan_.key_tile;
+    } else {
+      if (head == 0 || plan_.splits > 1) return {};
+      --head;
+      key = 0;
+      end = p_.key_length;
+    }
+    return {head / p_.kv_heads, head % p_.kv_heads, key, std::min(plan_.key_tile, end - key)};
+  }
+
+  // Fetches the part of them that falls to the rows [row, last) of `count`.
+  void fetch_share(const Next& next, size_t row, size_t last, size_t count) const {
+    const size_t size = element_size(p_.dtype);
+    for (size_t i = next.keys * row / count; i < next.keys * last / count; ++i) {
+      fetch(key_row(p_.key, next.batch, next.kv_head, next.key + i), p_.head_size * size);
+      fetch(key_row(p_.value, next.batch, next.kv_head, next.key + i), p_.value_size * size);
+    }
   }
 
   // Attends to the keys [begin, end). With `skip`, pieces without any kept key are left out, and that is
@@ -558,7 +599,9 @@ class Attention {
                                  scratch.keys);
       kernels_.pack_values[dtype_](key_row(p_.value, batch, kv_head, key), p_.value.time, keys, p_.value_size,
                                    plan_.key_tile, scratch.values);
+      const Next next = next_tile(head, key, end);
       for (size_t r = 0; r < count; r += tile) {
+        fetch_share(next, r, std::min(r + tile, count), count);
         if (scratch.bits[r / tile].active == 0) continue;
         pack_queries(scratch, batch, r, count);
         attend_tile(scratch, batch, r, std::min(tile, count - r), key, keys);
@@ -580,12 +623,15 @@ class Attention {
       const size_t first = i * kPiece, n = std::min(last * kPiece, keys) - first;
       const std::uint32_t mixed = bits.mixed >> i & ((std::uint32_t{1} << (last - i)) - 1);
       prefetch_adjustments(batch, &scratch.rows[row], rows, key + first, n, mixed != 0);
-      kernels_.score(queries, rows, scratch.keys + first * p_.head_size, n, p_.head_size, scratch.scores);
+      kernels_.score[dtype_](queries, rows, scratch.keys + first * plan_.depth, n, p_.head_size, p_.scale,
+                             scratch.scores);
       adjust(batch, &scratch.rows[row], rows, key + first, n, mixed, scratch.scores);
-      kernels_.weigh[order_](scratch.scores, rows, n, scratch.state.maxima + row, scratch.state.sums + row,
-                             accumulator(scratch, row), plan_.padded_value_size, p_.value_size);
-      kernels_.accumulate(scratch.scores, rows, scratch.values + first * kernels_.panel, n, plan_.key_tile,
-                          p_.value_size, accumulator(scratch, row), plan_.padded_value_size);
+      kernels_.weigh[dtype_][order_](scratch.scores, rows, n, scratch.state.maxima + row,
+                                     scratch.state.sums + row, accumulator(scratch, row),
+                                     plan_.padded_value_size, p_.value_size);
+      kernels_.accumulate[dtype_](scratch.scores, rows, scratch.values + first / per_word() * kernels_.panel, n,
+                                  plan_.key_tile, p_.value_size, accumulator(scratch, row),
+                                  plan_.padded_value_size);
       i = last;
     }
   }
@@ -607,11 +653,12 @@ class Attention {
     if (any) attend(scratch, head, count, 0, p_.key_length, false);
   }
 
-  void finish_row(size_t batch, const Row& row, float maximum, float sum, const float* accumulators) const {
+  void finish_row(size_t batch, const Row& row, float maximum, const WeightSum& sum,
+                  const float* accumulators) const {
     const size_t at = (batch * p_.query_length + row.query) * p_.query_heads + row.head;
     char* out = static_cast<char*>(p_.out) + at * p_.value_size * element_size(p_.dtype);
     if (row.valid) {
-      kernels_.finish[dtype_](accumulators, p_.value_size, sum, out);
+      kernels_.finish[dtype_](accumulators, p_.value_size, sum.used, out);
     } else {
       std::fill_n(out, p_.value_size * element_size(p_.dtype), char{0});
     }
@@ -621,27 +668,30 @@ class Attention {
     } else if (std::isinf(maximum)) {
       p_.residual[at] = maximum;
     } else {
-      p_.residual[at] = maximum + (std::log(sum) + kernels_.log_sum_correction[order_]);
+      p_.residual[at] = maximum + (std::log(sum.exact) + kernels_.log_sum_correction[order_]);
     }
   }
 
   // ---- Few rows ----
 
-  // One split of the keys for all heads of one batch element: keys and values are read in the order in which
-  // they lie, in chunks that stay in cache while the heads take turns.
+  // Heads that are scored together, and their rows in all.
+  static constexpr size_t kMostHeads = 32, kMostRows = 64;
+
+  // One split of the keys for all heads of one batch element, in chunks whose keys and values stay in cache.
   void run_in_place(size_t task) {
     constexpr size_t kChunk = 2 * kPiece;
     const size_t batch = task / plan_.splits, split = task % plan_.splits, rows = plan_.rows;
     const size_t query_stride = round_up(std::max<size_t>(p_.head_size, 1), kernels_.lanes);
     const size_t query_count = p_.kv_heads * rows * query_stride;
+    const size_t heads = std::min({p_.kv_heads, kMostRows / rows, kMostHeads});
     float* const queries =
-        reinterpret_cast<float*>(workspace((query_count + kMaxRowTile * kScoreStride) * sizeof(float)));
+        reinterpret_cast<float*>(workspace((query_count + heads * rows * kScoreStride) * sizeof(float)));
     if (!queries) {
       failed_ = true;
       return;
     }
     float* const scores = queries + query_count;
-    std::fill_n(scores, kMaxRowTile * kScoreStride, 0.0f);
+    std::fill_n(scores, heads * rows * kScoreStride, 0.0f);
     for (size_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
       Row described[kMaxRowTile];
       describe_rows(batch, kv_head, 0, rows, described);
@@ -654,9 +704,10 @@ class Attention {
     }
     const size_t begin = split * plan_.split_keys, end = std::min(p_.key_length, begin + plan_.split_keys);
     for (size_t key = begin; key < end; key += kChunk) {
-      for (size_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
-        attend_in_place(batch, kv_head, split, key, std::min(kChunk, end - key),
-                        queries + kv_head * rows * query_stride, query_stride, scores);
+      for (size_t kv_head = 0; kv_head < p_.kv_heads; kv_head += heads) {
+        attend_in_place(batch, kv_head, std::min(heads, p_.kv_heads - kv_head), split, key,
+                        std::min(kChunk, end - key), queries + kv_head * rows * query_stride, query_stride,
+                        scores);
       }
     }
   }
@@ -670,36 +721,59 @@ class Attention {
     for (size_t j = 0; j < p_.head_size; ++j) out[j] *= p_.scale;
   }
 
-  void attend_in_place(size_t batch, size_t kv_head, size_t split, size_t key, size_t keys,
+  // A chunk of keys for the heads [kv_head, kv_head + heads).
+  void attend_in_place(size_t batch, size_t kv_head, size_t heads, size_t split, size_t key, size_t keys,
                        const float* queries, size_t query_stride, float* scores) const {
     Row rows[kMaxRowTile];
-    float maxima[kMaxRowTile], sums[kMaxRowTile];
+    PieceBits bits[kMostHeads];
+    for (size_t h = 0; h < heads; ++h) {
+      if (masked_) describe_rows(batch, kv_head + h, 0, plan_.rows, rows);
+      bits[h] = judge(batch, rows, plan_.rows, key, keys);
+    }
+    // Heads that have the same pieces to compute go together.
+    for (size_t first = 0, last = 0; first < heads; first = last) {
+      while (last < heads && bits[last].active == bits[first].active) ++last;
+      if (bits[first].active == 0) continue;
+      attend_pieces(batch, kv_head + first, last - first, split, key, keys, bits + first,
+                    queries + first * plan_.rows * query_stride, query_stride, scores);
+    }
+  }
+
+  void attend_pieces(size_t batch, size_t kv_head, size_t heads, size_t split, size_t key, size_t keys,
+                     const PieceBits* bits, const float* queries, size_t query_stride, float* scores) const {
     const size_t count = plan_.rows, stride = plan_.splits * partial_stride();
     float* parts = partial(batch * p_.kv_heads + kv_head, 0, split);
-    describe_rows(batch, kv_head, 0, count, rows);
-    const PieceBits bits = judge(batch, rows, count, key, keys);
-    if (bits.active == 0) return;
     // Up to the last active piece; what is masked in between is replaced like the mixed pieces.
+    const std::uint32_t active = bits->active;
     size_t first = 0, last = 0;
-    while (!(bits.active >> first & 1)) ++first;
-    for (size_t i = first; bits.active >> i; ++i) last = i + 1;
+    while (!(active >> first & 1)) ++first;
+    for (size_t i = first; active >> i; ++i) last = i + 1;
     const std::uint32_t all = (1u << (last - first)) - 1;
-    const std::uint32_t mixed = (bits.mixed >> first | ~(bits.active >> first)) & all;
     const size_t begin = key + first * kPiece, n = std::min(key + keys, key + last * kPiece) - begin;
-    for (size_t r = 0; r < count; ++r) {
-      maxima[r] = parts[r * stride];
-      sums[r] = parts[r * stride + 1];
-    }
     kernels_.score_in_place[dtype_](queries, query_stride, count, key_row(p_.key, batch, kv_head, begin),
-                                    p_.key.time, n, p_.head_size, keys, scores);
-    adjust(batch, rows, count, begin, n, mixed, scores);
-    kernels_.weigh[order_](scores, count, n, maxima, sums, parts + 16, stride, p_.value_size);
-    kernels_.accumulate_in_place[dtype_](scores, count, key_row(p_.value, batch, kv_head, begin), p_.value.time,
-                                         n, p_.value_size, keys, parts + 16, stride);
-    for (size_t r = 0; r < count; ++r) {
-      parts[r * stride] = maxima[r];
-      parts[r * stride + 1] = sums[r];
+                                    {heads, n, p_.key.head, p_.key.time}, p_.head_size, scores);
+    for (size_t h = 0; h < heads; ++h) {
+      Row rows[kMaxRowTile];
+      float maxima[kMaxRowTile];
+      WeightSum sums[kMaxRowTile];
+      float* const head_scores = scores + h * count * kScoreStride;
+      float* const head_parts = parts + h * count * stride;
+      describe_rows(batch, kv_head + h, 0, count, rows);
+      adjust(batch, rows, count, begin, n, (bits[h].mixed >> first | ~(active >> first)) & all, head_scores);
+      for (size_t r = 0; r < count; ++r) {
+        maxima[r] = head_parts[r * stride];
+        sums[r] = sum_of(head_parts + r * stride);
+      }
+      kernels_.weigh[kFloat][order_](head_scores, count, n, maxima, sums, head_parts + 16, stride,
+                                     p_.value_size);
+      for (size_t r = 0; r < count; ++r) {
+        head_parts[r * stride] = maxima[r];
+        store_sum(head_parts + r * stride, sums[r]);
+      }
     }
+    kernels_.accumulate_in_place[dtype_](scores, count, key_row(p_.value, batch, kv_head, begin),
+                                         {heads, n, p_.value.head, p_.value.time}, p_.value_size, parts + 16,
+                                         stride);
   }
 
   // Joins the splits of all rows of a key/value head.
@@ -711,7 +785,7 @@ class Attention {
       describe_rows(batch, kv_head, r, 1, &row);
       float* total = join(head, r);
       counts = counts || (masked_ && counts_masked(row, total[0]));
-      finish_row(batch, row, total[0], total[1], total + 16);
+      finish_row(batch, row, total[0], sum_of(total), total + 16);
     }
     if (counts) compute_again(head);
   }
@@ -726,8 +800,7 @@ class Attention {
       const float* part = partial(head, row, s);
       const float factor = part[1] == 0 ? 0.0f : std::exp(part[0] - base);
       const bool first = s == 0;
-      total[1] = first ? part[1] * factor : total[1] + part[1] * factor;
-      for (size_t j = 16; j < partial_stride(); ++j) {
+      for (size_t j = 1; j < partial_stride(); ++j) {
         total[j] = first ? part[j] * factor : total[j] + part[j] * factor;
       }
     }

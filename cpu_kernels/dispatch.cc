@@ -31,6 +31,18 @@ void take_bfloat16(Fn (&to)[N][static_cast<int>(DType::kCount)][kMaxOrder],
   for (std::size_t i = 0; i < N; ++i) std::copy(from[i][kType], from[i][kType] + kMaxOrder, to[i][kType]);
 }
 
+void take_bfloat16(AttentionKernels& to, const AttentionKernels& from) {
+  constexpr int kType = static_cast<int>(DType::kBFloat16);
+  to.per_word[kType] = from.per_word[kType];
+  to.pack_queries[kType] = from.pack_queries[kType];
+  to.pack_keys[kType] = from.pack_keys[kType];
+  to.pack_values[kType] = from.pack_values[kType];
+  to.score[kType] = from.score[kType];
+  std::copy(from.weigh[kType], from.weigh[kType] + kMaxOrder, to.weigh[kType]);
+  to.accumulate[kType] = from.accumulate[kType];
+  to.finish[kType] = from.finish[kType];
+}
+
 // `table` with the bfloat16 kernels of `own`, and its name.
 [[maybe_unused]] KernelTable with_bfloat16(KernelTable table, const KernelTable& own) {
   table.isa = own.isa;
@@ -39,6 +51,7 @@ void take_bfloat16(Fn (&to)[N][static_cast<int>(DType::kCount)][kMaxOrder],
   take_bfloat16(table.rows, own.rows);
   take_bfloat16(table.columns, own.columns);
   take_bfloat16(table.masked_rows, own.masked_rows);
+  take_bfloat16(table.attention, own.attention);
   return table;
 }
 

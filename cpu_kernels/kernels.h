@@ -89,13 +89,22 @@ using ColumnsFn = void (*)(const void* in, void* out, std::size_t length, std::s
 using MaskedRowsFn = void (*)(const void* in, const unsigned char* mask, const std::size_t* mask_offsets,
                               void* out, std::size_t rows, std::size_t columns);
 
-// The pieces of fused attention; attention.cc puts them together. All arithmetic is float32: 16-bit types are
-// converted by the packing and by finish(). (A set that multiplies bfloat16 directly would bring its own
-// pack_*, score and accumulate.)
+// The sum of the weights of a row of attention: as they are multiplied with the values, which may have rounded
+// them and is what the output is divided by, and as they were computed, for the log-sum-exp.
+struct WeightSum {
+  float used = 0, exact = 0;
+};
+
+// The pieces of fused attention; attention.cc puts them together. Sums, scores and what is done to them are
+// float32. What the two products multiply is packed into 32-bit words: `per_word` neighbours of the axis that
+// they sum over. One is a float32, into which the packing converts 16-bit types; two are bfloat16, where the
+// instruction set multiplies them directly. The kernels of a dtype belong together.
 //
-// A row tile is up to `row_tile` query rows; its packed queries are [size][row_tile], rows that do not exist
-// being 0. A key tile is up to kKeyTile keys; its packed keys are panels of `panel` keys, [size][panel] each,
-// and its packed values panels of `panel` columns, [capacity][panel] each. Scores are rows of kScoreStride.
+// words(n) is n / per_word, rounded up. A row tile is up to `row_tile` query rows; its packed queries are
+// [words(size)][row_tile], rows that do not exist being 0. A key tile is up to kKeyTile keys; its packed keys
+// are panels of `panel` keys, [words(size)][panel] each, and its packed values panels of `panel` columns,
+// [words(capacity)][panel] each. Scores are rows of kScoreStride, and so are the weights that replace them, of
+// words(count) words.
 struct AttentionKernels {
   static constexpr std::size_t kKeyTile = 256;
   // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.
@@ -106,9 +115,11 @@ struct AttentionKernels {
   static constexpr std::size_t kFewRows = 8;
 
   std::size_t row_tile, panel, lanes;
+  std::size_t per_word[static_cast<int>(DType::kCount)];
 
-  // `count` pointers to rows of `size` elements, which are multiplied by `scale`. Rows past row_tile are not
-  // packed, but where they can be read a faster way is open. Writes up to a vector past the tile's end.
+  // `count` pointers to rows of `size` elements. Rows past row_tile are not packed, but where they can be read
+  // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score:
+  // bfloat16 queries have no room for it.
   using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  float* out);
   using PackKeysFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
@@ -119,9 +130,10 @@ struct AttentionKernels {
   PackKeysFn pack_keys[static_cast<int>(DType::kCount)];
   PackValuesFn pack_values[static_cast<int>(DType::kCount)];
 
-  // scores = queries · keys, of whole vectors of keys.
-  void (*score)(const float* queries, std::size_t rows, const float* keys, std::size_t count, std::size_t size,
-                float* scores);
+  // scores = scale * queries · keys, of whole vectors of keys.
+  using ScoreFn = void (*)(const float* queries, std::size_t rows, const float* keys, std::size_t count,
+                           std::size_t size, float scale, float* scores);
+  ScoreFn score[static_cast<int>(DType::kCount)];
   // scores = cap * tanh(scores / cap)
   void (*soft_cap[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float cap);
   // One row: scores += bias, whose elements are `stride` apart.
@@ -132,12 +144,14 @@ struct AttentionKernels {
   // One step of online softmax: raises the rows' maxima, replaces the scores by e^(score - maximum), adds
   // them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past `count`
   // up to a whole vector become 0.
-  void (*weigh[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float* maxima, float* sums,
+  using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
                            float* accumulators, std::size_t accumulator_stride, std::size_t size);
-  // accumulators += scores · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
-  void (*accumulate)(const float* scores, std::size_t rows, const float* values, std::size_t count,
-                     std::size_t capacity, std::size_t size, float* accumulators,
-                     std::size_t accumulator_stride);
+  WeighFn weigh[static_cast<int>(DType::kCount)][kMaxOrder];
+  // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
+  using AccumulateFn = void (*)(const float* weights, std::size_t rows, const float* values, std::size_t count,
+                                std::size_t capacity, std::size_t size, float* accumulators,
+                                std::size_t accumulator_stride);
+  AccumulateFn accumulate[static_cast<int>(DType::kCount)];
   // out = accumulators / sum
   void (*finish[static_cast<int>(DType::kCount)])(const float* accumulators, std::size_t size, float sum,
                                                   void* out);
@@ -145,16 +159,20 @@ struct AttentionKernels {
   float log_sum_correction[kMaxOrder];
 
   // For few rows, where packing would cost more than the products: score and accumulate from keys and values
-  // where they lie, `stride` elements apart. The queries are rows of `query_stride` floats, padded with 0 to
-  // whole vectors. Memory `ahead` keys further is fetched meanwhile.
+  // where they lie. A step takes a few keys of all heads, so that memory is read in the order in which heads
+  // and keys usually lie, which hardware fetches ahead. The rows of a head follow those of the head before, in
+  // the queries (of `query_stride` floats, padded with 0 to whole vectors), scores and accumulators alike. What is
+  // done in between is float32's.
+  struct InPlace {
+    std::size_t heads, count;            // key/value heads, and keys
+    std::ptrdiff_t head_stride, stride;  // in elements
+  };
   void (*score_in_place[static_cast<int>(DType::kCount)])(const float* queries, std::size_t query_stride,
-                                                          std::size_t rows, const void* keys,
-                                                          std::ptrdiff_t stride, std::size_t count,
-                                                          std::size_t size, std::size_t ahead, float* scores);
+                                                          std::size_t rows, const void* keys, InPlace at,
+                                                          std::size_t size, float* scores);
   void (*accumulate_in_place[static_cast<int>(DType::kCount)])(const float* scores, std::size_t rows,
-                                                               const void* values, std::ptrdiff_t stride,
-                                                               std::size_t count, std::size_t size,
-                                                               std::size_t ahead, float* accumulators,
+                                                               const void* values, InPlace at, std::size_t size,
+                                                               float* accumulators,
                                                                std::size_t accumulator_stride);
 };
 

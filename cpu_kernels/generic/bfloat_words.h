@@ -1,4 +1,4 @@
-// Rounding to bfloat16 for instruction sets that have no instruction for it. Included inside an instruction
+// bfloat16 for instruction sets that have no instructions for it: rounding, and no products. Included inside an instruction
 // set's namespace, before simd.h.
 
 // The bits of x with the upper half rounded to a bfloat16, to nearest even, and the lower half left over. The
@@ -14,3 +14,10 @@ QUAKE_INLINE vh float_to_bfloat(vf x) { return narrow((round_to_bfloat(x) >> 16)
 QUAKE_INLINE vi join_bfloats(vf even, vf odd) {
   return ((round_to_bfloat(even) >> 16) & 0xffff) | (round_to_bfloat(odd) & ~0xffff);
 }
+
+constexpr bool kHasBFloatProducts = false;
+QUAKE_INLINE vf pair_products(vi, vi, vf c) { return c; }  // never called, like the following
+QUAKE_INLINE vi append_bfloats(vf a, vf) { return (vi)a; }
+QUAKE_INLINE vi interleave_low(vi a, vi) { return a; }
+QUAKE_INLINE vi interleave_high(vi a, vi) { return a; }
+QUAKE_INLINE vi load_bfloats(const std::uint16_t*, std::size_t) { return vi{}; }

@@ -16,6 +16,11 @@
 //   widen(vh) -> vi, narrow(vi) -> vh, half_to_float(vh) -> vf, float_to_half(vf) -> vh
 //   float_to_bfloat(vf) -> vh       to nearest even (bfloat_words.h does it by integer operations)
 //   join_bfloats(even, odd) -> vi   the same of two vectors, their results in turn
+//   kHasBFloatProducts              there are, for 2 * kLanes bfloat16 in a vi (bfloat_words.h is for the others):
+//     pair_products(a, b, c) -> vf    c + a0 b0 + a1 b1 of the pairs in each lane
+//     append_bfloats(a, b) -> vi      a rounded to bfloat16, then b
+//     interleave_low(a, b) -> vi, interleave_high   a0 b0 a1 b1 … of the lower half; of the upper half
+//     load_bfloats(p, n) -> vi        the first n, 0 < n <= 2 * kLanes; the others are 0
 //   fma(a, b, c)                    a*b + c, one rounding where the machine has it, else two
 //   product_error(a, b, p)          a*b - p, exact, for p the rounded product
 //   clamp_below(x, lowest), clamp_above(x, highest)       a NaN in x stays
@@ -35,6 +40,12 @@
 //   store_quad_sum(float*, v)       the sum of the groups, 4 floats
 
 QUAKE_INLINE vf set1(float value) { return value - vf{}; }
+
+QUAKE_INLINE vi set1_word(const float* p) {
+  std::int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word - vi{};
+}
 
 QUAKE_INLINE vi as_int(vf v) { return (vi)v; }
 QUAKE_INLINE vf as_float(vi v) { return (vf)v; }

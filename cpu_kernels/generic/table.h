@@ -90,7 +90,7 @@ constexpr void fill_reduction(KernelTable& table) {
 
 constexpr KernelTable make_table(const char* isa) {
   KernelTable table = {isa, {}, {}, {}, {}, {}, {}};
-  if constexpr (!kOnlyBFloat16) table.attention = attention_kernels();
+  table.attention = attention_kernels();
 #define QUAKE_FILL(name, Functor) \
   fill<MapOf<Functor>::template With>(table.elementwise[static_cast<int>(Elementwise::k##Functor)]);
   QUAKE_ELEMENTWISE_KERNELS(QUAKE_FILL)

@@ -6,6 +6,9 @@
 //   d  is the rounding of a logit in float32, the dot product and what is done to it: (sqrt(H) + 8) 2^-24 times
 //      the sum of the products' magnitudes, and the tanh of a soft cap to its own bound;
 //   a  is the rounding of the sums over the keys, (sqrt(S) + 8) 2^-24.
+// Where bfloat16 is multiplied directly, the weights are rounded to it, by u = 2^-8 of each. The output is the
+// mean of the values by those weights, which adds u sum p |v - out| / (1 - u); p and out are known to 2 e. The
+// log-sum-exp is that of the weights before rounding.
 
 #include <atomic>
 #include <thread>
@@ -289,7 +292,10 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, size_t b, size_t n
   return logits;
 }
 
-void check_row(const Case& c, const AttentionProblem& p, size_t b, size_t n, size_t t,
+// Whether the weights of a dtype are rounded to it.
+bool rounds_weights(const KernelTable& table, int dtype) { return table.attention.per_word[dtype] > 1; }
+
+void check_row(const KernelTable& table, const Case& c, const AttentionProblem& p, size_t b, size_t n, size_t t,
                const std::string& what) {
   const Storage& storage = kStorage[c.dtype];
   const Logits logits = exact_logits(c, p, b, n, t);
@@ -299,22 +305,32 @@ void check_row(const Case& c, const AttentionProblem& p, size_t b, size_t n, siz
   const double base = maximum == -kInfinity ? 0 : maximum;
   for (const double x : logits.values) sum += std::exp(x - base);
   const size_t row = (b * p.query_length + t) * p.query_heads + n;
-  std::vector<double> exact(p.value_size);
-  for (size_t s = 0; s < p.key_length; ++s) {
-    const double weight = std::exp(logits.values[s] - base) / sum;
-    for (size_t j = 0; j < p.value_size; ++j) {
-      const double v =
-          get(storage, p.value.data,
-              static_cast<ptrdiff_t>(b) * p.value.batch + static_cast<ptrdiff_t>(s) * p.value.time +
-                  static_cast<ptrdiff_t>(n / c.groups) * p.value.head + static_cast<ptrdiff_t>(j));
-      exact[j] += weight * v;
-      largest = std::fmax(largest, std::fabs(v));
+  std::vector<double> exact(p.value_size), deviation(p.value_size);
+  const auto for_each_value = [&](const auto& visit) {
+    for (size_t s = 0; s < p.key_length; ++s) {
+      const double weight = std::exp(logits.values[s] - base) / sum;
+      for (size_t j = 0; j < p.value_size; ++j) {
+        visit(weight, j,
+              get(storage, p.value.data,
+                  static_cast<ptrdiff_t>(b) * p.value.batch + static_cast<ptrdiff_t>(s) * p.value.time +
+                      static_cast<ptrdiff_t>(n / c.groups) * p.value.head + static_cast<ptrdiff_t>(j)));
+      }
     }
+  };
+  for_each_value([&](double weight, size_t j, double v) {
+    exact[j] += weight * v;
+    largest = std::fmax(largest, std::fabs(v));
+  });
+  const double u = rounds_weights(table, c.dtype) ? storage.half_ulp : 0;
+  if (u != 0) {
+    for_each_value(
+        [&](double weight, size_t j, double v) { deviation[j] += weight * std::fabs(v - exact[j]); });
   }
   const double e = bounds::exp[c.order - 1] / (1 - bounds::exp[c.order - 1]);
   const double a = (std::sqrt(static_cast<double>(p.key_length)) + 8) * 0x1p-24;
-  const double tolerance = (2 * e + 2 * logits.rounding + a) * largest;
+  const double in_float32 = (2 * e + 2 * logits.rounding + a) * largest;
   for (size_t j = 0; j < p.value_size; ++j) {
+    const double tolerance = in_float32 + u / (1 - u) * (1 + 2 * e) * (deviation[j] + in_float32);
     const double actual = get(storage, p.out, static_cast<ptrdiff_t>(row * p.value_size + j));
     const double expected = valid ? exact[j] : 0;
     check(within(actual, expected, 0, storage, valid ? tolerance * (1 + storage.half_ulp) : 0),
@@ -346,7 +362,7 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
   }
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
-      for (size_t t = 0; t < c.query_length; ++t) check_row(c, p, b, n, t, what);
+      for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, b, n, t, what);
     }
   }
 }
@@ -397,6 +413,23 @@ void test_remainders(const KernelTable& table) {
                random);
     check_case(table, {.query_length = 30, .key_length = i, .head_size = 8, .value_size = i, .order = 3},
                random);
+    // Words of two elements: odd heads, keys and values, partners that lie behind the end.
+    if (!rounds_weights(table, 1)) continue;
+    check_case(table,
+               {.query_length = 9 + i % 12, .key_length = i, .head_size = 41 - i, .value_size = i, .dtype = 1},
+               random);
+  }
+  // Rows whose words are not aligned, or lie at odd distances.
+  for (const size_t value_size : {size_t{3}, size_t{16}}) {
+    check_case(table,
+               {.batch = 2,
+                .query_length = 35,
+                .key_length = 35,
+                .head_size = 16,
+                .value_size = value_size,
+                .dtype = 1,
+                .packed = true},
+               random);
   }
 }
 
@@ -406,10 +439,18 @@ void test_large_shapes(const KernelTable& table) {
   check_case(table, {.query_length = 700, .key_length = 530, .head_size = 16, .value_size = 8}, random);
   check_case(table, {.query_length = 600, .key_length = 600, .head_size = 8, .value_size = 8, .causal = true},
              random);
+  check_case(table, {.query_length = 20, .key_length = 2500, .head_size = 16, .value_size = 8, .dtype = 1},
+             random);
   // Every second row tile begins later than the next one.
   check_case(table,
              {.query_length = 100, .key_length = 600, .head_size = 9, .value_size = 8, .mask = Mask::kLate},
              random);
+  for (const Mask mask : {Mask::kNone, Mask::kLate, Mask::kBlocks}) {
+    check_case(
+        table,
+        {.query_length = 300, .key_length = 601, .head_size = 16, .value_size = 8, .dtype = 1, .mask = mask},
+        random);
+  }
   check_case(table, {.query_length = 40, .key_length = 40, .head_size = 512, .value_size = 512}, random);
   check_case(table, {.query_length = 30, .key_length = 300, .head_size = 257, .value_size = 300}, random);
   for (const size_t queries : {1, 3, 8}) {
@@ -475,16 +516,50 @@ void test_not_a_number(const KernelTable& table) {
   std::mt19937 random(15);
   static Inputs in;
   for (const size_t queries : {size_t{2}, size_t{20}}) {
-    Case c = {.query_length = queries, .key_length = 100, .head_size = 16, .value_size = 16};
-    make_inputs(c, in, random);
-    std::vector<float> out(queries * 16);
-    in.problem.out = out.data();
-    float* query = reinterpret_cast<float*>(in.arrays[0].data());
-    query[16] = NAN;  // of query 1
-    check(run_attention(in.problem, table, 2, in_order) == nullptr, "%s: NaN", table.isa);
-    for (size_t i = 0; i < out.size(); ++i) {
-      check(std::isnan(out[i]) == (i / 16 == 1), "%s: NaN in query 1 gives out[%zu] = %g", table.isa, i,
-            out[i]);
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      const Storage& storage = kStorage[dtype];
+      const Case c = {
+          .query_length = queries, .key_length = 100, .head_size = 16, .value_size = 16, .dtype = dtype};
+      make_inputs(c, in, random);
+      std::vector<char> out(queries * 16 * storage.size);
+      in.problem.out = out.data();
+      put_nan(storage, in.arrays[0].data(), 16);  // of query 1
+      check(run_attention(in.problem, table, 2, in_order) == nullptr, "%s: NaN", table.isa);
+      for (size_t i = 0; i < queries * 16; ++i) {
+        const double y = storage.get(out.data(), i);
+        check(std::isnan(y) == (i / 16 == 1), "%s %s: NaN in query 1 gives out[%zu] = %g", table.isa,
+              storage.name, i, y);
+      }
+    }
+  }
+}
+
+// The mean of equal values is that value, however the weights are rounded. Nearly all keys are equal, so
+// that the rounding of their weights does not average out; the value is one near which bfloat16 is finest.
+void test_equal_values(const KernelTable& table) {
+  std::mt19937 random(16);
+  static Inputs in;
+  constexpr double kValue = 2 - 0x1p-7;
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    const Storage& storage = kStorage[dtype];
+    for (const size_t keys : {size_t{30}, size_t{2500}}) {  // the latter are split
+      const Case c = {
+          .query_length = 50, .key_length = keys, .head_size = 16, .value_size = 16, .dtype = dtype};
+      make_inputs(c, in, random);
+      char *key = in.arrays[1].data(), *value = in.arrays[2].data();
+      const size_t row = 16 * storage.size;
+      for (size_t i = 2; i < keys; ++i) std::memcpy(key + i * row, key + (i % 500 == 0 ? 0 : row), row);
+      for (size_t i = 0; i < keys * 16; ++i) storage.put(value, i, kValue);
+      std::vector<char> out(50 * row);
+      in.problem.out = out.data();
+      check(run_attention(in.problem, table, 4, in_order) == nullptr, "%s: equal values", table.isa);
+      for (size_t i = 0; i < 50 * 16; ++i) {
+        const double y = storage.get(out.data(), i);
+        // Sums of equal addends: their roundings may add up.
+        const double rounding = static_cast<double>(keys + 8) * 0x1p-24 * 2 * kValue;
+        check(std::fabs(y - kValue) <= rounding, "%s %s: the mean of %zu times %g is %.9g", table.isa,
+              storage.name, keys, kValue, y);
+      }
     }
   }
 }
@@ -519,6 +594,7 @@ int main() {
     test_large_shapes(table);
     test_dominated_rows(table);
     test_not_a_number(table);
+    test_equal_values(table);
     test_no_keys_and_errors(table);
   });
 }
