@@ -22,7 +22,13 @@ from quake_jax import _compat, _extension, reference
 
 
 def _primitive(
-    name: str, *, shape: Callable, lower: Callable, batch: Callable, multiple_results: bool = False
+    name: str,
+    *,
+    shape: Callable,
+    lower: Callable,
+    batch: Callable,
+    multiple_results: bool = False,
+    elsewhere: Callable | None = None,
 ) -> Callable:
     """Make the primitive of the kernel `name`, and return the function that binds it.
 
@@ -32,6 +38,7 @@ def _primitive(
       lower: `lower(context, *operands, target=…, **parameters)`, its lowering for CPUs.
       batch: `batch(bind, operands, axes, **parameters)`, the batched result and its batch axis.
       multiple_results: whether results, and what comes of `shape` and `batch`, are sequences.
+      elsewhere: what it is on other platforms, if not the function in `reference` as it is.
     """
     primitive = _compat.Primitive(f"quake_{name}")
     primitive.multiple_results = multiple_results
@@ -52,8 +59,8 @@ def _primitive(
     assert target in _extension.targets, target
     batching.primitive_batchers[primitive] = functools.partial(batch, bind)
     mlir.register_lowering(primitive, functools.partial(lower, target=target), platform="cpu")
-    fallback = mlir.lower_fun(getattr(reference, name), multiple_results=multiple_results)
-    mlir.register_lowering(primitive, fallback)
+    elsewhere = elsewhere or getattr(reference, name)
+    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=multiple_results))
     return bind
 
 
@@ -365,46 +372,158 @@ def _masked(name: str) -> Callable:
 # `present` name: 1 bias and 2 mask, of shape (B, N, T, S) or with axes of size 1; 4 query lengths
 # and 8 key lengths, int32 of shape (B,). The results are (B, T, N, V) in the operands' dtype and
 # the log-sum-exp of the logits (B, T, N) in float32.
+#
+# What jax.vmap maps has one more axis in front, of operands and then of both results. Whether it
+# becomes part of the batch is decided at the end, when it is known what is split over devices.
+
+
+def attention_axes(ranks: Sequence[int], packed_axis: int, present: int) -> tuple[list, list]:
+    """Along which axes a call may be split, of operands of these ranks and of the results.
+
+    Each is "map" (that of `jax.vmap`), "batch" or "heads", or None where it must be whole.
+    """
+    of_query, of_logits = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    packed = {2: ("batch", None, None, "heads", None), 3: ("batch", None, "heads", None, None)}
+    operands = [packed[packed_axis]] if packed_axis else [of_query] * 3
+    optional = (of_logits, of_logits, ("batch",), ("batch",))
+    operands += [axes for k, axes in enumerate(optional) if present & 1 << k]
+    operands = [
+        axes if rank == len(axes) else ("map", *axes)
+        for rank, axes in zip(ranks, operands, strict=True)
+    ]
+    if any(axes[0] == "map" for axes in operands):
+        of_query = ("map", *of_query)
+    return operands, [of_query, of_query[:-1]]
+
+
+def _axes_of(operands: Sequence, parameters: dict) -> tuple[list, list]:
+    ranks = [len(x.shape) for x in operands]
+    return attention_axes(ranks, parameters["packed_axis"], parameters["present"])
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """x with its first two axes as one, split only as the first one is."""
+    spec = jax.typeof(x).sharding.spec
+    if spec[1] is not None:
+        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(spec[0], None, *spec[2:]))
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _unmapped(call: Callable, operands: Sequence, **parameters) -> list[jax.Array]:
+    """The results of operands of which some are mapped, by one call of what are not."""
+    axes, _ = _axes_of(operands, parameters)
+    is_mapped = [labels[0] == "map" for labels in axes]
+    if is_mapped[0] and not any(is_mapped[1:]) and not parameters["packed_axis"]:
+        bias_and_mask = [x for x, k in zip(operands, axes, strict=True) if k[1:2] == ("heads",)]
+        if not _do_positions_matter(bias_and_mask, **parameters):
+            return _as_more_queries(call, *operands)
+        if all(x.shape[1] == 1 for x in bias_and_mask):
+            return _as_more_heads(call, *operands)
+    return _as_more_batch(call, operands, axes)
+
+
+def _do_positions_matter(
+    bias_and_mask, *, is_causal, window_left, window_right, present, **_
+) -> bool:
+    """Whether it matters to the result of a query where in its sequence it is."""
+    limits = is_causal or window_left >= 0 or window_right >= 0 or present & 4
+    return bool(limits) or any(x.shape[2] != 1 for x in bias_and_mask)
+
+
+def _as_more_queries(call, query, *rest) -> list[jax.Array]:
+    """All parts of a mapped query as one sequence: they share keys and values without copies."""
+    parts, batch, length, *sizes = query.shape
+    query = jnp.moveaxis(query, 0, 1).reshape(batch, parts * length, *sizes)
+    return [
+        jnp.moveaxis(y.reshape(batch, parts, length, *y.shape[2:]), 1, 0)
+        for y in call(query, *rest)
+    ]
+
+
+def _as_more_heads(call, query, key, *rest) -> list[jax.Array]:
+    """The same as heads that share those of keys and values."""
+    parts, batch, length, heads, size = query.shape
+    kv_heads = key.shape[2]
+    group = heads // kv_heads
+    query = query.reshape(parts, batch, length, kv_heads, group, size)
+    query = jnp.moveaxis(query, 0, 3).reshape(batch, length, parts * heads, size)
+    results = []
+    for y in call(query, key, *rest):
+        y = y.reshape(batch, length, kv_heads, parts, group, *y.shape[3:])
+        results.append(jnp.moveaxis(y, 3, 0).reshape(parts, batch, length, heads, *y.shape[5:]))
+    return results
+
+
+def _as_more_batch(call, operands, axes) -> list[jax.Array]:
+    """What is mapped as part of the batch. Copies what is not, but for masks of the whole batch."""
+    sizes = [
+        dict(zip(labels, x.shape, strict=True)) for labels, x in zip(axes, operands, strict=True)
+    ]
+    parts = next(s["map"] for s in sizes if "map" in s)
+    batch = sizes[0]["batch"]
+    flat = []
+    for x, labels in zip(operands, axes, strict=True):
+        if labels[0] != "map" and x.shape[0] == 1 and labels[1:2] == ("heads",):
+            flat.append(x)
+            continue
+        x = x if labels[0] == "map" else x[None]
+        flat.append(_merged(jnp.broadcast_to(x, (parts, batch, *x.shape[2:]))))
+    return [y.reshape(parts, batch, *y.shape[1:]) for y in call(*flat)]
 
 
 def _attention(name: str) -> Callable:
-    def shapes(*avals, packed_axis: int, **parameters):
-        first = avals[0]
-        if packed_axis:
-            batch, length, *heads, _ = first.shape
-            shape = (batch, length, heads[3 - packed_axis], first.shape[-1])
-            split = [first]
-        else:
-            shape = (*first.shape[:-1], avals[2].shape[-1])
-            split = avals[:3]
-        # What one operand is split over, the others have to be too.
-        batch = next((x.sharding.spec[0] for x in split if x.sharding.spec[0] is not None), None)
+    def shapes(*avals, **parameters):
+        inputs, results = _axes_of(avals, parameters)
+        extents, split = {}, {None: None}
+        for labels, x in zip(inputs, avals, strict=True):
+            for label, size, entry in zip(labels, x.shape, x.sharding.spec, strict=True):
+                extents.setdefault(label, size)  # the query, which comes first, has whole ones
+                if entry is not None:
+                    # What one operand is split over, the others have to be too.
+                    split.setdefault(label, entry)
+        first, packed_axis = avals[0], parameters["packed_axis"]
+        length = first.shape[inputs[0].index("batch") + 1]
+        size = (first if packed_axis else avals[2]).shape[-1]
 
-        def result(shape, dtype):
-            spec = (batch, *(None for _ in shape[1:]))
-            sharding = first.sharding.update(spec=spec)
+        def result(labels, unlabelled, dtype):
+            unlabelled = iter(unlabelled)
+            shape = tuple(next(unlabelled) if k is None else extents[k] for k in labels)
+            sharding = first.sharding.update(spec=tuple(map(split.get, labels)))
             return first.update(shape=shape, dtype=dtype, sharding=sharding, weak_type=False)
 
-        return result(shape, first.dtype), result(shape[:-1], np.dtype(np.float32))
-
-    def with_batch_axes(*operands, **parameters):
-        batch = operands[0].shape[0]
-        return bind(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in operands), **parameters)
+        return (
+            result(results[0], (length, size), first.dtype),
+            result(results[1], (length,), np.dtype(np.float32)),
+        )
 
     def lower(context, *operands, target: str, **parameters):
-        batch = context.avals_in[0].shape[0]
-        whole_batch = all(x.shape[0] == batch for x in context.avals_in)
+        avals = context.avals_in
+        inputs, results = _axes_of(avals, parameters)
+        if _compat.can_split_along_axes(context):
+            values = _compat.lower_split_along_axes(
+                context,
+                *operands,
+                function=functools.partial(bind, **parameters),
+                inputs=inputs,
+                results=results,
+                description=f"{target} {sorted(parameters.items())}",
+            )
+            return _typed(context, values)
+        if results[0][0] == "map":
+            return mlir.lower_fun(unmapped)(context, *operands, **parameters)
+        batch = avals[0].shape[0]
+        whole_batch = all(x.shape[0] == batch for x in avals)
         if _compat.is_partitioned(context) and not whole_batch:
             # XLA would split a bias' or mask's first axis of size 1 together with the others'.
             return mlir.lower_fun(with_batch_axes)(context, *operands, **parameters)
 
-        def labels(avals, kind):
-            # Of the axes after the first none is split, so each may have a label of its own.
+        def labels(arrays, kind):
+            # XLA splits leading axes alone. The others may have labels of their own.
             return [
-                ["batch", *((kind, i, k) for k in range(1, x.ndim))] for i, x in enumerate(avals)
+                ["batch", *((kind, i, k) for k in range(1, len(x)))] for i, x in enumerate(arrays)
             ]
 
-        inputs, results = labels(context.avals_in, "in"), labels(context.avals_out, "out")
+        axes = labels(inputs, "in"), labels(results, "out")
         return _typed(
             context,
             _custom_call(
@@ -412,29 +531,59 @@ def _attention(name: str) -> Callable:
                 *operands,
                 target=target,
                 batch_axes=1 if whole_batch else None,
-                axes=(inputs, results),
-                whole=[label for axes in (*inputs, *results) for label in axes[1:]],
+                axes=axes,
+                whole=[label for arrays in axes for array in arrays for label in array[1:]],
                 **parameters,
             ),
         )
 
-    def batch(bind, operands, axes, *, packed_axis: int, **parameters):
-        """The new axis becomes part of the batch axis."""
-        new = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-        old = operands[0].shape[1 if axes[0] == 0 else 0]
-        folded = []
-        arrays = 1 if packed_axis else 3
-        for i, (x, axis) in enumerate(zip(operands, axes, strict=True)):
-            if axis is None and i >= arrays and x.ndim == 4 and x.shape[0] == 1:
-                folded.append(x)  # a bias or a mask for all broadcasts as it did
-                continue
-            x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
-            x = jnp.broadcast_to(x, (new, old, *x.shape[2:]))
-            folded.append(x.reshape(new * old, *x.shape[2:]))
-        results = bind(*folded, packed_axis=packed_axis, **parameters)
-        return [y.reshape(new, old, *y.shape[1:]) for y in results], [0, 0]
+    def unmapped(*operands, **parameters):
+        return _unmapped(functools.partial(bind, **parameters), operands, **parameters)
 
-    bind = _primitive(name, shape=shapes, lower=lower, batch=batch, multiple_results=True)
+    def with_batch_axes(*operands, **parameters):
+        batch = operands[0].shape[0]
+        return bind(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in operands), **parameters)
+
+    def batch(bind, operands, axes, **parameters):
+        parts = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+        operands = [
+            x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)
+        ]
+        ranks = [x.ndim - (a is not None) for x, a in zip(operands, axes, strict=True)]
+        labels, results = attention_axes(ranks, parameters["packed_axis"], parameters["present"])
+        if results[0][0] != "map":
+            return bind(*operands, **parameters), [0, 0]
+        # Two axes of vmap become one.
+        inner_parts = next(
+            x.shape[a is not None]
+            for x, a, k in zip(operands, axes, labels, strict=True)
+            if k[0] == "map"
+        )
+        both = []
+        for x, a, k in zip(operands, axes, labels, strict=True):
+            if a is not None or k[0] == "map":
+                x = x[None] if a is None else x
+                x = x if k[0] == "map" else x[:, None]
+                x = _merged(jnp.broadcast_to(x, (parts, inner_parts, *x.shape[2:])))
+            both.append(x)
+        values = bind(*both, **parameters)
+        return [y.reshape(parts, inner_parts, *y.shape[1:]) for y in values], [0, 0]
+
+    def on_other_platforms(*operands, **parameters):
+        call = functools.partial(getattr(reference, name), **parameters)
+        _, results = _axes_of(operands, parameters)
+        if results[0][0] == "map":
+            return tuple(_unmapped(call, operands, **parameters))
+        return call(*operands)
+
+    bind = _primitive(
+        name,
+        shape=shapes,
+        lower=lower,
+        batch=batch,
+        multiple_results=True,
+        elsewhere=on_other_platforms,
+    )
     return bind
 
 

@@ -1,7 +1,8 @@
-"""`python -m quake_jax.accuracy`: the error of every element-wise function against the exact one.
+"""`python -m quake_jax.accuracy`: the errors of element-wise functions and of attention.
 
 Compares the kernels of each order, dtype and instruction set with double precision, on a sample of
-the inputs or on all, and fails if one exceeds its bound; it writes docs/accuracy.md.
+the inputs or on all, and fails if one exceeds its bound; it writes docs/accuracy.md. Attention is
+in `_accuracy_attention`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import quake_jax
+from quake_jax import _accuracy_attention as attention
 from quake_jax._config import ORDERS
 from quake_jax._constants import MAX_REL_ERROR
 
@@ -288,7 +290,8 @@ def _writable(text: str) -> pathlib.Path:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _OneLineParser(
         prog="python -m quake_jax.accuracy",
-        description="Measures the error of the element-wise functions against the exact ones.",
+        description="Measures the errors of the element-wise functions, and of attention with the "
+        "instruction set in use (QUAKE_JAX_ISA), against the exact ones.",
         epilog="Exit code 1 if a result exceeds its bound (quake_jax._constants.MAX_REL_ERROR), "
         "is NaN for a number, leaves the function's range or is wrong for a special value.",
     )
@@ -302,7 +305,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             help=f"only this {option}; may be repeated",
         )
 
-    choice("function", FUNCTIONS)
+    choice("function", [*FUNCTIONS, attention.NAME])
     choice("order", ORDERS, int)
     choice("isa", quake_jax.supported_isas())
     choice("dtype", DTYPES)
@@ -316,9 +319,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=_writable, metavar="PATH", help="write the results there")
     parser.add_argument("--markdown", type=_writable, metavar="PATH", help="write tables there")
     args = parser.parse_args(argv)
-    for function in args.function or FUNCTIONS:
+    args.attention = not args.function or attention.NAME in args.function
+    functions = args.function or FUNCTIONS
+    args.function = [function for function in functions if function != attention.NAME]
+    for function in args.function:
         if function not in MAX_REL_ERROR:
             parser.error(f"{function} has no bound in quake_jax._constants.MAX_REL_ERROR")
+    if args.attention and args.isa and quake_jax.isa() not in args.isa:
+        if attention.NAME in functions:
+            parser.error(
+                f"{attention.NAME} is measured with the instruction set in use, {quake_jax.isa()}; "
+                "QUAKE_JAX_ISA chooses another"
+            )
+        args.attention = False
     return args
 
 
@@ -472,12 +485,12 @@ def _special_table(results: list[Accuracy]) -> list[str]:
     return _table(["function", "f(NaN)", "f(-inf)", "f(-0)", "f(0)", "f(inf)"], rows)
 
 
-def _markdown(results: list[Accuracy], environment: dict) -> str:
-    by_dtype = {d: [r for r in results if r.dtype == d] for d in DTYPES}
+def _markdown(
+    results: list[Accuracy],
+    of_attention: list[attention.AttentionAccuracy],
+    environment: dict,
+) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items())
-    stride = environment["float32_stride"]
-    inputs = "all 2^32 inputs" if stride == 1 else f"every {stride}st of the 2^32 inputs"
-    failures = [r for r in results if r.failures]
     lines = [
         "# Accuracy",
         "",
@@ -485,6 +498,19 @@ def _markdown(results: list[Accuracy], environment: dict) -> str:
         f"{environment['cpu']}, {environment['system']}; {environment['seconds']:.0f} s with "
         f"{environment['threads']} threads.",
         "",
+    ]
+    if results:
+        lines += _elementwise_markdown(results, environment["float32_stride"])
+    if of_attention:
+        lines += attention.markdown(of_attention)
+    return "\n".join(lines)
+
+
+def _elementwise_markdown(results: list[Accuracy], stride: int) -> list[str]:
+    by_dtype = {d: [r for r in results if r.dtype == d] for d in DTYPES}
+    inputs = "all 2^32 inputs" if stride == 1 else f"every {stride}st of the 2^32 inputs"
+    failures = [r for r in results if r.failures]
+    lines = [
         f"float32: {inputs}; bfloat16 and float16: all 65,536. Every result is compared with the "
         "exact function in double precision, whose own relative error is below 1e-12. The "
         "arithmetic is float32 for all dtypes; results are rounded once.",
@@ -546,7 +572,7 @@ def _markdown(results: list[Accuracy], environment: dict) -> str:
     lines += [f"## Special values, {dtype}", ""]
     lines += ["Of all instruction sets; where orders differ, each value with its orders.", ""]
     lines += _special_table([r for r in results if r.dtype == dtype])
-    return "\n".join(lines)
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -560,12 +586,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
-    functions = args.function or list(FUNCTIONS)
+    functions = args.function
     dtypes = args.dtype or DTYPES
+    orders = tuple(sorted(set(args.order or ORDERS)))
     stride = 1 if args.exhaustive else _SAMPLE_STRIDE
     start = time.perf_counter()
     results: list[Accuracy] = []
+    of_attention: list[attention.AttentionAccuracy] = []
     total = len(functions) * sum(len(_ranges(dtype, stride)) for dtype in dtypes)
+    total += len(attention.CASES) * len(dtypes) if args.attention else 0
     try:
         with _progress(total) as (show, advance):
             for dtype in dtypes:
@@ -573,7 +602,7 @@ def main(argv: list[str] | None = None) -> int:
                     measured = measure(
                         function,
                         dtype,
-                        orders=tuple(sorted(set(args.order or ORDERS))),
+                        orders=orders,
                         isas=tuple(args.isa or quake_jax.supported_isas()),
                         stride=stride,
                         threads=args.threads or _available_threads(),
@@ -582,6 +611,14 @@ def main(argv: list[str] | None = None) -> int:
                     for order in sorted({r.order for r in measured}):
                         show(_summary([r for r in measured if r.order == order]))
                     results += measured
+            for dtype in dtypes if args.attention else ():
+                measured_cases = []
+                for case in attention.CASES:
+                    measured_cases += attention.measure(case, dtype, orders=orders)
+                    advance()
+                for order in orders:
+                    show(attention.summary([r for r in measured_cases if r.order == order]))
+                of_attention += measured_cases
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -591,14 +628,24 @@ def main(argv: list[str] | None = None) -> int:
         for r in results
         for failure in r.failures
     ]
+    failures += [
+        f"{attention.NAME} {r.dtype} order {r.order} {r.isa}, {r.case}: {failure}"
+        for r in of_attention
+        for failure in r.failures
+    ]
     if args.json:
-        content = {**environment, "results": [dataclasses.asdict(r) for r in results]}
+        content = {
+            **environment,
+            "results": [dataclasses.asdict(r) for r in results],
+            "attention": [dataclasses.asdict(r) for r in of_attention],
+        }
         args.json.write_text(json.dumps({**content, "failures": failures}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(_markdown(results, environment))
+        args.markdown.write_text(_markdown(results, of_attention, environment))
     for failure in failures:
         print(f"FAILED: {failure}")
-    kernels = f"{len(results)} kernels in {environment['seconds']:.0f} s"
+    count = len(results) + len({(r.dtype, r.order) for r in of_attention})
+    kernels = f"{count} kernels in {environment['seconds']:.0f} s"
     print(f"accuracy: {f'{len(failures)} failures' if failures else 'ok'}, {kernels}")
     return 1 if failures else 0
 

@@ -344,7 +344,8 @@ def _attend(
             *((packed,) if packed_axis else (query, key, value)),
             *(x for x in optional if x is not None),
         )
-        out, lse = _attention(tuple(parameters.items()), *_split_by_batch(operands))
+        operands = _split_alike(operands, packed_axis, parameters["present"])
+        out, lse = _attention(tuple(parameters.items()), *operands)
         out = out.astype(dtype), lse
     out, lse = out
     out = out.reshape(*shape[:-1], sizes[1])
@@ -353,21 +354,42 @@ def _attend(
     return out, jax.lax.stop_gradient(lse.astype(residual_dtype).reshape(shape[:-1]))
 
 
-def _split_by_batch(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """The operands with shardings in their types over no axis but the first, all alike there.
+def _split_alike(operands: Sequence[jax.Array], packed_axis: int, present: int) -> list[jax.Array]:
+    """The operands with shardings in their types over batch and heads alone, all alike there.
 
     So are the results, and tangents have to be what results are.
     """
-    specs = [jax.typeof(x).sharding.spec for x in operands]
-    first = next((spec[0] for spec in specs if spec[0] is not None), None)
-    split = []
-    for x, spec in zip(operands, specs, strict=True):
-        batch = None if x.shape[0] == 1 else first
-        wanted = (batch, *(None for _ in spec[1:]))
-        split.append(
-            x if tuple(spec) == wanted else jax.sharding.reshard(x, PartitionSpec(*wanted))
+    ranks = [x.ndim for x in operands]
+    axes, _ = _primitives.attention_axes(ranks, packed_axis, present)
+    types = [jax.typeof(x) for x in operands]
+    split: dict = {None: ()}
+    sizes: dict = {}
+    for kinds, x in zip(axes, types, strict=True):
+        for kind, size, entry in zip(kinds, x.shape, x.sharding.spec, strict=True):
+            sizes.setdefault(kind, set()).add(size)
+            if entry is not None:
+                # The first one decides.
+                split.setdefault(kind, entry if isinstance(entry, tuple) else (entry,))
+    mesh = types[0].sharding.mesh
+
+    def parts(kind) -> int:
+        return math.prod(mesh.shape[name] for name in split.get(kind, ()))
+
+    # The derivative makes two axes of the query heads, of which that of the key heads is split.
+    uneven = any(size != 1 and size % parts("heads") for size in sizes["heads"])
+    if uneven or {*split.get("batch", ())} & {*split.get("heads", ())}:
+        split["heads"] = ()
+
+    def wanted(kinds, shape) -> PartitionSpec:
+        return PartitionSpec(
+            *(split.get(k, ()) if size != 1 else () for k, size in zip(kinds, shape, strict=True))
         )
-    return split
+
+    resharded = []
+    for x, aval, kinds in zip(operands, types, axes, strict=True):
+        spec = wanted(kinds, aval.shape)
+        resharded.append(x if spec == aval.sharding.spec else jax.sharding.reshard(x, spec))
+    return resharded
 
 
 def _without_kernel(function, arrays, *, scale, soft_cap, is_causal, window, implementation):
@@ -534,9 +556,10 @@ def dot_product_attention(
 
     Returns:
       An array of shape (B, T, N, V) or (T, N, V) and query's dtype; with `return_residual` also
-      the residual, of the same dtype and without the last axis, a constant in derivatives. A query
-      that no key takes part for has the mean of all values. A masked key or value that is NaN has
-      no effect where its whole tile is masked.
+      the residual, of the same dtype and without the last axis, a constant in derivatives. Results
+      for parts of the keys, weighted by the softmax of their residuals, add up to that for all. A
+      query that no key takes part for has the mean of all values. A masked key or value that is NaN
+      has no effect where its whole tile is masked.
 
     Raises:
       TypeError: if an array is complex, or an argument that must be static is not.

@@ -21,6 +21,7 @@ from conftest import (
     inputs,
     parametrize_functions,
 )
+from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -339,3 +340,258 @@ def test_unreduced_values_are_refused():
 
         with pytest.raises(TypeError, match="quake_jax.exp: x is a partial sum"):
             jax.eval_shape(partial_sums, x)
+
+
+# Attention: batch and heads stay split, lengths and head sizes are gathered.
+
+
+def attention_operands(batch=4, heads=8, kv_heads=8, queries=6, keys=10, size=8):
+    shapes = [(batch, queries, heads, size), *[(batch, keys, kv_heads, size)] * 2]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+
+
+def attend(*x, **keywords):
+    return quake_jax.dot_product_attention(*x, **keywords)
+
+
+def attention_loss(*x):
+    return jnp.sum(attend(*x, is_causal=True) ** 2)
+
+
+def check_attention(f, x, specs, mesh, *, gathers=(), local=None):
+    """Values, the collectives and the shape of one device's call, of a function of split arrays."""
+    split = [place(a, mesh, spec) for a, spec in zip(x, specs, strict=True)]
+    text = compiled(f, *split)
+    assert collectives(text) <= set(gathers), collectives(text)
+    if local is not None:
+        # The first of the two results.
+        assert set(re.findall(r"\(\w+\[([\d,]*)\]\S* \S* custom-call\(", text)) == {local}
+    actual, expected = jax.jit(f)(*split), jax.jit(f)(*x)
+    for y, z in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(y, z, rtol=2.0**-16, atol=2.0**-16)
+    return actual
+
+
+Q = KV = P("a", None, "b")
+ANY = COLLECTIVES
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_attention_keeps_batch_and_heads_split(kv_heads, mesh):
+    x = attention_operands(kv_heads=kv_heads)
+    specs = [Q, *[P("a", None, "b" if kv_heads > 1 else None)] * 2]
+    y = check_attention(attend, x, specs, mesh, local="1,6,4,8")
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, Q), 4)
+    # The gradient of a head that several devices read is a sum.
+    sums = ("all-reduce",) if kv_heads == 1 else ()
+    gradients = jax.grad(attention_loss, (0, 1, 2))
+    slopes = check_attention(gradients, x, specs, mesh, gathers=sums, local="1,6,4,8")
+    for slope, spec in zip(slopes, specs, strict=True):
+        assert slope.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+    # Operation by operation, too.
+    y = attend(*(place(a, mesh, spec) for a, spec in zip(x, specs, strict=True)))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, Q), 4)
+
+
+@pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
+def test_attention_over_a_mesh_of_one_axis(axis):
+    x = attention_operands(batch=8)
+    spec = P(*[None] * axis, "a")
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            local = "1,6,8,8" if axis == 0 else "8,6,1,8"
+            check_attention(attend, x, [spec] * 3, mesh, local=local)
+            check_attention(jax.grad(attention_loss, (0, 1, 2)), x, [spec] * 3, mesh, local=local)
+
+
+def test_fewer_key_heads_than_parts():
+    # Devices share key heads: each takes the one that its query heads read.
+    x = attention_operands(kv_heads=2)
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    check_attention(attend, x, [Q, P("a"), P("a")], mesh, local="2,6,2,8")
+    x = attention_operands(heads=12, kv_heads=6)  # which do not come out even
+    check_attention(attend, x, [Q, P("a"), P("a")], mesh, gathers=ANY, local="2,6,12,8")
+
+
+OPTIONAL = {
+    "bias of heads": ({"bias": (1, 8, 6, 10)}, P(None, "b")),
+    "bias of the batch": ({"bias": (4, 1, 6, 10)}, P("a")),
+    "bias for all": ({"bias": (1, 1, 6, 10)}, P()),
+    "whole bias": ({"bias": (4, 8, 6, 10)}, P("a", "b")),
+    "mask for all": ({"mask": (1, 1, 6, 10)}, P()),
+    "mask of keys": ({"mask": (4, 1, 1, 10)}, P("a")),
+    "lengths": ({"key_value_seq_lengths": (4,)}, P("a")),
+}
+
+
+@pytest.mark.parametrize(("shapes", "spec"), OPTIONAL.values(), ids=OPTIONAL)
+def test_attention_with_masks_needs_no_collective(shapes, spec, mesh):
+    ((name, shape),) = shapes.items()
+    values = np.random.default_rng(1).standard_normal(shape)
+    optional = {
+        "bias": jnp.asarray(values, jnp.float32),
+        "mask": jnp.asarray(values > -0.5),
+        "key_value_seq_lengths": jnp.arange(4, dtype=jnp.int32) + 5,
+    }[name]
+    x = [*attention_operands(), optional]
+
+    def f(query, key, value, optional):
+        return attend(query, key, value, **{name: optional})
+
+    check_attention(f, x, [Q, KV, KV, spec], mesh, local="1,6,4,8")
+    # What broadcasts is not made larger for the call.
+    split = [place(a, mesh, s) for a, s in zip(x, [Q, KV, KV, spec], strict=True)]
+    assert " broadcast(" not in compiled(f, *split)
+
+
+@pytest.mark.parametrize("axis", [-3, -2])
+def test_packed_attention_keeps_batch_and_heads_split(axis, mesh):
+    q, k, v = attention_operands(queries=10)
+    qkv = jnp.stack([q, k, v], axis + 5)
+    spec = P("a", None, None, "b") if axis == -3 else P("a", None, "b")
+
+    def f(qkv):
+        return quake_jax.packed_dot_product_attention(qkv, qkv_axis=axis)
+
+    check_attention(f, [qkv], [spec], mesh, local="1,10,4,8")
+    check_attention(jax.grad(lambda x: jnp.sum(f(x) ** 2)), [qkv], [spec], mesh, local="1,10,4,8")
+
+
+SPLITS_OF_ATTENTION = {
+    "sequence": [P("b", "a")] * 3,
+    "keys": [P("b"), P("b", "a"), P("b", "a")],
+    "size": [P("b", None, None, "a")] * 3,
+    "all different": [P("a"), P(None, None, "b"), P("b")],
+    "batch and heads over one axis": [P("a"), P(None, None, "a"), P()],
+}
+
+
+@pytest.mark.parametrize("specs", SPLITS_OF_ATTENTION.values(), ids=SPLITS_OF_ATTENTION)
+def test_attention_of_other_splits_is_right(specs, mesh):
+    x = attention_operands(queries=8, keys=8)
+    check_attention(attend, x, specs, mesh, gathers=ANY)
+    check_attention(jax.grad(attention_loss, (0, 1, 2)), x, specs, mesh, gathers=ANY)
+
+
+def test_vmap_of_split_attention(mesh):
+    q, k, v = attention_operands()
+    queries = jnp.stack([q, 2 * q, -q, q + 1])
+
+    # The axis of vmap is split, or those of the attention are.
+    over_queries = jax.vmap(attend, (0, None, None))
+    for specs, local in (
+        ([P("b", "a"), P("a"), P("a")], "1,12,8,8"),
+        ([P(None, *Q), KV, KV], "1,24,4,8"),
+    ):
+        check_attention(over_queries, [queries, k, v], specs, mesh, local=local)
+    causal = jax.vmap(lambda *x: attend(*x, is_causal=True), (0, None, None))
+    check_attention(causal, [queries, k, v], [P(None, *Q), KV, KV], mesh, local="1,6,16,8")
+    everything = [queries, *(jnp.stack([a] * 4) for a in (k, v))]
+    for spec in (P("b", "a"), P("a", None, None, "b")):
+        check_attention(jax.vmap(attend), everything, [spec] * 3, mesh)
+    slopes = jax.vmap(jax.grad(attention_loss, (0, 1, 2)))
+    check_attention(slopes, everything, [P("a", None, None, "b")] * 3, mesh)
+
+
+def test_heads_that_a_mesh_axis_splits_only_in_part():
+    # Two heads of a projection that is split over four devices: their sizes are split as well.
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 6, 16), (16, 32)))
+
+    def f(x, w):
+        h = (x @ w).reshape(4, 6, 2, 16)
+        return attend(h, h, h)
+
+    check_attention(f, [x, w], [P("a"), P(None, "b")], mesh, gathers=ANY)
+
+
+def test_uneven_splits_of_attention():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    for batch, heads in ((3, 2), (9, 2), (2, 3), (2, 10)):
+        x = attention_operands(batch=batch, heads=heads, kv_heads=heads)
+        lengths = jnp.arange(batch, dtype=jnp.int32) + 2
+        for spec in (P("a"), P(None, None, "a")):
+
+            def f(*x, spec=spec, lengths=lengths):
+                x = [jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec)) for a in x]
+                return attend(*x, key_value_seq_lengths=lengths)
+
+            np.testing.assert_allclose(
+                jax.jit(f)(*x), attend(*x, key_value_seq_lengths=lengths), atol=2.0**-20
+            )
+
+
+def test_attention_in_a_shard_map_over_some_axes(mesh):
+    x = attention_operands(batch=8)
+    mapped = jax.shard_map(attend, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
+    expected = attend(*x)
+    y = jax.jit(mapped)(*(place(a, mesh, P("a", None, "b")) for a in x))
+    np.testing.assert_allclose(y, expected, atol=2.0**-20)
+
+
+def test_exported_attention_keeps_the_batch_split(mesh):
+    # An exported program holds nothing of this process: XLA's own rule splits the batch alone.
+    x = attention_operands()
+    mask = jnp.arange(10)[None, None, None] % 3 > 0
+    split = [*(place(a, mesh, P("a")) for a in x), place(mask, mesh, P())]
+
+    def f(*x):
+        return attend(*x[:3], mask=x[3])
+
+    checks = quake_jax.disabled_export_checks()
+    exported = jax.export.export(jax.jit(f), disabled_checks=checks)(*split)
+    loaded = jax.export.deserialize(exported.serialize())
+    text = compiled(loaded.call, *split)
+    assert not collectives(text) and "f32[1,6,8,8]" in text
+    np.testing.assert_allclose(jax.jit(loaded.call)(*split), f(*x, mask), atol=2.0**-20)
+
+
+def test_attention_with_the_older_partitioner():
+    # Without Shardy, too, XLA's own rule splits the batch alone.
+    x = attention_operands()
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        check_attention(attend, x, [P("a")] * 3, mesh, local="1,6,8,8")
+        check_attention(attend, x, [Q] * 3, mesh, gathers=ANY)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def test_attention_on_devices_in_another_order():
+    x = attention_operands(kv_heads=4)
+    for order in ([7, 2, 5, 0, 3, 6, 1, 4], [*range(8)]):
+        devices = np.array(jax.devices())[order].reshape(2, 4)
+        mesh = jax.sharding.Mesh(devices, ("b", "a"), axis_types=(AxisType.Auto,) * 2)
+        check_attention(attend, x, [P("b", None, "a")] * 3, mesh, local="2,6,2,8")
+        check_attention(attend, x, [P("a", None, "b")] * 3, mesh, local="1,6,4,8")
+
+
+def test_compiled_attention_can_be_serialized():
+    x = attention_operands()
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    split = [place(a, mesh, Q) for a in x]
+    saved = serialize_executable.serialize(jax.jit(attend).lower(*split).compile())
+    loaded = serialize_executable.deserialize_and_load(*saved)
+    np.testing.assert_array_equal(loaded(*split), attend(*x))
+
+
+def test_programs_of_different_attention_differ_in_text():
+    # JAX's cache of compiled programs knows them by it.
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = [place(a, mesh, P()) for a in attention_operands()]
+    texts = [
+        jax.jit(lambda *x, c=causal: attend(*x, is_causal=c)).lower(*x).as_text()
+        for causal in (False, True)
+    ]
+    without_numbers = [re.sub(r'backend_config = "\d+"', "", text) for text in texts]
+    assert without_numbers[0] != without_numbers[1]
+    assert "'is_causal', 1" in texts[1] and "CustomSPMDPartitioning" in texts[1]
+
+
+def test_attention_of_one_device_is_called_as_it_is():
+    text = jax.jit(attend).lower(*attention_operands()).as_text()
+    assert "CustomSPMDPartitioning" not in text and "quake_jax_dot_product_attention" in text
