@@ -14,6 +14,8 @@ from quake_jax._extension import disabled_export_checks as disabled_export_check
 from quake_jax._extension import isa as isa
 from quake_jax._extension import supported_isas as supported_isas
 from quake_jax._extension import version as _version
+from quake_jax.accelerate import accelerate as accelerate
+from quake_jax.accelerate import explain as explain
 from quake_jax.activations import celu as celu
 from quake_jax.activations import elu as elu
 from quake_jax.activations import exp as exp

@@ -6,10 +6,12 @@ No other module imports from `jax._src`: when a new JAX moves something, this fi
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax._src import source_info_util
 from jax._src.core import auto_insert_reshard
 from jax._src.dispatch import apply_primitive
 from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
@@ -17,7 +19,9 @@ from jax._src.lax.lax import _convert_element_type, broadcasting_sharding_rule
 from jax._src.lib import xla_client
 from jax._src.numpy.util import promote_args_inexact
 from jax._src.sharding_impls import GSPMDSharding, ShardingContext, SPMDAxisContext
+from jax._src.state.types import AbstractRef
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import core as jex_core
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -243,3 +247,71 @@ def _sharding_of_tiles(tiles: tuple[np.ndarray, list], axes: Sequence, shape: Se
         return xla_client.HloSharding.replicate()
     devices = devices.transpose(*kept, *rest).reshape(*tile, -1)
     return xla_client.HloSharding.subgroup_with_device_ordering(devices, subgroup_types=[_SHARE])
+
+
+# Jaxprs, which quake_jax._rewrite edits.
+
+DropVar = jex_core.DropVar
+Var = jex_core.Var
+
+_JAX_FOLDER = os.path.join(jax.__path__[0], "")
+
+
+def is_unspecified(sharding) -> bool:
+    """Whether an element of a jit equation's in_shardings or out_shardings says nothing."""
+    return type(sharding).__name__ == "UnspecifiedValue"
+
+
+def without_constants(jaxpr):
+    """The inner jaxpr of an equation's parameter, if all its inputs are arguments; else None."""
+    if getattr(jaxpr, "consts", None):
+        return None
+    open_jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return None if open_jaxpr.constvars else open_jaxpr
+
+
+def with_equations(jaxpr, equations, outvars):
+    """A Jaxpr or ClosedJaxpr with other equations and results, of the same types and names."""
+
+    def edited(inner):
+        return inner.replace(eqns=equations, outvars=outvars, debug_info=inner.debug_info)
+
+    return jaxpr.map_jaxpr(edited) if hasattr(jaxpr, "consts") else edited(jaxpr)
+
+
+def is_rule_of_jax(rule) -> bool:
+    """Whether the differentiation rule of a custom_jvp_call equation is one of JAX's own."""
+    function = getattr(rule.debug_info, "func_src_info", None) or ""
+    _, _, place = function.partition(" at ")
+    return place.startswith(_JAX_FOLDER)
+
+
+def user_frames(source_info) -> list[tuple[str, int, str]]:
+    """File, line and function of the frames outside JAX that made an equation, innermost first."""
+    return [
+        (frame.file_name, frame.start_line, frame.function_name)
+        for frame in source_info_util.user_frames(source_info.traceback)
+    ]
+
+
+def equation_context(equation):
+    """A context manager: the mesh and other settings that an equation was traced in."""
+    return equation.ctx.manager
+
+
+def current_mesh():
+    """The mesh that programs are traced in, as a part of a cache's key."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def is_reference(x) -> bool:
+    """Whether x is a mutable array."""
+    return isinstance(getattr(x, "aval", None), AbstractRef)
+
+
+def name_like(function, original):
+    """A function with the name of another, which profiles and printed programs show."""
+    name = getattr(original, "__name__", None) or type(original).__name__
+    function.__name__ = name
+    function.__qualname__ = getattr(original, "__qualname__", name)
+    return function

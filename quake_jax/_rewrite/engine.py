@@ -1,0 +1,344 @@
+"""The rewriter: finds the patterns in a jaxpr, replaces them, and goes into the jaxprs inside."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+
+from quake_jax import _compat
+from quake_jax import activations as public
+from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._rewrite import activations, attention, expressions, softmax
+from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Writer
+from quake_jax._rewrite.match import Match, Reject
+from quake_jax._rewrite.options import Options
+from quake_jax._rewrite.report import Report, place
+
+# Below this many elements a call of a kernel costs as much as it saves.
+SMALLEST_ARRAY = 1024
+
+# Whether a failure of a pattern on a program that it does not understand is raised: for tests.
+# Otherwise the program stays as it is there, and the report says so.
+RAISE_FAILURES = False
+
+# The parameters of a primitive that hold jaxprs which may be rewritten. A custom derivative rule
+# stays: its primal computation alone is rewritten, which is what runs when nothing differentiates.
+_INNER = {
+    **dict.fromkeys(
+        (*JIT, "closed_call", "core_call", "remat", "remat2", "checkpoint", "scan"), ("jaxpr",)
+    ),
+    "shard_map": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "custom_jvp_call": ("call_jaxpr",),
+    "custom_vjp_call": ("call_jaxpr",),
+    "custom_vjp_call_jaxpr": ("call_jaxpr", "fun_jaxpr"),
+}
+_BARE = {"exp": public.exp, "exp2": public.exp2, "expm1": public.expm1}
+# What the report calls a primitive that stays.
+_NAMES = {"logistic": "sigmoid"}
+
+
+class Rewriter:
+    """Rewrites jaxprs with the same options; a jaxpr that occurs twice is rewritten once."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._done: dict[int, tuple] = {}
+        self._traced: dict[tuple, object] = {}
+
+    def rewrite(self, jaxpr) -> tuple[object, Report]:
+        """The rewritten jaxpr, of the same kind and types, and what was done.
+
+        If nothing is replaced it is the jaxpr itself.
+        """
+        if id(jaxpr) not in self._done:
+            # Kept with its key, so that no other jaxpr gets its id.
+            self._done[id(jaxpr)] = (jaxpr, *_Level(self, jaxpr).result())
+        _, new, report = self._done[id(jaxpr)]
+        return new, report
+
+    def rewrite_called(self, jaxpr):
+        """A jaxpr with the jaxprs that its equations call rewritten, and nothing else."""
+        equations = [self.with_inner(e) for e in jaxpr.eqns]
+        return _compat.with_equations(jaxpr, equations, jaxpr.outvars)
+
+    def with_inner(self, equation):
+        """An equation with the jaxprs inside it rewritten; itself if that changes nothing."""
+        changed = {}
+        for name in _INNER.get(equation.primitive.name, ()):
+            inner = equation.params.get(name)
+            several = isinstance(inner, (tuple, list))
+            old = list(inner) if several else [inner]
+            new = [self.rewrite(j)[0] if hasattr(j, "eqns") else j for j in old]
+            if any(a is not b for a, b in zip(new, old, strict=True)):
+                changed[name] = type(inner)(new) if several else new[0]
+        return equation.replace(params={**equation.params, **changed}) if changed else equation
+
+    @property
+    def options(self) -> Options:
+        return self._options
+
+    def trace(self, match: Match):
+        """The jaxpr of the function of a match, without constants; None if it has no such."""
+        avals = tuple(v.aval for v in match.inputs)
+        with _compat.equation_context(match.root.equation):
+            key = (match.function, match.static, avals, _compat.current_mesh())
+            if key not in self._traced:
+                self._traced[key] = self._trace(match, avals)
+            return self._traced[key]
+
+    def _trace(self, match: Match, avals):
+        function = functools.partial(
+            match.function, order=self._options.order, **dict(match.static)
+        )
+        result = match.root.output.aval
+
+        def typed(*arrays):
+            return _compat.with_weak_type(function(*arrays), result.weak_type)
+
+        closed = jax.make_jaxpr(typed)(*avals)
+        inner = _compat.without_constants(closed)
+        if inner is None or inner.effects or len(inner.outvars) != 1:
+            return None
+        return inner if inner.outvars[0].aval == result else None
+
+
+class _Level:
+    """The rewriting of one jaxpr."""
+
+    def __init__(self, rewriter: Rewriter, jaxpr):
+        self._rewriter = rewriter
+        self._options = rewriter.options
+        self._jaxpr = jaxpr
+        self._graph = Graph(jaxpr)
+        self._matches: list[Match] = []
+        self._reasons: dict[Node, tuple[str, str]] = {}  # why a node stays: (name, reason)
+        self._staying: set[Node] = set()
+        self._report = Report()
+        self._changed_inside = False
+
+    def result(self) -> tuple[object, Report]:
+        self._find()
+        self._decide_calls()
+        self._add_records()
+        writer = Writer(self._graph, self._rewriter.trace, self._with_inner)
+        equations = writer.equations()
+        self._add_inner_records(writer)
+        if not self._matches and not self._changed_inside:
+            return self._jaxpr, self._report
+        outputs = [writer.variable(v) for v in self._graph.outputs]
+        return _compat.with_equations(self._jaxpr, equations, outputs), self._report
+
+    # Finding.
+
+    def _find(self) -> None:
+        # What reaches farther comes first: attention holds a softmax, and may hold a tanh.
+        for node in self._graph.nodes:
+            self._try(node, attention.find)
+        for node in reversed(self._graph.nodes):
+            self._try(node, softmax.find)
+        near = self._near_transcendental()
+        for node in reversed(self._graph.nodes):
+            if node in near:
+                self._try(node, activations.find, self._widened)
+        for node in self._graph.nodes:
+            if node.primitive in _BARE and node.primitive in self._options.only:
+                self._try(node, _bare)
+
+    def _try(self, node: Node, find: Callable, widen: Callable = lambda match: match) -> None:
+        if self._is_taken(node) or len(node.outputs) != 1:
+            return
+        with self._failures(node):
+            match = find(node)
+            if match is not None and not any(self._is_taken(n) for n in match.nodes):
+                self._accept(match, widen)
+
+    def _is_taken(self, node: Node) -> bool:
+        return node.removed or node.match is not None or node in self._staying
+
+    @contextlib.contextmanager
+    def _failures(self, node: Node) -> Iterator[None]:
+        try:
+            yield
+        except Reject as reason:
+            self._note(node, reason.name, str(reason), reason.nodes)
+        except Exception as error:
+            if RAISE_FAILURES:
+                raise
+            self._note(node, None, f"it is not understood: {type(error).__name__}: {error}")
+
+    def _note(self, node: Node, name: str | None, reason: str, nodes=()) -> None:
+        self._reasons.setdefault(node, (name or node.primitive, reason))
+        for inner in nodes:
+            self._reasons.setdefault(inner, ("", ""))
+
+    def _accept(self, match: Match, widen: Callable) -> None:
+        elements = math.prod(match.root.output.shape)
+        if match.name != "attention" and isinstance(elements, int) and elements < SMALLEST_ARRAY:
+            self._leave(match, f"too small ({elements} elements)")
+            return
+        wide = widen(match)
+        candidates = [match] if wide is match else [wide, match]
+        reason = "not in only"
+        for candidate in candidates:
+            if candidate.name not in self._options.only:
+                continue
+            if any(self._is_taken(n) for n in candidate.nodes):
+                continue
+            obstacle = self._obstacle(candidate)
+            if obstacle is None:
+                self._matches.append(candidate)
+                candidate.root.match = candidate
+                for node in candidate.nodes - {candidate.root}:
+                    node.removed = True
+                return
+            reason = obstacle
+        self._leave(match, reason)
+
+    def _obstacle(self, match: Match) -> str | None:
+        """Why a match cannot be put into the program, or None."""
+        for group in _rules_around(match):
+            results = {id(v) for v in group.outputs if v.uses or v.is_output}
+            made = {id(v) for n in match.nodes for v in n.outputs}
+            if not results <= made:
+                return "it is a part of a function with a derivative of its own"
+        if self._rewriter.trace(match) is None:
+            return "its replacement has another type"
+        return None
+
+    def _leave(self, match: Match, reason: str) -> None:
+        """Let a match stay, and the patterns inside it too, but for the softmax of attention."""
+        if match.name == "attention":
+            self._note(match.root, match.name, reason)
+        else:
+            self._note(match.root, match.name, reason, match.nodes)
+            self._staying |= match.nodes
+
+    def _widened(self, match: Match) -> Match:
+        return activations.with_gate(activations.with_bias(match))
+
+    def _near_transcendental(self) -> set[Node]:
+        """The nodes that may be the last of an activation: few steps behind a transcendental."""
+        distance: dict[Node, int] = {}
+        for node in self._graph.nodes:
+            if node.primitive in expressions.TRANSCENDENTAL:
+                distance[node] = 0
+            elif node.primitive in expressions.ELEMENTWISE:
+                steps = [distance[v.node] for v in node.inputs if v.node in distance]
+                if steps and min(steps) < 10:
+                    distance[node] = min(steps) + 1
+        return set(distance)
+
+    # Calls that were opened.
+
+    def _decide_calls(self) -> None:
+        touched = {g for m in self._matches for n in m.nodes for g in _around(n)}
+        for group in sorted(touched, key=lambda g: len(list(_around_group(g)))):
+            if group.parent is not None and group.parent.is_open:
+                group.is_open = group.keeps_rule or not self._stays_a_call(group)
+
+    def _stays_a_call(self, group: Group) -> bool:
+        """Whether everything that is replaced inside can be so by rewriting what is called."""
+        own = set(group.nodes())
+        inside = [m for m in self._matches if m.nodes & own]
+        if any(not m.nodes <= own for m in inside):
+            return False
+        _, report = self._rewriter.rewrite(group.equation.params["jaxpr"])
+        found = sorted(r.replacement for r in report.replaced for _ in range(r.count))
+        return found == sorted(m.replacement for m in inside)
+
+    # Writing.
+
+    def _with_inner(self, equation):
+        new = self._rewriter.with_inner(equation)
+        self._changed_inside |= new is not equation
+        return new
+
+    # The report.
+
+    def _add_records(self) -> None:
+        consumed = {n for m in self._matches for n in m.nodes}
+        for match in sorted(self._matches, key=lambda m: m.root.index):
+            where = place(match.root.equation.source_info)
+            self._report.add(match.name, match.replacement, "", where)
+        for node in self._graph.nodes:
+            if node in consumed or not node.outputs:
+                continue
+            name, reason = self._reasons.get(node, (None, None))
+            if name is None:
+                if node.primitive not in expressions.TRANSCENDENTAL or _is_scalar(node):
+                    continue
+                name, reason = node.primitive, self._why_bare(node)
+            if reason:
+                where = place(node.equation.source_info)
+                self._report.add(_NAMES.get(name, name), None, reason, where)
+
+    def _why_bare(self, node: Node) -> str:
+        value = node.output
+        if value.dtype not in KERNEL_DTYPES:
+            return f"dtype {value.dtype}"
+        elements = math.prod(value.shape)
+        if isinstance(elements, int) and elements < SMALLEST_ARRAY:
+            return f"too small ({elements} elements)"
+        if node.primitive in _BARE:
+            return f'a bare {node.primitive}: only="all"'
+        return "in no known pattern"
+
+    def _add_inner_records(self, writer: Writer) -> None:
+        for equation in writer.kept:
+            names = _INNER.get(equation.primitive.name)
+            inside = [j for p in equation.params.values() for j in _jaxprs(p)]
+            if names is None and inside:
+                name, where = equation.primitive.name, place(equation.source_info)
+                self._report.add(name, None, "what is inside it stays", where)
+            for name in names or ():
+                for inner in _jaxprs(equation.params.get(name)):
+                    self._report.update(self._rewriter.rewrite(inner)[1])
+
+
+def _jaxprs(parameter) -> list:
+    parameters = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
+    return [p for p in parameters if hasattr(p, "eqns")]
+
+
+def _is_scalar(node: Node) -> bool:
+    return all(isinstance(n, int) and n == 1 for n in node.output.shape)
+
+
+def _around(node: Node) -> Iterator[Group]:
+    return _around_group(node.group)
+
+
+def _around_group(group: Group | None) -> Iterator[Group]:
+    while group is not None:
+        yield group
+        group = group.parent
+
+
+def _rules_around(match: Match) -> set[Group]:
+    return {g for n in match.nodes for g in _around(n) if g.keeps_rule}
+
+
+def _bare(node: Node) -> Match | None:
+    value = node.output
+    if value.dtype not in KERNEL_DTYPES:
+        return None
+    function = _BARE[node.primitive]
+    return Match(
+        node.primitive,
+        f"quake_jax.{node.primitive}",
+        node,
+        frozenset((node,)),
+        (node.inputs[0],),
+        _call_bare,
+        (("function", function),),
+    )
+
+
+def _call_bare(x, *, function, order):
+    return function(x, order=order)

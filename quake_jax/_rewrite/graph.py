@@ -1,0 +1,335 @@
+"""A jaxpr as a graph: values with their uses, and small jitted functions opened up for matching.
+
+Patterns span calls like `jit[name=_where]`. `Graph` shows the equations of such calls in place, in
+groups that remember the call, so that calls that no match reaches into come out as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from quake_jax import _compat
+
+# Calls with more equations are rewritten on their own, once for all places that call them.
+_LARGEST_OPENED = 64
+JIT = ("jit", "pjit")
+
+
+class Value:
+    """An array in a program: where it comes from and which nodes use it."""
+
+    __slots__ = ("aval", "const", "is_output", "memo", "node", "uses", "variable")
+
+    def __init__(self, aval, node=None, variable=None, const=None):
+        self.aval = aval
+        self.node: Node | None = node
+        self.variable = variable  # in the rewritten jaxpr: a Var, a Literal, or None until needed
+        self.const = const  # if it is known before the program runs
+        self.uses: list[Node] = []
+        self.is_output = False
+        self.memo: dict = {}
+
+    @property
+    def shape(self):
+        return self.aval.shape
+
+    @property
+    def ndim(self):
+        return len(self.aval.shape)
+
+    @property
+    def dtype(self):
+        return self.aval.dtype
+
+    @property
+    def primitive(self) -> str | None:
+        """The name of the primitive that makes it, or None."""
+        return None if self.node is None else self.node.primitive
+
+
+class Node:
+    """An equation, or the inside of an opened call's equation."""
+
+    __slots__ = ("equation", "group", "index", "inputs", "match", "outputs", "primitive", "removed")
+
+    def __init__(self, equation, inputs, group, index):
+        self.equation = equation
+        self.primitive = equation.primitive.name
+        self.inputs: list[Value] = inputs
+        self.outputs: list[Value] = []
+        self.group: Group = group
+        self.index = index
+        self.match = None  # if it is replaced: the Match, whose root it is
+        self.removed = False
+
+    @property
+    def params(self):
+        return self.equation.params
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+
+class Group:
+    """The equations of the program (without a parent) or of a call that has been opened."""
+
+    __slots__ = ("equation", "inputs", "is_open", "items", "outputs", "parent")
+
+    def __init__(self, parent=None, equation=None, inputs=()):
+        self.parent: Group | None = parent
+        self.equation = equation
+        self.inputs: Sequence[Value] = inputs
+        self.outputs: list[Value] = []
+        self.items: list[Node | Group] = []
+        self.is_open = parent is None  # whether its equations stand in the rewritten program
+
+    @property
+    def keeps_rule(self) -> bool:
+        """Whether it has a differentiation rule of its own."""
+        return self.equation is not None and self.equation.primitive.name not in JIT
+
+    def nodes(self) -> Iterator[Node]:
+        for item in self.items:
+            if isinstance(item, Node):
+                yield item
+            else:
+                yield from item.nodes()
+
+
+def _size(jaxpr) -> int:
+    """The number of equations that opening a jaxpr shows, or infinity if it must stay closed."""
+    inner = _compat.without_constants(jaxpr)
+    if inner is None or inner.effects:
+        return 1 << 30
+    size = len(inner.eqns)
+    for equation in inner.eqns:
+        if size > _LARGEST_OPENED:
+            break
+        called = _called(equation)
+        if called is not None:
+            size += _size(called)
+        elif any(_has_jaxpr(p) for p in equation.params.values()):
+            return 1 << 30  # a loop and the like is rewritten where it stands
+    return size
+
+
+def _has_jaxpr(parameter) -> bool:
+    parameters = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
+    return any(hasattr(p, "eqns") for p in parameters)
+
+
+def _called(equation):
+    """The jaxpr of an equation that means no more than its body, or None."""
+    name, params = equation.primitive.name, equation.params
+    if name in JIT:
+        plain = (
+            all(map(_compat.is_unspecified, (*params["in_shardings"], *params["out_shardings"])))
+            and not any(params["donated_invars"])
+            and all(x is None for x in (*params["in_layouts"], *params["out_layouts"]))
+            and not params["compiler_options_kvs"]
+        )
+        return params["jaxpr"] if plain else None
+    if name == "custom_jvp_call" and _compat.is_rule_of_jax(params["jvp_jaxpr_fun"]):
+        return params["call_jaxpr"]
+    return None
+
+
+class Graph:
+    """The values and nodes of a jaxpr.
+
+    Attributes:
+      nodes: in an order in which they can run, with those of opened calls.
+      top: the group that holds them.
+    """
+
+    def __init__(self, jaxpr):
+        self.jaxpr = jaxpr
+        self.nodes: list[Node] = []
+        self.top = Group()
+        environment = {v: Value(v.aval, variable=v) for v in jaxpr.invars}
+        consts = getattr(jaxpr, "consts", None) or [None] * len(jaxpr.constvars)
+        for v, const in zip(jaxpr.constvars, consts, strict=True):
+            is_known = isinstance(const, np.ndarray) or _is_concrete(const)
+            environment[v] = Value(v.aval, variable=v, const=const if is_known else None)
+        self._read(getattr(jaxpr, "jaxpr", jaxpr), environment, self.top)
+        self.outputs = [self._value(v, environment) for v in jaxpr.outvars]
+        for value in self.outputs:
+            value.is_output = True
+        self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """Drop the nodes whose results nothing needs, so that they do not count as uses."""
+        used = []
+        for node in reversed(self.nodes):
+            if node.equation.effects or any(v.uses or v.is_output for v in node.outputs):
+                used.append(node)
+            else:
+                node.removed = True
+                for value in node.inputs:
+                    value.uses.remove(node)
+        self.nodes = used[::-1]
+
+    def _value(self, atom, environment) -> Value:
+        if hasattr(atom, "val"):
+            return Value(atom.aval, variable=atom, const=atom.val)
+        return environment[atom]
+
+    def _read(self, jaxpr, environment, group: Group) -> None:
+        for equation in jaxpr.eqns:
+            inputs = [self._value(v, environment) for v in equation.invars]
+            called = _called(equation)
+            if called is not None and _size(called) <= _LARGEST_OPENED:
+                outputs = self._open(equation, _compat.without_constants(called), inputs, group)
+            else:
+                outputs = self._node(equation, inputs, group)
+            for variable, value in zip(equation.outvars, outputs, strict=True):
+                environment[variable] = value
+                # The names of the program itself go on; a call may be opened more than once.
+                if group is self.top and not isinstance(variable, _compat.DropVar):
+                    if value.node is not None and value not in inputs:
+                        value.variable = variable
+
+    def _node(self, equation, inputs, group) -> list[Value]:
+        node = Node(equation, inputs, group, len(self.nodes))
+        node.outputs = [Value(v.aval, node) for v in equation.outvars]
+        for value in inputs:
+            value.uses.append(node)
+        self.nodes.append(node)
+        group.items.append(node)
+        return node.outputs
+
+    def _open(self, equation, jaxpr, inputs, parent) -> list[Value]:
+        group = Group(parent, equation, inputs)
+        environment = dict(zip(jaxpr.invars, inputs, strict=True))
+        self._read(jaxpr, environment, group)
+        group.outputs = [self._value(v, environment) for v in jaxpr.outvars]
+        parent.items.append(group)
+        return group.outputs
+
+
+def _is_concrete(const) -> bool:
+    return isinstance(const, (np.generic, int, float, bool)) or (
+        isinstance(const, jax.Array) and not isinstance(const, jax.core.Tracer)
+    )
+
+
+def _closed_around(node: Node) -> Iterator[Group]:
+    """The calls that a node is a part of in the rewritten program."""
+    group = node.group
+    while group is not None:
+        if not group.is_open:
+            yield group
+        group = group.parent
+
+
+class Writer:
+    """Writes the equations of a graph after its matches have been chosen."""
+
+    def __init__(self, graph: Graph, replacement: Callable, inner: Callable):
+        """Make one.
+
+        Args:
+          graph: with `match` and `removed` of its nodes and `is_open` of its groups set.
+          replacement: gives the jaxpr of a match.
+          inner: gives an equation with its inner jaxprs rewritten.
+        """
+        self._graph = graph
+        self._replacement = replacement
+        self._inner = inner
+        self._equations: list = []
+        self.kept: list = []  # equations of the program that stay, opened calls apart
+
+    def equations(self) -> list:
+        """The equations of the rewritten program, without those that nothing needs any more."""
+        self._used = self._find_used()
+        self._write(self._graph.top)
+        return self._equations
+
+    def _find_used(self) -> set[int]:
+        """The indices of nodes whose results are used, or that have effects."""
+        used = set()
+        wanted = {id(v) for v in self._graph.outputs}
+        for node in reversed(self._graph.nodes):
+            if node.removed:
+                continue
+            if node.equation.effects or any(id(v) in wanted for v in node.outputs):
+                used.add(node.index)
+                inputs = node.inputs if node.match is None else node.match.inputs
+                wanted.update(map(id, inputs))
+                wanted.update(id(v) for group in _closed_around(node) for v in group.inputs)
+        return used
+
+    def variable(self, value: Value):
+        """The variable or literal that a value is in the new program."""
+        if value.variable is None:
+            value.variable = _compat.Var(value.aval)
+        return value.variable
+
+    def _write(self, group: Group) -> None:
+        for item in group.items:
+            if isinstance(item, Group):
+                if item.is_open:
+                    self._write(item)
+                elif any(node.index in self._used for node in item.nodes()):
+                    self._write_call(item)
+            elif item.index in self._used:
+                if item.match is not None:
+                    self._write_replacement(item)
+                else:
+                    self._write_node(item)
+
+    def _bound(self, equation, values) -> list:
+        """The variables that an equation binds: one for each value that is its own."""
+        bound, seen = [], set()
+        for old, value in zip(equation.outvars, values, strict=True):
+            is_first = value is not None and id(value) not in seen
+            bound.append(self.variable(value) if is_first else _compat.Var(old.aval))
+            seen.add(id(value))
+        return bound
+
+    def _write_node(self, node: Node) -> None:
+        self.kept.append(node.equation)
+        equation = self._inner(node.equation)
+        self._equations.append(
+            equation.replace(
+                invars=[self.variable(v) for v in node.inputs],
+                outvars=self._bound(equation, node.outputs),
+            )
+        )
+
+    def _write_call(self, group: Group) -> None:
+        own = {id(v) for node in group.nodes() for v in node.outputs}
+        outputs = [v if id(v) in own else None for v in group.outputs]
+        equation = self._inner(group.equation)
+        self._equations.append(
+            equation.replace(
+                invars=[self.variable(v) for v in group.inputs],
+                outvars=self._bound(equation, outputs),
+            )
+        )
+
+    def _write_replacement(self, node: Node) -> None:
+        jaxpr = self._replacement(node.match)
+        names = dict(zip(jaxpr.invars, (self.variable(v) for v in node.match.inputs), strict=True))
+        result = jaxpr.outvars[0]
+
+        def variable(atom):
+            if hasattr(atom, "val"):
+                return atom
+            if atom not in names:
+                names[atom] = _compat.Var(atom.aval)
+            return names[atom]
+
+        names[result] = self.variable(node.output)
+        for equation in jaxpr.eqns:
+            self._equations.append(
+                equation.replace(
+                    invars=[variable(v) for v in equation.invars],
+                    outvars=[variable(v) for v in equation.outvars],
+                    source_info=node.equation.source_info,
+                )
+            )

@@ -1,0 +1,103 @@
+"""What a rewrite did and what it left alone: the report that `quake_jax.explain` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import site
+import sysconfig
+from collections import Counter
+
+from quake_jax import _compat
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A function that was found in a program.
+
+    Attributes:
+      name: what it is, one of the names that `only` takes, or a primitive of JAX.
+      replacement: the public function that it was replaced by, or None if it was left.
+      reason: why it was left, or "".
+      where: "file:line (function)" in the user's source, or "" if JAX does not know.
+      count: how many times it was found there.
+    """
+
+    name: str
+    replacement: str | None
+    reason: str
+    where: str
+    count: int = 1
+
+
+class Report:
+    """What was replaced and what was left; `str` gives a table.
+
+    Attributes:
+      replaced: list of `Record`, in the order of the program.
+      left: list of `Record` with reasons.
+    """
+
+    def __init__(self, records: Counter | None = None):
+        self._records: Counter = Counter() if records is None else records
+
+    def add(self, name: str, replacement: str | None, reason: str, where: str) -> None:
+        self._records[Record(name, replacement, reason, where)] += 1
+
+    def update(self, other: Report) -> None:
+        self._records.update(other._records)
+
+    def _listed(self, is_replaced: bool) -> list[Record]:
+        return [
+            dataclasses.replace(record, count=count)
+            for record, count in self._records.items()
+            if (record.replacement is not None) == is_replaced
+        ]
+
+    @property
+    def replaced(self) -> list[Record]:
+        return self._listed(True)
+
+    @property
+    def left(self) -> list[Record]:
+        return self._listed(False)
+
+    def __repr__(self) -> str:
+        replaced, left = (sum(r.count for r in x) for x in (self.replaced, self.left))
+        return f"<quake_jax report: {replaced} replaced, {left} left; print it for the table>"
+
+    def __str__(self) -> str:
+        rows = [("", "found", "count", "replaced by / why left", "where")]
+        rows += [
+            ("replaced", r.name, str(r.count), r.replacement or "", r.where) for r in self.replaced
+        ]
+        rows += [("left", r.name, str(r.count), r.reason, r.where) for r in self.left]
+        if len(rows) == 1:
+            return "nothing to replace was found"
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([*(x.ljust(w) for x, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join(lines)
+
+
+_LIBRARIES = tuple(
+    os.path.realpath(path)
+    for path in {
+        *site.getsitepackages(),
+        sysconfig.get_paths()["stdlib"],
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    }
+)
+
+
+def place(source_info) -> str:
+    """ "file:line (function)" of the innermost frame that is in no installed library."""
+    frames = _compat.user_frames(source_info)
+    if not frames:
+        return ""
+    own = (f for f in frames if not os.path.realpath(f[0]).startswith(_LIBRARIES))
+    file, line, function = next(own, frames[0])
+    return f"{file}:{line} ({function})"

@@ -1,0 +1,234 @@
+"""`accelerate` turns a function of JAX into one that runs on the kernels; `explain` says how.
+
+Both trace the function, as jax.jit does, and rewrite the program that comes out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from quake_jax import _compat, _rewrite
+from quake_jax._config import Order
+from quake_jax._rewrite import Options, Report
+
+_ATTRIBUTE = "__quake_jax__"
+
+
+class _Static:
+    """The structure of a call's arguments, with those in it that are no arrays: a key of caches."""
+
+    def __init__(self, tree, leaves: tuple):
+        self.tree = tree
+        self.leaves = leaves
+        # 1, 1.0 and True are equal but make different programs, as 0.0 and -0.0 do.
+        self._key = (
+            tree,
+            tuple((type(x), repr(x) if isinstance(x, float) else x) for x in leaves),
+        )
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and self._key == other._key
+
+    def is_hashable(self) -> bool:
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return True
+
+
+class _Array:
+    """Stands for an array among static leaves."""
+
+    def __repr__(self):
+        return "array"
+
+
+_ARRAY = _Array()
+
+
+def _is_array(x) -> bool:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.dtype.kind in "biufcV"
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) or _compat.is_reference(x)
+
+
+def _split(args, kwargs) -> tuple[list, _Static]:
+    """The arrays among arguments, and everything else about them."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [x for x in leaves if _is_array(x)]
+    return arrays, _Static(tree, tuple(_ARRAY if _is_array(x) else x for x in leaves))
+
+
+def _joined(arrays, static: _Static):
+    remaining = iter(arrays)
+    leaves = [next(remaining) if x is _ARRAY else x for x in static.leaves]
+    return jax.tree.unflatten(static.tree, leaves)
+
+
+def _traced(fun: Callable, static: _Static, arrays):
+    """The program of a call of `fun`, and the structure of its result."""
+
+    def flat(*arrays):
+        args, kwargs = _joined(arrays, static)
+        return fun(*args, **kwargs)
+
+    flat = _compat.name_like(flat, fun)
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+    return closed, jax.tree.structure(shapes)
+
+
+def _checked(fun, function: str) -> None:
+    if not callable(fun):
+        raise TypeError(
+            f"quake_jax.{function}: fun must be a function of arrays, as in "
+            + ("accelerate(fun)(x)" if function == "accelerate" else "explain(fun, x)")
+            + f"; got {type(fun).__name__}"
+        )
+
+
+def _is_jitted(fun) -> bool:
+    return isinstance(fun, jax.stages.Wrapped)
+
+
+def accelerate(
+    fun: Callable,
+    *,
+    order: Order | None = None,
+    only: str | set[str] | None = None,
+) -> Callable:
+    """Return `fun` with attention, softmax and activations computed by this package's kernels.
+
+    The program that `fun` traces to is searched for the forms in which JAX libraries and people
+    write these functions; what matches exactly, and whose intermediate results nothing else
+    needs, is replaced by a call of the function of `quake_jax`. All else stays as it is. See
+    `explain` for what is found.
+
+    Args:
+      fun: function of arrays, in any pytrees, that jax.jit could trace. A jitted one keeps its
+        name, its shardings and its donated arguments.
+      order: accuracy of what is replaced, as in `quake_jax.softmax`; None is the default of each
+        function: 5 for attention and 3 for the others. "exact" replaces nothing.
+      only: what to replace: None is attention, softmax, log_softmax and the activations (gelu,
+        quick_gelu, silu, sigmoid, log_sigmoid, softplus, tanh, mish, elu, celu, selu, glu) of
+        arrays of at least 1024 elements, and attention of at least 256 weights. A set of these
+        names restricts it; "gelu" and "silu" include their forms with a bias or a gate. "all" adds
+        the bare exp, exp2 and expm1, which have names too.
+
+    Returns:
+      A function with the signature and name of `fun`. It composes with jit, grad, vmap, shard_map
+      and scan; its derivatives are those of the functions of `quake_jax`, but where `fun` has a
+      custom_jvp or custom_vjp of its own, whose rule stays. Arguments that are no arrays are
+      static: each value of a Python number gives a program of its own; what cannot be hashed is
+      traced anew in every call. Called outside jit it compiles, once for each set of shapes,
+      dtypes and static arguments, as jax.jit does.
+
+      Results agree to the order's error. Where the original overflows on its way to a finite
+      result (e^x / Σ e^x without a maximum, log(1 + e^x)) the replacement gives that result.
+
+      Differentiate it, `jax.grad(accelerate(f))`. In `accelerate(jax.grad(f))` the derivative
+      needs the intermediate results, so much less is replaced.
+
+    Raises:
+      TypeError: if fun is not callable; if only is no name or set of names.
+      ValueError: if only has an unknown name.
+      TypeError, ValueError: if order is not allowed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, quake_jax
+      >>> def layer(x, w):
+      ...     return jax.nn.softmax(jax.nn.gelu(x @ w))
+      >>> fast = jax.jit(quake_jax.accelerate(layer))
+      >>> y = fast(jnp.ones((64, 64)), jnp.ones((64, 64)))
+    """
+    _checked(fun, "accelerate")
+    options = _rewrite.checked_options(order, only)
+    programs = _Programs(fun, options)
+
+    @functools.wraps(fun)
+    def accelerated(*args, **kwargs):
+        return programs.call(*_split(args, kwargs))
+
+    _compat.name_like(accelerated, fun)
+    setattr(accelerated, _ATTRIBUTE, (accelerated, fun, options))
+    return accelerated
+
+
+class _Programs:
+    """The rewritten programs of one function."""
+
+    def __init__(self, fun: Callable, options: Options):
+        self._fun = fun
+        self._options = options
+        # Whether the function is jitted and gives arguments away, once that is known.
+        self._donates: bool | None = None if _is_jitted(fun) else False
+        self._rewriters: dict = {}
+
+        def call(static, *arrays):
+            closed, tree = _traced(self._fun, static, arrays)
+            new, _ = _rewrite.rewrite(closed, options)
+            return jax.tree.unflatten(tree, jaxpr_as_fun(new)(*arrays))
+
+        self._call = _compat.name_like(call, fun)
+        # jit's cache knows everything that a program depends on, the default order among it.
+        self._compiled = jax.jit(self._call, static_argnums=0, inline=_compat.INLINE)
+
+    def call(self, arrays, static: _Static):
+        if not static.is_hashable():
+            return self._call(static, *arrays)
+        if self._donates is None:
+            closed, _ = _traced(self._fun, static, arrays)
+            self._donates = any(any(e.params.get("donated_invars", ())) for e in closed.eqns)
+        if self._donates:
+            return self._call_jitted(arrays, static)
+        return self._compiled(static, *arrays)
+
+    def _call_jitted(self, arrays, static: _Static):
+        """Run a jitted function in no other jit, which would not give its arguments away."""
+        closed, tree = _traced(self._fun, static, arrays)
+        if not self._options.does_nothing:
+            # What is called is the same object in every call, and so is its rewritten form.
+            key = self._options.resolved
+            if key not in self._rewriters:
+                self._rewriters[key] = _rewrite.Rewriter(self._options)
+            closed = _rewrite.rewrite_called(closed, self._rewriters[key])
+        return jax.tree.unflatten(tree, jaxpr_as_fun(closed)(*arrays))
+
+
+def explain(fun: Callable, /, *args, **kwargs) -> Report:
+    """Return a report of what `accelerate` replaces in a call of `fun`, and what it leaves and why.
+
+    Args:
+      fun: function, or the result of `accelerate`, whose options then count.
+      *args, **kwargs: what to call it with. Arrays may be jax.ShapeDtypeStruct; nothing is run.
+
+    Returns:
+      A report. Printed it is a table; `replaced` and `left` are lists of records with name,
+      replacement, reason, where (file, line and function in your source) and count.
+
+    Raises:
+      TypeError: if fun is not callable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, quake_jax
+      >>> report = quake_jax.explain(jax.nn.softmax, jnp.ones((64, 64)))
+      >>> print(report)  # doctest: +SKIP
+    """
+    _checked(fun, "explain")
+    # functools.wraps copies the attribute to functions that are others.
+    accelerated, inner, options = getattr(fun, _ATTRIBUTE, (None, None, None))
+    if accelerated is fun:
+        fun = inner
+    else:
+        options = Options()
+    arrays, static = _split(args, kwargs)
+    closed, _ = _traced(fun, static, arrays)
+    return _rewrite.rewrite(closed, options)[1]

@@ -1,0 +1,720 @@
+"""accelerate finds attention: layouts, masks, scales, packed projections, models; and what only
+looks like attention stays.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_accelerate import primitives, reasons, replacements
+
+import quake_jax
+from quake_jax._rewrite import engine
+
+linen = pytest.importorskip("flax.linen")
+
+B, T, N, H = 2, 16, 4, 8
+LOWEST = float(jnp.finfo(jnp.float32).min)
+ROOT = 1 / math.sqrt(H)
+ATTENTION = ["dot_product_attention"]
+PACKED = ["packed_dot_product_attention"]
+
+
+@pytest.fixture(autouse=True)
+def failures(monkeypatch):
+    monkeypatch.setattr(engine, "RAISE_FAILURES", True)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def qkv(*shape):
+    return tuple(normal(*shape, seed=i) for i in range(3))
+
+
+BTNH = qkv(B, T, N, H)
+BNTH = qkv(B, N, T, H)
+GROUPED = (BTNH[0], BTNH[1][:, :, :2], BTNH[2][:, :, :2])
+CAUSAL = jnp.tril(jnp.ones((T, T), bool))
+# Masks that are arguments; the first query of the first has no key, no query of the second.
+MASK = (normal(B, 1, T, T, seed=5) > -0.5).at[0, 0, 0].set(False)
+PADDING = (jnp.arange(T) >= jnp.array([[0], [5]]))[:, None, None, :]
+BIAS = normal(1, N, T, T, seed=7)
+
+
+def attend(q, k, v, change=lambda s: s, scale=ROOT):
+    """Attention in the layout of Flax."""
+    s = change(jnp.einsum("bthd,bshd->bhts", q, k) * scale)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v)
+
+
+def changed(change):
+    """Attention whose scores are changed by a function of them and of a further argument."""
+    return lambda q, k, v, *x: attend(q, k, v, lambda s: change(s, *x))
+
+
+def attend_heads_first(q, k, v, mask=None):
+    s = q @ k.swapaxes(-1, -2) / math.sqrt(H)
+    s = s if mask is None else jnp.where(mask, s, -1e30)
+    return jax.nn.softmax(s, axis=-1) @ v
+
+
+def nanogpt(x, w):
+    q, k, v = (y.reshape(B, T, N, H).transpose(0, 2, 1, 3) for y in jnp.split(x @ w, 3, -1))
+    s = (q @ k.swapaxes(-1, -2)) * (1 / math.sqrt(H))
+    s = jnp.where(jnp.tril(jnp.ones((T, T))) == 0, float("-inf"), s)
+    return (jax.nn.softmax(s, -1) @ v).transpose(0, 2, 1, 3).reshape(B, T, N * H)
+
+
+def equinox(q, k, v):
+    """As equinox.nn.MultiheadAttention: one head of one sequence, mapped over the heads."""
+
+    def one_head(q, k, v):
+        s = jnp.einsum("sd,Sd->sS", q / jnp.sqrt(q.shape[-1]), k)
+        s = jnp.where(CAUSAL, s, jnp.finfo(s.dtype).min)
+        weights = jax.nn.softmax(s.astype(jnp.float32), axis=-1).astype(s.dtype)
+        return jnp.einsum("sS,Sd->sd", weights, v)
+
+    return jax.vmap(one_head, in_axes=1, out_axes=1)(q, k, v)
+
+
+def haiku(q, k, v, mask):
+    """As haiku.MultiHeadAttention."""
+    s = jnp.einsum("...thd,...Thd->...htT", q, k) / np.sqrt(H).astype(k.dtype)
+    s = jnp.where(mask, s, -1e30)
+    y = jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(s), v)
+    return jnp.reshape(y, (*y.shape[:-2], -1))
+
+
+def huggingface(q, k, v, mask):
+    """As the Flax models of transformers: a mask that is made a bias."""
+    bias = jax.lax.select(
+        mask > 0, jnp.zeros(mask.shape, q.dtype), jnp.full(mask.shape, jnp.finfo(q.dtype).min)
+    )
+    weights = linen.dot_product_attention_weights(q, k, bias=bias)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
+
+
+def multi_query(q, k, v):
+    s = jnp.einsum("bthd,bsd->bhts", q, k) * 0.3
+    return jnp.einsum("bhts,bsd->bthd", jax.nn.softmax(s), v)
+
+
+def grouped(q, k, v):
+    s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, 2, 2, H), k)
+    return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(s), v).reshape(B, T, N, H)
+
+
+def repeated(repeat):
+    return lambda q, k, v: attend(q, *(repeat(x, N // x.shape[2]) for x in (k, v)))
+
+
+def broadcast_heads(x, n):
+    wide = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], n, x.shape[3]))
+    return wide.reshape(*x.shape[:2], -1, x.shape[3])
+
+
+def head_mask(q, k, v, factor):
+    """As BERT in transformers."""
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    weights = jnp.einsum("...hqk,h->...hqk", weights, factor)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def head_mask_by_product(q, k, v, factor):
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)) * factor
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def key_factor(q, k, v):
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)) * jnp.arange(T)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def unpack_einops(x):
+    q, k, v = x.reshape(B, T, 3, N, H).transpose(2, 0, 3, 1, 4)
+    return attend_heads_first(q, k, v)
+
+
+def jax_attention(*operands, **keywords):
+    return (functools.partial(jax.nn.dot_product_attention, **keywords), operands)
+
+
+# name: (function, arguments, what replaces it, parameters of the kernel that tell masks)
+CASES = {
+    "jax.nn": (*jax_attention(*BTNH), ATTENTION, {"present=0", "is_causal=0"}),
+    "jax.nn causal": (
+        *jax_attention(*BTNH, is_causal=True),
+        ATTENTION,
+        {"present=0", "is_causal=1"},
+    ),
+    "jax.nn bias, mask, causal, groups": (
+        *jax_attention(*GROUPED, BIAS, MASK, is_causal=True),
+        ATTENTION,
+        {"present=3", "is_causal=1"},
+    ),
+    "jax.nn lengths": (
+        *jax_attention(*BTNH, key_value_seq_lengths=jnp.array([3, 9])),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "jax.nn window": (
+        *jax_attention(*BTNH, local_window_size=(3, 2)),
+        ATTENTION,
+        {"window_left=3", "window_right=2"},
+    ),
+    "jax.nn without batch": (*jax_attention(*(x[0] for x in BTNH)), ATTENTION, set()),
+    "flax": (linen.dot_product_attention, (*BTNH, BIAS, MASK), ATTENTION, {"present=3"}),
+    "einsum": (attend, BTNH, ATTENTION, {"present=0"}),
+    "heads first": (attend_heads_first, BNTH, ATTENTION, {"present=0"}),
+    "heads first, mask": (
+        attend_heads_first,
+        (*BNTH, MASK),
+        ATTENTION,
+        {"present=2", "bool[2,1,16,16]"},
+    ),
+    "no batch, no heads": (attend_heads_first, qkv(64, H), ATTENTION, set()),
+    "nanogpt": (
+        nanogpt,
+        (normal(B, T, 32) / 4, normal(32, 96)),
+        PACKED,
+        {"is_causal=1", "present=0"},
+    ),
+    "equinox": (equinox, tuple(x[0] for x in BTNH), ATTENTION, {"is_causal=1", "f32[1,16,4,8]"}),
+    "equinox batch": (jax.vmap(equinox), BTNH, ATTENTION, {"is_causal=1", "f32[2,16,4,8]"}),
+    "haiku": (haiku, (*BTNH, MASK), ATTENTION, {"present=2"}),
+    "huggingface": (huggingface, (*BTNH, PADDING.astype(jnp.int32)), ATTENTION, {"present=2"}),
+    "multi-query": (
+        multi_query,
+        (BTNH[0], *(x[:, :, 0] for x in BTNH[1:])),
+        ATTENTION,
+        {"f32[2,16,1,8]"},
+    ),
+    "groups by reshape": (grouped, GROUPED, ATTENTION, {"f32[2,16,2,8]"}),
+    "groups by repeat": (
+        repeated(lambda x, n: jnp.repeat(x, n, axis=2)),
+        GROUPED,
+        ATTENTION,
+        {"f32[2,16,2,8]"},
+    ),
+    "groups by broadcast": (repeated(broadcast_heads), GROUPED, ATTENTION, {"f32[2,16,2,8]"}),
+    "one key head by repeat": (
+        repeated(lambda x, n: jnp.repeat(x, n, axis=2)),
+        (BTNH[0], *(x[:, :, :1] for x in BTNH[1:])),
+        ATTENTION,
+        {"f32[2,16,1,8]"},
+    ),
+    "vmap": (jax.vmap(attend), tuple(jnp.stack([x, -x]) for x in BTNH), ATTENTION, set()),
+    "vmap over queries": (
+        jax.vmap(attend, in_axes=(0, None, None)),
+        (jnp.stack([BTNH[0]] * 3), *BTNH[1:]),
+        ATTENTION,
+        {"f32[2,16,12,8]", "f32[2,16,4,8]"},
+    ),
+    "vmap over keys": (
+        jax.vmap(attend, in_axes=(None, 0, 0)),
+        (BTNH[0], *(jnp.stack([x, -x]) for x in BTNH[1:])),
+        ATTENTION,
+        set(),
+    ),
+    "one query": (attend, (normal(B, 1, N, H), *qkv(B, 64, N, H)[1:]), ATTENTION, set()),
+    "values of another size": (attend, (*BTNH[:2], normal(B, T, N, 5)), ATTENTION, set()),
+    # Scales.
+    "scaled query": (
+        lambda q, k, v: attend(q * 0.3, k, v, scale=1.0),
+        BTNH,
+        ATTENTION,
+        {"scale=0.30"},
+    ),
+    "scaled key": (lambda q, k, v: attend(q, k / 4, v, scale=2.0), BTNH, ATTENTION, {"scale=0.5"}),
+    "computed scale": (
+        lambda q, k, v: attend(q, k, v, lambda s: s / jnp.sqrt(jnp.float32(H)), 1.0),
+        BTNH,
+        ATTENTION,
+        {"scale=0.35355"},
+    ),
+    "learned temperature": (
+        changed(lambda s, t: s * t),
+        (*BTNH, jnp.float32(0.3)),
+        ATTENTION,
+        set(),
+    ),
+    "soft cap": (changed(lambda s: 5 * jnp.tanh(s / 5)), BTNH, ATTENTION, {"soft_cap=5.0"}),
+    "soft cap, bias and mask": (
+        changed(lambda s, b, m: jnp.where(m, jnp.tanh(s / 5) * 5 + b, -1e30)),
+        (*BTNH, BIAS, MASK),
+        ATTENTION,
+        {"soft_cap=5.0", "present=3"},
+    ),
+    # Masks and biases.
+    "two biases": (
+        changed(lambda s, b: s + b - 2 * b[:, :1]),
+        (*BTNH, BIAS),
+        ATTENTION,
+        {"present=1"},
+    ),
+    "bias before scale": (
+        changed(lambda s, b: (s + b) * 0.5),
+        (*BTNH, BIAS),
+        ATTENTION,
+        {"present=1"},
+    ),
+    "relative positions": (
+        lambda q, k, v, r: attend(q, k, v, lambda s: s + jnp.einsum("bthd,tsd->bhts", q, r)),
+        (*BTNH, normal(T, T, H, seed=9)),
+        ATTENTION,
+        {"present=1"},
+    ),
+    "mask of -1e9": (
+        changed(lambda s, m: jnp.where(m, s, -1e9)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "mask of -inf": (
+        changed(lambda s, m: jnp.where(m, s, -jnp.inf)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "negated mask": (
+        changed(lambda s, m: jnp.where(~m, LOWEST, s)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "causal constant of -inf": (
+        changed(lambda s: jnp.where(CAUSAL, s, -jnp.inf)),
+        BTNH,
+        ATTENTION,
+        {"is_causal=1", "present=0"},
+    ),
+    "causal by iota": (
+        changed(lambda s: jnp.where(jnp.arange(T)[:, None] >= jnp.arange(T)[None, :], s, LOWEST)),
+        BTNH,
+        ATTENTION,
+        {"is_causal=1", "present=0"},
+    ),
+    "causal and padding": (
+        changed(lambda s, m: jnp.where(CAUSAL & m, s, LOWEST)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"is_causal=1", "present=2", "bool[2,1,1,16]"},
+    ),
+    "causal and padding of -inf": (
+        changed(lambda s, m: jnp.where(CAUSAL, jnp.where(m, s, -jnp.inf), -jnp.inf)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"is_causal=1", "present=2"},
+    ),
+    "window by comparison": (
+        changed(
+            lambda s: jnp.where(abs(jnp.arange(T)[:, None] - jnp.arange(T)[None, :]) < 4, s, LOWEST)
+        ),
+        BTNH,
+        ATTENTION,
+        {"window_left=3", "window_right=3", "present=0"},
+    ),
+    "causal with a past": (
+        changed(lambda s: jnp.where(jnp.tril(jnp.ones((T, 2 * T), bool), k=T), s, LOWEST)),
+        (BTNH[0], *qkv(B, 2 * T, N, H)[1:]),
+        ATTENTION,
+        {"window_right=16", "present=0"},
+    ),
+    "a constant mask without keys for one query": (
+        changed(lambda s: jnp.where(CAUSAL & (jnp.arange(T) > 0), s, -jnp.inf)),
+        BTNH,
+        ATTENTION,
+        {"present=2"},
+    ),
+    "anti-causal": (
+        changed(lambda s: jnp.where(CAUSAL.T & ~jnp.eye(T, dtype=bool), s, LOWEST)),
+        BTNH,
+        ATTENTION,
+        {"is_causal=0", "present=2"},
+    ),
+    "mask of a cache": (
+        lambda q, k, v, m, i: attend(
+            q, k, v, lambda s: jnp.where(jax.lax.dynamic_slice(m, (i, 0), (T, T)), s, LOWEST)
+        ),
+        (*BTNH, jnp.tril(jnp.ones((64, T), bool)), 3),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "added mask": (
+        changed(lambda s, m: s + jnp.where(m, 0.0, LOWEST)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "added mask by product": (
+        changed(lambda s, m: s + (1 - m.astype(s.dtype)) * -1e9),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=1", "f32[2,1,16,16]"},
+    ),
+    # Queries without any key tell the order in which masks are applied.
+    "selection, then sum": (
+        changed(lambda s, m: jnp.where(CAUSAL, s, LOWEST) + jnp.where(m, 0.0, LOWEST)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=1", "is_causal=0"},
+    ),
+    "sum, then selection": (
+        changed(lambda s, m: jnp.where(CAUSAL, s + jnp.where(m, 0.0, LOWEST), LOWEST)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=1"},
+    ),
+    "selections of two numbers": (
+        changed(lambda s, m: jnp.where(CAUSAL, jnp.where(m, s, -1e30), LOWEST)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=1"},
+    ),
+    # Factors of the weights that do not depend on the key.
+    "head mask": (head_mask, (*BTNH, jnp.array([1, 0, 1, 2])), ATTENTION, {"present=0"}),
+    "head mask by product": (
+        head_mask_by_product,
+        (*BTNH, normal(B, N, 1, 1, seed=3)),
+        ATTENTION,
+        {"present=0"},
+    ),
+    # Packed query, key and value.
+    "packed": (
+        lambda x: attend(x[:, :, 0], x[:, :, 1], x[:, :, 2]),
+        (normal(B, T, 3, N, H),),
+        PACKED,
+        {"f32[2,16,3,4,8]"},
+    ),
+    "packed heads first": (unpack_einops, (normal(B, T, 3 * N * H),), PACKED, {"f32[2,16,3,4,8]"}),
+    "packed by head": (
+        lambda x: attend(*jnp.split(x.reshape(B, T, N, 3 * H), 3, axis=3)),
+        (normal(B, T, 3 * N * H),),
+        PACKED,
+        {"f32[2,16,4,3,8]"},
+    ),
+    "packed with another order": (
+        lambda x: attend(x[:, :, 1], x[:, :, 0], x[:, :, 2]),
+        (normal(B, T, 3, N, H),),
+        ATTENTION,
+        set(),
+    ),
+}
+# jax.nn masks these rows of -inf only with numbers that are finite.
+NAN = {
+    "mask of -inf",
+    "causal and padding of -inf",
+    "a constant mask without keys for one query",
+}
+
+
+def program(fun, *args) -> str:
+    return str(jax.make_jaxpr(quake_jax.accelerate(fun))(*args))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_replaced(name):
+    fun, args, replaced, parameters = CASES[name]
+    assert replacements(fun, *args) == replaced
+    fast = quake_jax.accelerate(fun)
+    closed = jax.make_jaxpr(fast)(*args)
+    assert not {p for p in parameters if p not in str(closed)}
+    left = primitives(closed)
+    assert left.count("quake_dot_product_attention") == 1
+    assert "exp" not in left and "reduce_max" not in left
+    actual, expected = fast(*args), jax.jit(fun)(*args)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert bool(jnp.isnan(expected).any()) == (name in NAN)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def in_16_bits(x, dtype):
+    return x.astype(dtype) if getattr(x, "dtype", None) == jnp.float32 else x
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax.nn causal",
+        "flax",
+        "equinox",
+        "haiku",
+        "packed",
+        "groups by repeat",
+        "heads first, mask",
+        "huggingface",
+    ],
+)
+def test_dtypes(name, dtype):
+    fun, args, replaced, _ = CASES[name]
+    if dtype == "float16" and name in ("jax.nn causal", "haiku", "heads first, mask"):
+        pytest.skip("it does not run, or masks by what is -inf, in float16")
+    short = [in_16_bits(x, dtype) for x in args]
+    assert replacements(fun, *short) == replaced
+    actual = quake_jax.accelerate(fun)(*short)
+    assert actual.dtype == dtype
+    expected = jax.jit(fun)(
+        *(
+            jnp.asarray(x, jnp.float32) if in_16_bits(y, dtype) is not y else y
+            for x, y in zip(short, args, strict=True)
+        )
+    )
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float32),
+        expected,
+        rtol=8 * jnp.finfo(dtype).eps,
+        atol=4 * float(jnp.finfo(dtype).eps),
+    )
+
+
+def test_float32_softmax_of_16_bit_operands():
+    q, k, v = (x.astype(jnp.bfloat16) for x in BTNH)
+
+    def fun(q, k, v):
+        s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(s * 0.3)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)  # float32
+
+    assert replacements(fun, q, k, v) == ATTENTION
+    actual, expected = quake_jax.accelerate(fun)(q, k, v), fun(q, k, v)
+    assert actual.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax.nn bias, mask, causal, groups",
+        "nanogpt",
+        "equinox",
+        "soft cap, bias and mask",
+        "vmap over queries",
+        "added mask by product",
+        "learned temperature",
+    ],
+)
+def test_derivatives(name):
+    fun, args, _, _ = CASES[name]
+    args = [x for x in args]
+    moving = [i for i, x in enumerate(args) if x.dtype == jnp.float32]
+    fast = quake_jax.accelerate(fun)
+
+    def loss(f):
+        return lambda *x: jnp.sum(jnp.sin(f(*x)))
+
+    grads = [jax.jit(jax.grad(loss(f), moving))(*args) for f in (fast, fun)]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+# What must not become attention; the softmax in it may still be replaced.
+
+
+def scores_too(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v), s
+
+
+def weights_too(q, k, v):
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    return jnp.einsum("bhts,bshd->bthd", weights, v), weights
+
+
+def over_queries(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s, axis=-2), v)
+
+
+def over_heads(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s, axis=1), v)
+
+
+def transposed_weights(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    return jnp.einsum("bhts,bthd->bshd", jax.nn.softmax(s), v)
+
+
+def top_k(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    least = jax.lax.top_k(s, 4)[0][..., -1:]
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(s >= least, s, -jnp.inf)), v)
+
+
+def dropout(q, k, v):
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    keep = jnp.arange(weights.size).reshape(weights.shape) % 7 > 0
+    return jnp.einsum("bhts,bshd->bthd", jnp.where(keep, weights / 0.9, 0), v)
+
+
+def linear(q, k, v):
+    return jnp.einsum("bthd,bhde->bthe", jax.nn.softmax(q), jnp.einsum("bshd,bshe->bhde", k, v))
+
+
+def sharpened(q, k, v):
+    return attend(q, k, v, lambda s: s * jnp.abs(s))
+
+
+def clipped(q, k, v):
+    return attend(q, k, v, lambda s: jnp.clip(s, -2, 2))
+
+
+def talking_heads(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    s = jnp.einsum("bhts,hg->bgts", s, jnp.eye(N) + 0.1)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v)
+
+
+STAYING = {
+    "scores returned": (scores_too, BTNH, "its dot_general is a result"),
+    "weights returned": (weights_too, BTNH, "its div is a result"),
+    "softmax over queries": (over_queries, BTNH, None),
+    "softmax over heads": (over_heads, BTNH, None),
+    "weights transposed": (transposed_weights, BTNH, "another axis"),
+    "top k": (top_k, BTNH, "used elsewhere"),
+    "a factor of the keys": (key_factor, BTNH, None),
+    "dropout": (dropout, BTNH, None),
+    "linear attention": (linear, qkv(B, 64, N, H), None),
+    "a product of scores": (sharpened, BTNH, None),
+    "clipped scores": (clipped, BTNH, None),
+    "talking heads": (talking_heads, BTNH, None),
+    "masked by -1e4": (changed(lambda s, m: jnp.where(m, s, -1e4)), (*BTNH, MASK), "-10000"),
+    "masked by 0": (changed(lambda s, m: jnp.where(m, s, 0.0)), (*BTNH, MASK), "masked by 0"),
+    "two masks, not huge": (
+        changed(lambda s, m: jnp.where(CAUSAL, jnp.where(m, s, -2e9), -1e9)),
+        (*BTNH, MASK),
+        "different numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_only_looks_like_attention(name):
+    fun, args, reason = STAYING[name]
+    assert replacements(fun, *args) == ["softmax"]
+    if reason is not None:
+        assert reason in reasons(fun, *args)["attention"]
+    actual, expected = quake_jax.accelerate(fun)(*args), jax.jit(fun)(*args)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_only_and_order():
+    def names(**options):
+        return replacements(quake_jax.accelerate(attend, **options), *BTNH)
+
+    assert names(only={"softmax"}) == ["softmax"]
+    assert names(only={"attention"}) == ATTENTION
+    assert names(only={"gelu"}) == []
+    text = program(attend, *BTNH)
+    assert "order=5" in text and "order=3" not in text
+    assert reasons(attend, *(x[:, :4] for x in BTNH))["attention"].startswith("too small")
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in BTNH]
+        assert replacements(attend, *wide) == []
+        assert reasons(attend, *wide)["attention"] == "dtype float64"
+
+
+# Models.
+
+
+class Gpt(linen.Module):
+    """A pre-norm Transformer with everything written out, its layers under nn.scan."""
+
+    layers: int = 3
+
+    @linen.compact
+    def __call__(self, x):
+        def layer(module, x, _):
+            y = linen.LayerNorm(parent=module, name="a")(x)
+            w = [
+                module.param(name, linen.initializers.lecun_normal(), (32, n))
+                for name, n in (("qkv", 96), ("out", 32), ("up", 128))
+            ]
+            x = x + nanogpt(y, w[0]) @ w[1]
+            y = linen.LayerNorm(parent=module, name="b")(x)
+            bias = module.param("bias", linen.initializers.normal(), (128,))
+            return x + jax.nn.gelu(y @ w[2] + bias) @ w[2].T, None
+
+        class Layer(linen.Module):
+            @linen.compact
+            def __call__(self, x, _):
+                return layer(self, x, _)
+
+        scan = linen.scan(
+            linen.remat(Layer),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        return scan()(x, None)[0]
+
+
+def test_a_model_with_scanned_layers():
+    model, x = Gpt(), normal(B, T, 32)
+    parameters = model.init(jax.random.key(0), x)
+    assert replacements(model.apply, parameters, x) == ["bias_gelu", *PACKED]
+    fast = quake_jax.accelerate(model.apply)
+    np.testing.assert_allclose(
+        jax.jit(fast)(parameters, x), jax.jit(model.apply)(parameters, x), rtol=1e-3, atol=1e-3
+    )
+    left = primitives(jax.make_jaxpr(fast)(parameters, x))
+    assert not set(left) & {"exp", "tanh"}
+
+    def loss(f):
+        return lambda p: jnp.mean(f(p, x) ** 2)
+
+    grads = [jax.jit(jax.grad(loss(f)))(parameters) for f in (fast, model.apply)]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_flax_attention_with_a_cache():
+    class Decoder(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.MultiHeadDotProductAttention(N, decode=True)(x)
+
+    model, x = Decoder(), normal(B, 64, 32)
+    variables = model.init(jax.random.key(0), x)
+
+    def step(variables, x):
+        return model.apply(variables, x, mutable="cache")
+
+    fast = quake_jax.accelerate(step)
+    token = x[:, :1]
+    assert replacements(step, variables, token) == ATTENTION
+    for _ in range(3):
+        (a, state), (b, _) = fast(variables, token), step(variables, token)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        variables, token = {**variables, **state}, a
+
+
+def test_flax_modules():
+    class Encoder(linen.Module):
+        @linen.compact
+        def __call__(self, x, mask):
+            for _ in range(2):
+                y = linen.LayerNorm()(x)
+                x = x + linen.MultiHeadAttention(N)(y, mask=mask)
+                y = linen.gelu(linen.Dense(128)(linen.LayerNorm()(x)), approximate=False)
+                x = x + linen.Dense(32)(y)
+            return x
+
+    model, x = Encoder(), normal(B, T, 32)
+    mask = jnp.broadcast_to(PADDING, (B, 1, T, T))
+    parameters = model.init(jax.random.key(0), x, mask)
+    names = replacements(model.apply, parameters, x, mask)
+    assert names == 2 * ["bias_gelu(approximate=False)"] + 2 * ATTENTION
+    np.testing.assert_allclose(
+        quake_jax.accelerate(model.apply)(parameters, x, mask),
+        model.apply(parameters, x, mask),
+        rtol=1e-3,
+        atol=1e-3,
+    )
