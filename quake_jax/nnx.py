@@ -1,12 +1,13 @@
-"""Fused attention for Flax NNX's attention modules: `attention_fn`, which they take by that name.
+"""Flax NNX on quake_jax's kernels: `substitute` for models as they are, and `attention_fn`, which
+attention modules take by that name.
 
-Flax is imported when the function is called, so this module can be imported without it.
+Flax is imported when a function is called, so this module can be imported without it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from jax.typing import ArrayLike
 
 from quake_jax._config import EXACT, Order, resolved_order
 from quake_jax._drop_in import KERNEL_DTYPES
-from quake_jax.linen import _attention
+from quake_jax._rewrite import checked_options
+from quake_jax.linen import _substitutes
+from quake_jax.linen._attention_fn import _attention
 
 
 def _without_batch_axis(x):
@@ -77,6 +80,7 @@ def attention_fn(
       An array of shape [batch..., queries, heads, value depth].
 
     Raises:
+      ImportError: if Flax is not installed.
       TypeError, ValueError: if order is not allowed.
       ValueError: if shapes do not fit; if dropout lacks its key.
 
@@ -89,6 +93,7 @@ def attention_fn(
       ...     2, 16, attention_fn=fast, decode=False, rngs=nnx.Rngs(0))
       >>> y = layer(jnp.ones((1, 8, 16)))
     """
+    _substitutes.require_flax("quake_jax.nnx")
     from flax import nnx
     from flax.nnx.nn import dtypes
 
@@ -110,8 +115,7 @@ def attention_fn(
             precision=precision,
             module=module,
             promote_dtype=promote_dtype,
-            # Flax 0.12.0 has no such argument.
-            **({"is_causal": True} if is_causal else {}),
+            is_causal=is_causal,
         )
     if promoted[0].ndim == 3:
         bias, mask = _without_batch_axis(bias), _without_batch_axis(mask)
@@ -133,3 +137,55 @@ def attention_fn(
         grouped=True,
         is_causal=is_causal,
     )
+
+
+def substitute(
+    model: Any, order: Order | None = None, only: Collection[str] | str | None = None
+) -> None:
+    """Exchange the functions that an NNX model holds for those of quake_jax, in place.
+
+    That is `flax.nnx.dot_product_attention` in attention modules, and activations and softmax in
+    any attribute of any module of the model: by themselves, in a functools.partial, a list, a tuple
+    or a dict. The model then works as before under `nnx.jit`, `nnx.grad` and the like. Functions
+    that a module calls by name stay; `quake_jax.accelerate` reaches those.
+
+    A second call with another order changes the order, and with "exact" puts the first functions
+    back.
+
+    Args:
+      model: a `flax.nnx.Module`.
+      order: accuracy of what is put in, from 1 to 5; None is each function's default at the time of
+        the call.
+      only: what to replace, as in `quake_jax.accelerate`; None is all.
+
+    Raises:
+      ImportError: if Flax is not installed.
+      TypeError: if model is no NNX module.
+      TypeError, ValueError: if order or only is not allowed.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, quake_jax.nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(16, 64, rngs=rngs), nnx.gelu)
+      >>> quake_jax.nnx.substitute(model)
+      >>> y = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 16)))
+    """
+    _substitutes.require_flax("quake_jax.nnx")
+    from flax import nnx
+
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"quake_jax.nnx.substitute: model must be a flax.nnx.Module, as in "
+            f"substitute(model, order=3); got {type(model).__name__}"
+        )
+    options = checked_options(order, only, "nnx.substitute")
+    functions = _substitutes.table({nnx.dot_product_attention: attention_fn}, options.only)
+    modules = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (nnx.Pytree, nnx.Variable)):
+                continue  # a module of its own, perhaps with the interface of a list or a dict
+            new = _substitutes.substitute_of(value, functions, options.order)
+            if new is not value:
+                setattr(module, name, new)

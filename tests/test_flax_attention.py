@@ -15,6 +15,7 @@ import quake_jax
 import quake_jax.linen
 import quake_jax.nnx
 from quake_jax import _config
+from quake_jax.linen import _attention_fn
 
 nn = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
@@ -81,8 +82,8 @@ def fused_calls(monkeypatch) -> list:
         calls.append(keywords)
         return fused(*args, **keywords)
 
-    fused = quake_jax.linen.dot_product_attention
-    monkeypatch.setattr(quake_jax.linen, "dot_product_attention", recorded)
+    fused = _attention_fn.dot_product_attention
+    monkeypatch.setattr(_attention_fn, "dot_product_attention", recorded)
     return calls
 
 

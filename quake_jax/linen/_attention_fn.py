@@ -1,6 +1,6 @@
 """Fused attention for Flax Linen's attention modules: `attention_fn`, which they take by that name.
 
-Flax is imported when the function is called, so this module can be imported without it.
+The part up to `attention_fn` knows nothing of Linen; quake_jax.nnx uses it too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from jax.typing import ArrayLike
 from quake_jax._config import EXACT, Order, resolved_order
 from quake_jax._drop_in import KERNEL_DTYPES
 from quake_jax.attention import dot_product_attention
+from quake_jax.linen._substitutes import require_flax
 from quake_jax.softmax import softmax
-
-# What follows up to `attention_fn` serves quake_jax.nnx too.
 
 
 def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: bool) -> tuple:
@@ -216,6 +215,7 @@ def attention_fn(
     qk_attn_weights_einsum: Callable | None = None,
     attn_weights_value_einsum: Callable | None = None,
     *,
+    is_causal: bool = False,
     order: Order | None = None,
 ) -> jax.Array:
     """Attention for Linen: `flax.linen.dot_product_attention` with QuAKE (arXiv 2412.00408).
@@ -246,6 +246,8 @@ def attention_fn(
       einsum_dot_general: the dot_general of the products, or None.
       qk_attn_weights_einsum, attn_weights_value_einsum: the einsums that take the place of the two
         products, or None for both.
+      is_causal: whether query i attends to the keys up to i only. Flax's function has no such
+        argument; a causal mask costs more.
       order: accuracy. 1 to 5 is the degree of the polynomial in the exponential (see `exp`);
         "exact" is Flax's function. None is the default in force (see `default_order`), in all cases
         that of `dot_product_attention`.
@@ -254,6 +256,7 @@ def attention_fn(
       An array of shape [batch..., queries, heads, value depth].
 
     Raises:
+      ImportError: if Flax is not installed.
       TypeError, ValueError: if order is not allowed.
       ValueError: if shapes do not fit; if one einsum is given without the other, or with precision
         or einsum_dot_general; if dropout lacks its key.
@@ -266,12 +269,16 @@ def attention_fn(
       >>> x = jnp.ones((1, 8, 16))
       >>> y = layer.apply(layer.init(jax.random.key(0), x), x)
     """
+    require_flax("quake_jax.linen")
     import flax.linen
     from flax.linen.dtypes import promote_dtype
 
     order = resolved_order(order, "dot_product_attention")
     promoted = promote_dtype(query, key, value, dtype=dtype)
     if order == EXACT or promoted[0].dtype not in KERNEL_DTYPES:
+        if is_causal:
+            causal = jnp.tril(jnp.ones((promoted[0].shape[-3], promoted[1].shape[-3]), bool))
+            mask = causal if mask is None else jnp.logical_and(mask, causal)
         return flax.linen.dot_product_attention(
             query,
             key,
@@ -317,6 +324,7 @@ def attention_fn(
         deterministic=deterministic,
         sow=sow,
         precision=precision,
+        is_causal=is_causal,
         force_float32=force_fp32_for_softmax,
         dot_general=einsum_dot_general,
         einsums=einsums if given else None,
