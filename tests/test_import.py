@@ -10,6 +10,7 @@ import quake_jax
 from quake_jax import _extension
 
 PUBLIC = {
+    "accelerate",
     "bias_gelu",
     "bias_silu",
     "celu",
@@ -18,6 +19,7 @@ PUBLIC = {
     "exp",
     "exp2",
     "expm1",
+    "explain",
     "geglu",
     "gelu",
     "glu",

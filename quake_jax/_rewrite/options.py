@@ -63,8 +63,8 @@ def checked_options(order, only, function: str = "accelerate") -> Options:
         return Options(order)
     allowed = sorted(DEFAULT_NAMES | BARE_NAMES)
     wanted = (
-        f'None, "{ALL}", or a set of names, as in {function}(f, only={{"softmax", "gelu"}}); the '
-        f"names are {', '.join(allowed)}"
+        f'None, "{ALL}", or a set of names, as in only={{"softmax", "gelu"}}; the names are '
+        f"{', '.join(allowed)}"
     )
     if isinstance(only, str):
         if only == ALL:

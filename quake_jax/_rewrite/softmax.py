@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from quake_jax import softmax as public
+from quake_jax.softmax import log_softmax, softmax
 from quake_jax._drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import views
 from quake_jax._rewrite.graph import Node, Value
@@ -44,7 +44,7 @@ def _match(name: str, root: Node, axes, nodes, logits: Value, where: Value | Non
             raise Reject(f"dtype {dtype}", name, nodes)
     check_exponential(name, nodes, root)
     # Where the sum alone is wider than the exponentials, the kernel's sum is as wide.
-    function = public.softmax if name == "softmax" else public.log_softmax
+    function = softmax if name == "softmax" else log_softmax
     inputs = (logits,) if where is None else (logits, where)
     return Match(
         name,
