@@ -69,16 +69,26 @@ def version() -> str:
 
 
 def isa() -> str:
-    """Return the instruction set in use: "baseline", "avx2", "avx512" or "neon".
+    """Return the instruction set in use: "baseline", "avx2", "avx512", "avx512bf16" or "neon".
 
     The best that the CPU has is chosen when quake_jax is imported; the environment variable
     QUAKE_JAX_ISA forces another.
+
+    Example:
+      >>> import quake_jax
+      >>> name = quake_jax.isa()
     """
     return _cpu.isa()
 
 
 def supported_isas() -> list[str]:
-    """Return the instruction sets that this CPU and this build support, the best last."""
+    """Return the instruction sets that this CPU and this build support, the best last.
+
+    Example:
+      >>> import quake_jax
+      >>> quake_jax.isa() in quake_jax.supported_isas()
+      True
+    """
     return list(_cpu.supported_isas())
 
 

@@ -20,6 +20,8 @@ from quake_jax._rewrite import checked_options
 from quake_jax.linen import _substitutes
 from quake_jax.linen._attention_fn import _attention
 
+__all__ = ["attention_fn", "substitute"]
+
 
 def _without_batch_axis(x):
     """Drop a batch axis of one: jax.nn.dot_product_attention allows it beside unbatched arrays."""

@@ -199,6 +199,21 @@ class FunctionalGPT(nn.Module):
         return jax.nn.log_softmax(nn.Dense(WIDTH)(jax.nn.silu(gate) * value))
 
 
+class FunctionalViT(nn.Module):
+    """Patches, a class token and a block whose attention is jax.nn's, heads first."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(WIDTH, (4, 4), (4, 4))(images).reshape(images.shape[0], -1, WIDTH)
+        token = self.param("token", nn.initializers.zeros, (1, 1, WIDTH))
+        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, WIDTH)), x], 1)
+        qkv = nn.Dense(3 * WIDTH)(nn.LayerNorm()(x))
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, HEADS, -1), 2, 0)
+        x = x + nn.Dense(WIDTH)(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        y = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)), approximate=False)
+        return nn.softmax(nn.Dense(1024)((x + nn.Dense(WIDTH)(y))[:, 0]))
+
+
 def check(model, x, expected: dict[str, int], **keywords):
     """Apply a model with and without; `expected` are the kernels in its program."""
     variables = variables_of(model.init, key(0), x)
@@ -216,6 +231,8 @@ def test_functions_called_by_modules():
     assert not check(FunctionalGPT(), inputs(), kernels)
     left = check(FunctionalGPT(), inputs(), {"dot_product_attention": 1}, only={"attention"})
     assert left == {"tanh", "logistic", "exp"}
+    kernels = {"dot_product_attention": 1, "bias_gelu_erf": 1, "softmax": 1}
+    assert not check(FunctionalViT(), inputs(BATCH, 16, 16, 3), kernels)
 
 
 class Holder(nn.Module):
