@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from quake_jax.softmax import log_softmax, softmax
 from quake_jax._drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.match import Match, Reject, check_unused
+from quake_jax.softmax import log_softmax, softmax
 
 
 @dataclasses.dataclass
