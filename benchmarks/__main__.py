@@ -11,10 +11,10 @@ import importlib.util
 import sys
 from typing import NoReturn
 
-from benchmarks import attention, build, ops
+from benchmarks import attention, build, models, ops
 from benchmarks.errors import BenchmarkError
 
-SUBCOMMANDS = {"ops": ops, "attention": attention, "build": build}
+SUBCOMMANDS = {"ops": ops, "attention": attention, "models": models, "build": build}
 
 
 class _OneLineParser(argparse.ArgumentParser):

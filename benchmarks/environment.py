@@ -74,7 +74,7 @@ def describe(threads: int) -> dict:
         A dictionary that json can write; what cannot be found out is None.
     """
     versions = {}
-    for name in ("jax", "jaxlib", "numpy", "torch", "onnxruntime"):
+    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

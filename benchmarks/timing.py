@@ -223,6 +223,7 @@ def measure(
     max_faults: float = MAX_FAULTS,
     advance: Callable[[], None] = lambda: None,
     seed: int = 0,
+    attempts: int = MAX_ATTEMPTS,
 ) -> dict[str, Series]:
     """Time the contestants in interleaved rounds, in a new random order each round.
 
@@ -234,6 +235,7 @@ def measure(
         max_faults: The most page faults that are let pass in a reading.
         advance: Called after each reading, for a progress bar.
         seed: Seed of the order.
+        attempts: How often a disturbed reading is repeated at most, the first time included.
 
     Returns:
         The series of each contestant by its name.
@@ -244,18 +246,23 @@ def measure(
     for _ in range(rounds):
         for contestant in order.sample(contestants, len(contestants)):
             name = contestant.name
-            read_well(contestant, calls[name], series[name], threads, max_faults)
+            read_well(contestant, calls[name], series[name], threads, max_faults, attempts)
             time.sleep(contestant.settle)
             advance()
     return series
 
 
 def read_well(
-    contestant: Contestant, calls: int, series: Series, threads: int, max_faults: float
+    contestant: Contestant,
+    calls: int,
+    series: Series,
+    threads: int,
+    max_faults: float,
+    attempts: int = MAX_ATTEMPTS,
 ) -> None:
-    """Add one good reading to the series, or after `MAX_ATTEMPTS` the least disturbed one."""
-    attempts = []
-    for attempt in range(MAX_ATTEMPTS):
+    """Add one good reading to the series, or after so many attempts the least disturbed one."""
+    disturbed = []
+    for attempt in range(attempts):
         time.sleep(attempt * NAP_SECONDS)
         if calls > 1:
             contestant.run(1)  # what the one before left in the caches is not ours to pay for
@@ -265,8 +272,8 @@ def read_well(
             series.add(reading, reading.wall)
             return
         series.rejected[reason] += 1
-        attempts.append(reading)
+        disturbed.append(reading)
     series.doubtful += 1
     # With one thread its CPU time leaves out at least the time that it waited for the core.
-    best = min(attempts, key=lambda reading: reading.cpu if threads == 1 else reading.wall)
+    best = min(disturbed, key=lambda reading: reading.cpu if threads == 1 else reading.wall)
     series.add(best, best.cpu if threads == 1 else best.wall)
