@@ -5,6 +5,7 @@ No other module imports from `jax._src`: when a new JAX moves something, this fi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from jax._src import source_info_util
-from jax._src.core import auto_insert_reshard
+from jax._src.config import _check_vma, trace_context
+from jax._src.core import auto_insert_reshard, extend_axis_env_nd
 from jax._src.dispatch import apply_primitive
 from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
 from jax._src.lax.lax import _convert_element_type, broadcasting_sharding_rule
@@ -38,6 +40,7 @@ __all__ = [
     "lower_with_sharding_in_types",
     "promote_args_inexact",
     "reshape",
+    "trace_context",
     "with_weak_type",
 ]
 
@@ -283,7 +286,8 @@ def is_rule_of_jax(rule) -> bool:
     """Whether the differentiation rule of a custom_jvp_call equation is one of JAX's own."""
     function = getattr(rule.debug_info, "func_src_info", None) or ""
     _, _, place = function.partition(" at ")
-    return place.startswith(_JAX_FOLDER)
+    # `defjvps` makes a rule there of those that it is given.
+    return place.startswith(_JAX_FOLDER) and "custom_derivatives.py" not in place
 
 
 def user_frames(source_info) -> list[tuple[str, int, str]]:
@@ -294,14 +298,19 @@ def user_frames(source_info) -> list[tuple[str, int, str]]:
     ]
 
 
+@contextlib.contextmanager
 def equation_context(equation):
     """A context manager: the mesh and other settings that an equation was traced in."""
-    return equation.ctx.manager
-
-
-def current_mesh():
-    """The mesh that programs are traced in, as a part of a cache's key."""
-    return jax.sharding.get_abstract_mesh()
+    avals = (v.aval for v in (*equation.invars, *equation.outvars))
+    # Within shard_map types may say along which axes of the mesh arrays vary; equations there are
+    # traced so that those of their results do too.
+    types = [getattr(aval, "manual_axis_type", None) for aval in avals]
+    varies = any(kind is not None and kind.varying for kind in types)
+    with equation.ctx.manager, _check_vma(varies):
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = [(name, mesh.shape[name]) for name in mesh.manual_axes] if varies else []
+        with extend_axis_env_nd(axes):
+            yield
 
 
 def is_reference(x) -> bool:

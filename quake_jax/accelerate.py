@@ -129,7 +129,8 @@ def accelerate(
       custom_jvp or custom_vjp of its own, whose rule stays. Arguments that are no arrays are
       static: each value of a Python number gives a program of its own; what cannot be hashed is
       traced anew in every call. Called outside jit it compiles, once for each set of shapes,
-      dtypes and static arguments, as jax.jit does.
+      dtypes and static arguments, as jax.jit does. As there, what `fun` reads besides its arguments
+      (a mutable model, say) is a constant of the program.
 
       Results agree to the order's error. Where the original overflows on its way to a finite
       result (e^x / Σ e^x without a maximum, log(1 + e^x)) the replacement gives that result.
@@ -168,9 +169,9 @@ class _Programs:
     def __init__(self, fun: Callable, options: Options):
         self._fun = fun
         self._options = options
-        # Whether the function is jitted and gives arguments away, once that is known.
-        self._donates: bool | None = None if _is_jitted(fun) else False
-        self._rewriters: dict = {}
+        # Whether a jitted function gives arguments away, by what is not an array in the call:
+        # an argument that may be None is given away only where it is an array.
+        self._donates: dict[_Static, bool] = {}
 
         def call(static, *arrays):
             closed, tree = _traced(self._fun, static, arrays)
@@ -184,22 +185,23 @@ class _Programs:
     def call(self, arrays, static: _Static):
         if not static.is_hashable():
             return self._call(static, *arrays)
-        if self._donates is None:
-            closed, _ = _traced(self._fun, static, arrays)
-            self._donates = any(any(e.params.get("donated_invars", ())) for e in closed.eqns)
-        if self._donates:
+        if _is_jitted(self._fun) and self._donates_in(arrays, static):
             return self._call_jitted(arrays, static)
         return self._compiled(static, *arrays)
+
+    def _donates_in(self, arrays, static: _Static) -> bool:
+        if static not in self._donates:
+            closed, _ = _traced(self._fun, static, arrays)
+            donated = any(any(e.params.get("donated_invars", ())) for e in closed.eqns)
+            self._donates[static] = donated
+        return self._donates[static]
 
     def _call_jitted(self, arrays, static: _Static):
         """Run a jitted function in no other jit, which would not give its arguments away."""
         closed, tree = _traced(self._fun, static, arrays)
         if not self._options.does_nothing:
             # What is called is the same object in every call, and so is its rewritten form.
-            key = self._options.resolved
-            if key not in self._rewriters:
-                self._rewriters[key] = _rewrite.Rewriter(self._options)
-            closed = _rewrite.rewrite_called(closed, self._rewriters[key])
+            closed = _rewrite.rewrite_called(closed, self._options)
         return jax.tree.unflatten(tree, jaxpr_as_fun(closed)(*arrays))
 
 

@@ -3,6 +3,7 @@ accelerated function behaves under the transformations of JAX.
 """
 
 import functools
+import gc
 import math
 import pathlib
 import re
@@ -101,6 +102,11 @@ def softmax_of_all(x):
     return e / jnp.sum(e)
 
 
+def softmax_of_base_2(x):
+    e = jnp.exp2(x - maximum(x))
+    return e / total(e)
+
+
 def softmax_in_float32(x):
     return jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -148,6 +154,11 @@ FORMS = {
     "softmax written twice": (softmax_written_twice, "softmax"),
     "softmax without maximum": (lambda x: jnp.exp(x) / total(jnp.exp(x)), "softmax"),
     "softmax of all": (softmax_of_all, "softmax"),
+    "exp2 softmax": (softmax_of_base_2, "softmax"),
+    "exp2 softmax of scaled logits": (
+        lambda x: (lambda e: e / total(e))(jnp.exp2((x - maximum(x)) * math.log2(math.e))),
+        "softmax",
+    ),
     "softmax in float32": (softmax_in_float32, "softmax"),
     "softmax in jit": (jax.jit(softmax_by_hand), "softmax"),
     "softmax of maximum of all": (
@@ -224,7 +235,7 @@ def test_forms_are_replaced(name, dtype):
     fast = quake_jax.accelerate(fun)
     assert_close(fast(x), expected, scale if "log" in name else min(scale, 8))
     rest = set(primitives(jax.make_jaxpr(fast)(x)))
-    assert not rest & {"exp", "tanh", "logistic", "erf", "erfc", "expm1", "log1p"}
+    assert not rest & {"exp", "exp2", "tanh", "logistic", "erf", "erfc", "expm1", "log1p"}
 
 
 @pytest.mark.parametrize("name", ["jax softmax", "jax gelu", "jax softplus", "geglu", "jax glu"])
@@ -266,6 +277,19 @@ def straight_through(x):
 
 
 straight_through.defjvp(lambda p, t: (straight_through(*p), t[0]))
+
+
+@jax.custom_jvp
+def straight_through_by_parts(x):
+    return jax.nn.silu(x)
+
+
+straight_through_by_parts.defjvps(lambda t, y, x: t)
+
+
+def square(x):
+    return jnp.broadcast_to(x, (16, 16))
+
 
 # Programs that look like a form but are another function: what is replaced in them all the same.
 NEAR_MISSES = {
@@ -309,6 +333,12 @@ NEAR_MISSES = {
         [],
     ),
     "x - logsumexp of other x": (lambda x: x - jax.nn.logsumexp(2 * x, -1, keepdims=True), []),
+    "logsumexp, the maximum added to other rows": (
+        lambda x: (lambda y, m: y - jnp.add(*map(square, (jnp.log(total(jnp.exp(y - m))), m.T))))(
+            x[:, :16], maximum(x[:, :16])
+        ),
+        [],
+    ),
     "log_softmax, cumulative": (lambda x: x - jnp.log(jnp.cumsum(jnp.exp(x), -1)), []),
     "silu with its sigmoid returned": (lambda x: (x * sigmoid(x), sigmoid(x)), ["sigmoid", "silu"]),
     "silu of a shared sigmoid": (lambda x: (lambda s: (x * s, s))(sigmoid(x)), ["sigmoid"]),
@@ -646,6 +676,14 @@ def test_donated_arguments_of_a_jitted_function():
     expected = jax.nn.gelu(x)
     assert_close(fast(x), expected)
     assert x.is_deleted()
+    # Where an argument is not always there.
+    optional = quake_jax.accelerate(
+        jax.jit(lambda x, y=None: (jax.nn.gelu(x), None if y is None else y + 1), donate_argnums=1)
+    )
+    optional(inputs())
+    x = inputs() + 0
+    optional(inputs(), x)
+    assert x.is_deleted()
     outer = jax.jit(quake_jax.accelerate(lambda x: jax.nn.gelu(x)), donate_argnums=0)
     x = inputs() + 0
     outer(x)
@@ -669,6 +707,74 @@ def test_a_jitted_function_is_rewritten_once(monkeypatch):
         fast(inputs() + 0)
         assert count == first > 0
         count = 0
+
+
+def compilations(caplog, call) -> int:
+    """How many programs a call compiles."""
+    caplog.clear()
+    with jax.log_compiles():
+        call()
+    return sum("Finished XLA compilation" in r.getMessage() for r in caplog.records)
+
+
+def test_what_a_program_calls_is_compiled_once(caplog):
+    """Where the program itself is run equation by equation, traced anew in each call."""
+    inner = jax.jit(lambda x: jnp.sin(jax.nn.gelu(x)))
+
+    class Unhashable:
+        __hash__ = None
+
+    fast = quake_jax.accelerate(lambda x, _: inner(inner(x)))
+    x = inputs()
+    assert compilations(caplog, lambda: fast(x, Unhashable())) > 0
+    assert compilations(caplog, lambda: fast(x, Unhashable())) == 0
+    with quake_jax.default_order(1):
+        assert compilations(caplog, lambda: fast(x, Unhashable())) > 0
+    assert compilations(caplog, lambda: fast(x, Unhashable())) == 0
+
+
+def test_what_a_linen_model_calls_is_compiled_once(caplog):
+    linen = pytest.importorskip("flax.linen")
+    import quake_jax.linen
+
+    inner = jax.jit(lambda x: jnp.sin(jax.nn.gelu(x)))
+    model = linen.Sequential([linen.Dense(COLUMNS), inner])
+    x = inputs()
+    variables = model.init(jax.random.key(0), x)
+    with quake_jax.linen.substitute():
+        assert compilations(caplog, lambda: model.apply(variables, x)) > 0
+        assert compilations(caplog, lambda: model.apply(variables, x)) == 0
+
+
+def test_rewritten_programs_are_forgotten():
+    known = len(engine._rewritten)
+    closed = jax.make_jaxpr(lambda x: jax.nn.gelu(x))(inputs())
+    _rewrite.rewrite(closed, _rewrite.checked_options(None, None))
+    assert len(engine._rewritten) == known + 1
+    jax.clear_caches()
+    del closed
+    gc.collect()
+    assert len(engine._rewritten) <= known
+
+
+def test_an_exponential_in_a_loss_stays():
+    """In double precision, and where it serves as a log-likelihood too."""
+    with jax.enable_x64(True):
+        wide = np.asarray(inputs(), np.float64)
+        for loss in (lambda x: jnp.mean(jnp.exp(x)), lambda x: -jnp.mean(jax.nn.log_softmax(x))):
+            assert replacements(quake_jax.accelerate(loss, only="all"), wide) == []
+            np.testing.assert_array_equal(
+                quake_jax.accelerate(loss, only="all")(wide), jax.jit(loss)(wide)
+            )
+
+    def likelihood(x):
+        logits = x - jax.nn.logsumexp(x, -1, keepdims=True)
+        return jnp.exp(logits), logits
+
+    fast = quake_jax.accelerate(likelihood, only={"softmax"})
+    assert replacements(fast, inputs()) == []
+    for a, b in zip(fast(inputs()), jax.jit(likelihood)(inputs()), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_closures_and_constants():
@@ -785,7 +891,7 @@ def test_programs_inside_programs(name):
 
 def test_rules_of_custom_derivatives_are_kept():
     x = inputs()
-    for fun in (straight_through, with_own_vjp):
+    for fun in (straight_through, straight_through_by_parts, with_own_vjp):
         a, b = (jax.vjp(f, x)[1](x)[0] for f in (quake_jax.accelerate(fun), fun))
         np.testing.assert_allclose(a, b, rtol=1e-6)
 

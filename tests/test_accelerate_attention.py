@@ -140,6 +140,20 @@ def unpack_einops(x):
     return attend_heads_first(q, k, v)
 
 
+def transposed_reshape(x):
+    return jax.lax.reshape(x, (B, T, 3, N, H), dimensions=(1, 0, 2))
+
+
+def tiled(x, n):
+    return jnp.tile(x, (1, 1, n, 1))
+
+
+def softmax_of_base_2(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * 0.3 + BIAS
+    e = jnp.exp2(s - s.max(-1, keepdims=True))
+    return jnp.einsum("bhts,bshd->bthd", e / e.sum(-1, keepdims=True), v)
+
+
 def jax_attention(*operands, **keywords):
     return (functools.partial(jax.nn.dot_product_attention, **keywords), operands)
 
@@ -202,6 +216,15 @@ CASES = {
         {"f32[2,16,2,8]"},
     ),
     "groups by broadcast": (repeated(broadcast_heads), GROUPED, ATTENTION, {"f32[2,16,2,8]"}),
+    # In its order of heads, which no parameter of the kernel has, the heads are copied.
+    "groups by tile": (repeated(tiled), GROUPED, ATTENTION, {"f32[2,16,4,8]"}),
+    "one key and value for all sizes": (
+        lambda q, k, v: attend(q, *(jnp.broadcast_to(x, q.shape) for x in (k, v))),
+        (BTNH[0], *(x[..., :1] for x in BTNH[1:])),
+        ATTENTION,
+        set(),
+    ),
+    "exp2 softmax": (softmax_of_base_2, BTNH, ATTENTION, {"present=1"}),
     "one key head by repeat": (
         repeated(lambda x, n: jnp.repeat(x, n, axis=2)),
         (BTNH[0], *(x[:, :, :1] for x in BTNH[1:])),
@@ -398,6 +421,12 @@ CASES = {
         PACKED,
         {"f32[2,16,4,3,8]"},
     ),
+    "packed, transposed by reshape": (
+        lambda x: attend(*(lambda y: (y[:, :, 0], y[:, :, 1], y[:, :, 2]))(transposed_reshape(x))),
+        (normal(T, B, 3 * N * H),),
+        ATTENTION,
+        set(),
+    ),
     "packed with another order": (
         lambda x: attend(x[:, :, 1], x[:, :, 0], x[:, :, 2]),
         (normal(B, T, 3, N, H),),
@@ -585,6 +614,13 @@ STAYING = {
     "clipped scores": (clipped, BTNH, None),
     "talking heads": (talking_heads, BTNH, None),
     "masked by -1e4": (changed(lambda s, m: jnp.where(m, s, -1e4)), (*BTNH, MASK), "-10000"),
+    "masked by NaN": (changed(lambda s, m: jnp.where(m, s, jnp.nan)), (*BTNH, MASK), "nan"),
+    "doubled scores": (changed(lambda s: s + s), BTNH, "used twice"),
+    "scores in 8 bits": (
+        changed(lambda s: s.astype(jnp.float8_e4m3fn).astype(jnp.float32)),
+        BTNH,
+        None,
+    ),
     "masked by 0": (changed(lambda s, m: jnp.where(m, s, 0.0)), (*BTNH, MASK), "masked by 0"),
     "two masks, not huge": (
         changed(lambda s, m: jnp.where(CAUSAL, jnp.where(m, s, -2e9), -1e9)),
@@ -603,6 +639,58 @@ def test_what_only_looks_like_attention(name):
     actual, expected = quake_jax.accelerate(fun)(*args), jax.jit(fun)(*args)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_weights_in_8_bits_stay():
+    def fun(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return jnp.einsum("bhts,bshd->bthd", weights.astype(jnp.float8_e4m3fn).astype(q.dtype), v)
+
+    assert replacements(fun, *BTNH) == ["softmax"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        # Numbers that are -inf in 16 bits: queries without any key get NaN.
+        ("float16", lambda s, m: jnp.where(m, s, -jnp.inf)),
+        ("bfloat16", lambda s, m: s + jnp.where(m, 0, LOWEST).astype(s.dtype)),
+        ("bfloat16", lambda s, m: jnp.where(m, s.astype(jnp.float32), LOWEST).astype(s.dtype)),
+        # Those that are not.
+        ("float16", lambda s, m: jnp.where(m, s, jnp.finfo(s.dtype).min)),
+        ("bfloat16", lambda s, m: jnp.where(m, s, jnp.finfo(s.dtype).min)),
+    ],
+)
+def test_masks_in_16_bits(dtype, change):
+    short = [x.astype(dtype) for x in BTNH]
+    fun = changed(change)
+    assert replacements(fun, *short, MASK) == ATTENTION
+    actual, expected = (
+        np.asarray(f(*short, MASK), np.float32) for f in (quake_jax.accelerate(fun), jax.jit(fun))
+    )
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(actual, expected, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map(check_vma):
+    """Heads apart, and what all devices share beside them: its gradient is summed up."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads, shared = jax.P(None, None, "x"), jax.P()
+    fun = jax.shard_map(
+        changed(lambda s, bias: s + bias),
+        mesh=mesh,
+        in_specs=(heads, shared, shared, shared),
+        out_specs=heads,
+        check_vma=check_vma,
+    )
+    args = (BTNH[0], *(x[:, :, :1] for x in BTNH[1:]), BIAS[0, 0])
+    fast = quake_jax.accelerate(fun)
+    assert replacements(fun, *args) == ATTENTION
+    for transform in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(f(*x) ** 2), range(4))):
+        actual, expected = (jax.jit(transform(f))(*args) for f in (fast, fun))
+        for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_only_and_order():

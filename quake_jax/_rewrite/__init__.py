@@ -8,7 +8,8 @@ Its interface:
 `closed_jaxpr` is what `jax.make_jaxpr(f)(*arguments)` returns. `new` has the same inputs, outputs
 and constants, and runs wherever the old one does (`jax.extend.core.jaxpr_as_fun`); if nothing is
 replaced it is `closed_jaxpr` itself. `report` is a `Report` with the lists `replaced` and `left`.
-The order that replacements without one use is the default in force when `rewrite` is called.
+The order that replacements without one use is the default in force when `rewrite` is called. What
+a program calls is rewritten once, so that JAX compiles it once, however often the program is.
 
 How it works, one file each: `graph` shows a jaxpr as values and nodes, with small jitted functions
 opened up; `views` looks through equations that only arrange elements; `expressions` brings
@@ -27,7 +28,6 @@ __all__ = [
     "Options",
     "Record",
     "Report",
-    "Rewriter",
     "checked_options",
     "rewrite",
     "rewrite_called",
@@ -44,12 +44,9 @@ def rewrite(closed_jaxpr, options: Options) -> tuple[object, Report]:
         views.forget_constants()
 
 
-def rewrite_called(closed_jaxpr, rewriter: Rewriter):
-    """Return a program with the programs that it calls rewritten, and nothing else.
-
-    What it calls is rewritten once for a `rewriter`, which remembers.
-    """
+def rewrite_called(closed_jaxpr, options: Options):
+    """Return a program with the programs that it calls rewritten, and nothing else."""
     try:
-        return rewriter.rewrite_called(closed_jaxpr)
+        return Rewriter(options).rewrite_called(closed_jaxpr)
     finally:
         views.forget_constants()

@@ -101,7 +101,7 @@ def _sources(query, key, value):
     if len(q.axes) != len(query.axes):
         q = query
     lost = [set(old.axes) - set(new.axes) for old, new in ((key, k), (value, v))]
-    return (q, k, v) if lost[0] == lost[1] else (q, key, value)
+    return (q, k, v) if lost[0] == lost[1] and SIZE not in lost[0] else (q, key, value)
 
 
 def _source(x):

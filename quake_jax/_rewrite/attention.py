@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
-
 from quake_jax._rewrite import arrangement, softmax, views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Axes
-from quake_jax._rewrite.masks import LEAST_FLOAT16, MASKED_BY_SUM, Mask
+from quake_jax._rewrite.masks import MASKED_BY_SUM, Mask
 from quake_jax._rewrite.match import Match, Reject, check_unused
 
 
@@ -83,7 +81,8 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
         return None
     keys = reduced[0]
     logits = _logits(logits_value, _labels(logits_value))
-    if logits is None:
+    scale = dict(weights.normalized.static)["scale"]
+    if logits is None or not (scale == 1 or _times(logits, scale, logits_value.dtype)):
         return None
     operands = _operands(root, side, weights, logits, keys)
     nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
@@ -193,8 +192,12 @@ def _logits(value: Value, axes: Axes, depth: int = 24) -> Logits | None:
         return Logits(node, inner_axes, set(view.nodes))
     step = _STEPS.get(node.primitive)
     found = None if step is None else step(node, inner_axes, depth - 1)
-    if found is not None:
-        found.nodes |= {node, *view.nodes}
+    if found is None:
+        return None
+    found.nodes |= {node, *view.nodes}
+    for cast in filter(views.is_cast, reversed(view.nodes)):
+        for mask in found.masks:
+            mask.becomes(mask.number, cast.output.dtype)
     return found
 
 
@@ -211,9 +214,8 @@ def _mask_step(node: Node, axes: Axes, depth: int) -> Logits | None:
         found = _logits(inner, axes, depth)
         if found is None:
             continue
-        if str(number.dtype) == "float16" and c <= LEAST_FLOAT16:
-            c = float(np.finfo(np.float32).min)
-        found.masks.append(Mask(which, axes, is_negated, c))
+        is_float16 = str(number.dtype) == "float16"
+        found.masks.append(Mask(which, axes, is_negated, c, is_float16=is_float16))
         return found
     return None
 
@@ -256,14 +258,16 @@ def _mask_of_bias(bias: Value, axes: Axes) -> Mask | None:
     numbers = views.uniform(if_false), views.uniform(if_true)
     if which.shape != view.source.shape or None in numbers or 0 not in numbers:
         return None
-    number = min(numbers)
-    # In float16 the sum rounds a logit that is added to -65504.
-    if number > MASKED_BY_SUM or str(bias.dtype) == "float16":
-        return None
     inner = {
         label: view.axes[a] for label, a in axes.items() if bias.ndim and view.axes[a] is not None
     }
-    return Mask(which, inner, numbers[1] != 0, number, is_added=True)
+    mask = Mask(which, inner, numbers[1] != 0, min(numbers), is_added=True)
+    for cast in filter(views.is_cast, reversed(view.nodes)):
+        mask.becomes(mask.number, cast.output.dtype)
+    # In float16 the sum rounds a logit that is added to -65504.
+    if not mask.number <= MASKED_BY_SUM or str(bias.dtype) == "float16":
+        return None
+    return mask
 
 
 def _scale_step(node: Node, axes: Axes, depth: int) -> Logits | None:
@@ -307,14 +311,19 @@ def _scaled(inner: Value, axes: Axes, c: float, depth: int) -> Logits | None:
         found.soft_cap = c
         return found
     found = _logits(inner, axes, depth)
-    if found is None or (found.soft_cap is not None) or c < 0 and found.masks:
-        return None
-    found.scale *= c
-    for bias in found.biases:
+    return found if found is not None and _times(found, c, inner.dtype) else None
+
+
+def _times(logits: Logits, c: float, dtype) -> bool:
+    """Multiply logits of a dtype by a number; False if there is no such form of them."""
+    if logits.soft_cap is not None or (c < 0 and logits.masks):
+        return False
+    logits.scale *= c
+    for bias in logits.biases:
         bias.factor *= c
-    for mask in found.masks:
-        mask.number *= c
-    return found
+    for mask in logits.masks:
+        mask.becomes(mask.number * c, dtype)
+    return True
 
 
 _STEPS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import jax
@@ -43,24 +44,30 @@ _BARE = {"exp": public.exp, "exp2": public.exp2, "expm1": public.expm1}
 _NAMES = {"logistic": "sigmoid"}
 
 
+# Jaxprs that have been rewritten, as long as they live: what a program calls is the same object in
+# each of its traces, and JAX compiles it once only if its rewritten form is too. By jaxpr and what
+# else a rewrite depends on: the new jaxpr, or None if it stays as it is, and the report.
+_rewritten: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 class Rewriter:
     """Rewrites jaxprs with the same options; a jaxpr that occurs twice is rewritten once."""
 
     def __init__(self, options: Options):
         self._options = options
-        self._done: dict[int, tuple] = {}
-        self._traced: dict[tuple, object] = {}
 
     def rewrite(self, jaxpr) -> tuple[object, Report]:
         """The rewritten jaxpr, of the same kind and types, and what was done.
 
         If nothing is replaced it is the jaxpr itself.
         """
-        if id(jaxpr) not in self._done:
-            # Kept with its key, so that no other jaxpr gets its id.
-            self._done[id(jaxpr)] = (jaxpr, *_Level(self, jaxpr).result())
-        _, new, report = self._done[id(jaxpr)]
-        return new, report
+        key = (self._options, _compat.trace_context())
+        known = _rewritten.setdefault(jaxpr, {})
+        if key not in known:
+            new, report = _Level(self, jaxpr).result()
+            known[key] = (None if new is jaxpr else new, report)
+        new, report = known[key]
+        return jaxpr if new is None else new, report
 
     def rewrite_called(self, jaxpr):
         """A jaxpr with the jaxprs that its equations call rewritten, and nothing else."""
@@ -87,25 +94,29 @@ class Rewriter:
         """The jaxpr of the function of a match, without constants; None if it has no such."""
         avals = tuple(v.aval for v in match.inputs)
         with _compat.equation_context(match.root.equation):
-            key = (match.function, match.static, avals, _compat.current_mesh())
-            if key not in self._traced:
-                self._traced[key] = self._trace(match, avals)
-            return self._traced[key]
+            return _traced(
+                match.function,
+                match.static,
+                avals,
+                match.root.output.aval,
+                self._options.order,
+                _compat.trace_context(),
+            )
 
-    def _trace(self, match: Match, avals):
-        function = functools.partial(
-            match.function, order=self._options.order, **dict(match.static)
-        )
-        result = match.root.output.aval
 
-        def typed(*arrays):
-            return _compat.with_weak_type(function(*arrays), result.weak_type)
+@functools.lru_cache(maxsize=1024)
+def _traced(function, static, avals, result, order, context):
+    """The jaxpr of a function, as `Rewriter.trace`; `context` is that of JAX, for the cache."""
+    function = functools.partial(function, order=order, **dict(static))
 
-        closed = jax.make_jaxpr(typed)(*avals)
-        inner = _compat.without_constants(closed)
-        if inner is None or inner.effects or len(inner.outvars) != 1:
-            return None
-        return inner if inner.outvars[0].aval == result else None
+    def typed(*arrays):
+        return _compat.with_weak_type(function(*arrays), result.weak_type)
+
+    closed = jax.make_jaxpr(typed)(*avals)
+    inner = _compat.without_constants(closed)
+    if inner is None or inner.effects or len(inner.outvars) != 1:
+        return None
+    return inner if inner.outvars[0].aval == result else None
 
 
 class _Level:
@@ -202,6 +213,8 @@ class _Level:
 
     def _obstacle(self, match: Match) -> str | None:
         """Why a match cannot be put into the program, or None."""
+        if any(v.node in match.nodes for v in match.inputs):
+            return "its intermediate results are used twice"
         for group in _rules_around(match):
             results = {id(v) for v in group.outputs if v.uses or v.is_output}
             made = {id(v) for n in match.nodes for v in n.outputs}

@@ -16,8 +16,8 @@ from quake_jax._rewrite.match import Reject
 _MASKED = -9e8  # -1e9 in bfloat16
 # The same where it is added to a logit, which then must not show in the sum.
 MASKED_BY_SUM = -1e30
-# Of float16 the least number serves.
-LEAST_FLOAT16 = -65504.0
+# Of float16 the least number serves, unless a factor makes it smaller.
+_LEAST_FLOAT16 = -65504.0
 
 
 @dataclasses.dataclass
@@ -29,12 +29,18 @@ class Mask:
     is_negated: bool
     number: float
     is_added: bool = False
+    is_float16: bool = False  # where the number is put in
+
+    def becomes(self, number: float, dtype) -> None:
+        """Note that a later step makes this of the number, and rounds it to a dtype."""
+        with np.errstate(over="ignore"):
+            self.number = float(np.float64(number).astype(dtype))
 
 
 def check_masked_numbers(masks: list[Mask]) -> None:
     """Raise Reject unless masked logits are as good as none."""
     for mask in masks:
-        if mask.number > _MASKED:
+        if not mask.number <= (_LEAST_FLOAT16 if mask.is_float16 else _MASKED):  # or it is NaN
             raise Reject(f"it is masked by {mask.number:g}, which may not be enough", "attention")
 
 

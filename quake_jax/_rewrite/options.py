@@ -45,12 +45,6 @@ class Options:
     only: frozenset[str] = DEFAULT_NAMES
 
     @property
-    def resolved(self) -> tuple:
-        """The orders that are used now."""
-        names = ("softmax", "dot_product_attention")
-        return tuple(_config.resolved_order(self.order, name) for name in names)
-
-    @property
     def does_nothing(self) -> bool:
         """Whether everything is to stay exact, by order or by QUAKE_JAX_DISABLE."""
         return _config.resolved_order(self.order, "softmax") == _config.EXACT

@@ -46,7 +46,8 @@ def _strided(value: Value):
             sizes = p["sizes"][: node.outputs.index(step)]
             offset += int(sum(sizes)) * strides[p["axis"]]
         else:
-            if math.prod(new) != math.prod(shape):
+            transposes = node.primitive == "reshape" and p.get("dimensions")
+            if math.prod(new) != math.prod(shape) or transposes:
                 return None
             strides = _reshaped(shape, strides, new)
             if strides is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._drop_in import KERNEL_DTYPES
@@ -13,13 +15,16 @@ from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.match import Match, Reject, check_unused
 from quake_jax.softmax import log_softmax, softmax
 
+_EXPONENTIALS = ("exp", "exp2")
+
 
 @dataclasses.dataclass
 class _Row:
-    """Exponentials e^(x - max x): the logits, the axes that are reduced, and what computes it."""
+    """Exponentials e^(scale · (x - max x)): the logits x and what computes the exponentials."""
 
     logits: Value
     nodes: set[Node]
+    scale: float = 1.0
 
 
 def find(root: Node) -> Match | None:
@@ -37,7 +42,15 @@ def find(root: Node) -> Match | None:
     return None
 
 
-def _match(name: str, root: Node, axes, nodes, logits: Value, where: Value | None = None) -> Match:
+def _match(
+    name: str,
+    root: Node,
+    axes,
+    nodes,
+    logits: Value,
+    where: Value | None = None,
+    scale: float = 1.0,
+) -> Match:
     result = root.output
     for dtype in (result.dtype, logits.dtype):
         if dtype not in KERNEL_DTYPES:
@@ -53,13 +66,18 @@ def _match(name: str, root: Node, axes, nodes, logits: Value, where: Value | Non
         frozenset(nodes | {root}),
         inputs,
         _call,
-        (("function", function), ("axis", tuple(axes)), ("dtype", np.dtype(result.dtype))),
+        (
+            ("function", function),
+            ("axis", tuple(axes)),
+            ("dtype", np.dtype(result.dtype)),
+            ("scale", scale),
+        ),
     )
 
 
 def check_exponential(name: str, nodes, root: Node) -> None:
     """Raise Reject if the exponentials or what follows them are used elsewhere."""
-    first = min((n.index for n in nodes if n.primitive == "exp"), default=root.index)
+    first = min((n.index for n in nodes if n.primitive in _EXPONENTIALS), default=root.index)
     try:
         late = {n for n in nodes if n.index >= first and _depends(n, nodes)}
         check_unused(late | {root}, root)
@@ -69,13 +87,15 @@ def check_exponential(name: str, nodes, root: Node) -> None:
 
 def _depends(node: Node, nodes) -> bool:
     """Whether a node is an exponential or follows one among `nodes`."""
-    if node.primitive in ("exp", "reduce_sum"):
+    if node.primitive in (*_EXPONENTIALS, "reduce_sum"):
         return True
     return any(v.node in nodes and _depends(v.node, nodes) for v in node.inputs if v.node)
 
 
-def _call(logits, where=None, *, function, axis, dtype, order):
+def _call(logits, where=None, *, function, axis, dtype, scale, order):
     axis = axis[0] if len(axis) == 1 else axis
+    if scale != 1:
+        logits = logits.astype(jnp.float32) * scale
     return function(logits, axis, where, order=order).astype(dtype)
 
 
@@ -174,7 +194,7 @@ def _sum_of(
 def _cone_of(value: Value, depth: int) -> set[Node]:
     if value.node is None or depth == 0:
         return set()
-    if value.node.primitive not in ("exp", "sub", "select_n"):
+    if value.node.primitive not in (*_EXPONENTIALS, "sub", "select_n", "mul"):
         return set()
     return {value.node}.union(*(_cone_of(v, depth - 1) for v in value.node.inputs))
 
@@ -187,16 +207,32 @@ def _row(exponentials: Value, axes) -> _Row | None:
     """
     view = views.view(exponentials, _no_rounding)
     node = view.source.node
-    if node is None or node.primitive != "exp":
+    if node is None or node.primitive not in _EXPONENTIALS:
         return None
     nodes = {*view.nodes, node}
     if view.axes != _identity(exponentials).axes or view.source.shape != exponentials.shape:
         return None
     shifted = node.inputs[0]
+    scale = 1.0
+    if node.primitive == "exp2":
+        shifted, scale = _of_base_2(shifted, nodes)
     stripped = without_maximum(shifted, axes)
     if stripped is None:
-        return _Row(shifted, nodes)
-    return _Row(stripped[0], nodes | stripped[1])
+        return _Row(shifted, nodes, scale)
+    return _Row(stripped[0], nodes | stripped[1], scale)
+
+
+def _of_base_2(exponent: Value, nodes: set[Node]) -> tuple[Value, float]:
+    """(x, c) with 2^exponent = e^(c·x), a constant factor of the exponent being a part of c."""
+    node = exponent.node
+    if node is not None and node.primitive == "mul":
+        for x, factor in (node.inputs, node.inputs[::-1]):
+            c = views.uniform(factor)
+            if c is not None and math.isfinite(c) and c > 0 and x.shape == exponent.shape:
+                nodes.add(node)
+                scale = c * math.log(2)
+                return x, 1.0 if abs(scale - 1) < 2.0**-22 else scale
+    return exponent, math.log(2)
 
 
 def without_maximum(shifted: Value, axes) -> tuple[Value, set[Node]] | None:
@@ -295,7 +331,8 @@ def _softmax(root: Node) -> Match | None:
         axes, more = found
         row = _row(exponentials, axes)
         if row is not None:
-            return _match("softmax", root, axes, nodes | more | row.nodes, row.logits)
+            nodes |= more | row.nodes
+            return _match("softmax", root, axes, nodes, row.logits, scale=row.scale)
     return None
 
 
@@ -349,7 +386,7 @@ def _masked_softmax(root: Node) -> Match | None:
     if inner is not None and views.same(inner[0], mask):
         logits, row.nodes = inner[1], row.nodes | {row.logits.node}
     nodes = nodes | row.nodes | {quotient.node}
-    return _match("softmax", root, axes, nodes, logits, mask)
+    return _match("softmax", root, axes, nodes, logits, mask, row.scale)
 
 
 def _log_softmax(root: Node) -> Match | None:
@@ -365,6 +402,7 @@ def _log_softmax(root: Node) -> Match | None:
     node = view.source.node
     maximum = None
     if node is not None and node.primitive == "add":  # log Σ e^(x - m) + m: jax.nn.logsumexp
+        axes_of_add = axes_of_log
         for a, b in (node.inputs, node.inputs[::-1]):
             log_view = views.view(a)
             if log_view.source.primitive == "log" and a.shape == node.output.shape:
@@ -408,6 +446,8 @@ def _log_softmax(root: Node) -> Match | None:
         b = _maximum(exponent.node.inputs[1]) if exponent.primitive == "sub" else None
         if a is None or b is None or not views.same(a[3].source, b[3].source):
             return None
+        if views.compose(axes_of_add, a[3].axes) != b[3].axes:
+            return None  # it is added to another row than it was subtracted from
         logits = x
     if stripped is not None:
         nodes |= stripped[1]

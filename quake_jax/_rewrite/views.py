@@ -98,11 +98,12 @@ def has_steps(node: Node) -> bool:
 
 
 def is_cast(node: Node) -> bool:
-    """Whether a node converts floating-point numbers to floating-point numbers."""
-    return (
-        node.primitive == "convert_element_type"
-        and is_float(node.inputs[0])
-        and is_float(node.output)
+    """Whether a node converts floating-point numbers to others, of at least 16 bits.
+
+    What has fewer bits is quantized, which is to show in the result.
+    """
+    return node.primitive == "convert_element_type" and all(
+        is_float(value) and value.dtype.itemsize >= 2 for value in (node.inputs[0], node.output)
     )
 
 
