@@ -11,10 +11,16 @@ import importlib.util
 import sys
 from typing import NoReturn
 
-from benchmarks import attention, build, models, ops
+from benchmarks import attention, build, models, ops, quality
 from benchmarks.errors import BenchmarkError
 
-SUBCOMMANDS = {"ops": ops, "attention": attention, "models": models, "build": build}
+SUBCOMMANDS = {
+    "ops": ops,
+    "attention": attention,
+    "models": models,
+    "quality": quality,
+    "build": build,
+}
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ import codecs
 import hashlib
 import platform
 from collections.abc import Iterable
-from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
 
 import numpy as np
@@ -126,14 +125,14 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json."""
-    return Tokenizer.from_file(str(path))
+def encode_documents(
+    tokenizer: Tokenizer, documents: list[str], end: int | None = None
+) -> np.ndarray:
+    """Returns all documents as one int32 array, each with a token before and the last after.
 
-
-def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """Returns all documents as one int32 array, each with END_OF_TEXT before and the last after."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    The token is `end`, or END_OF_TEXT.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
     ids = [end]
     for document in documents:
         ids += tokenizer.encode(document).ids
@@ -155,7 +154,11 @@ class StreamDecoder:
     """Turns byte-level BPE tokens into text one at a time.
 
     A character may be spread over several tokens; it comes out with the last of them. Bytes that
-    are no UTF-8 come out as U+FFFD.
+    are no UTF-8 come out as U+FFFD, and so does a number that the tokenizer does not know. Special
+    tokens such as the end of the text come out as nothing.
+
+    Raises:
+        ValueError: the tokenizer's tokens are not bytes.
 
     Example:
         >>> decoder = StreamDecoder(tokenizer)
@@ -163,14 +166,20 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise ValueError("expected a byte-level tokenizer, whose decoder is ByteLevel")
         self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_tokens_decoder()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
         """Returns the text that `token` completes, which may be empty."""
+        if token in self._added:
+            added = self._added[token]
+            return self.finish() + ("" if added.special else added.content)
         text = self._tokenizer.id_to_token(token)
-        if text == END_OF_TEXT:
-            return self.finish()
+        if text is None:
+            return self.finish() + "\ufffd"
         return self._utf8.decode(bytes(_BYTE_OF_CHARACTER[c] for c in text))
 
     def finish(self) -> str:
