@@ -7,6 +7,7 @@ Two environment variables are read once, at import. QUAKE_JAX_DISABLE=1 turns ev
 the exact one that it replaces. QUAKE_JAX_ISA forces an instruction set (see `supported_isas`).
 """
 
+from quake_jax import approximations as approximations
 from quake_jax import reference as reference
 from quake_jax._config import default_order as default_order
 from quake_jax._config import set_default_order as set_default_order

@@ -104,6 +104,8 @@ def accelerate(
     *,
     order: Order | None = None,
     only: str | set[str] | None = None,
+    softmax: str | None = None,
+    gelu: str | None = None,
 ) -> Callable:
     """Return `fun` with attention, softmax and activations computed by this package's kernels.
 
@@ -122,6 +124,10 @@ def accelerate(
         arrays of at least 1024 elements, and attention of at least 256 weights. A set of these
         names restricts it; "gelu" and "silu" include their forms with a bias or a gate. "all" adds
         the bare exp, exp2 and expm1, which have names too.
+      softmax: name of a published approximation in `quake_jax.approximations`, such as "e2softmax",
+        that takes the kernel's place, for studies of quality. Attention is then not fused, so that
+        its softmax is replaced too, and no array is too small.
+      gelu: the same of GELU, such as "shiftgelu". With order="exact" nothing but these is replaced.
 
     Returns:
       A function with the signature and name of `fun`. It composes with jit, grad, vmap, shard_map
@@ -140,7 +146,7 @@ def accelerate(
 
     Raises:
       TypeError: if fun is not callable; if only is no name or set of names.
-      ValueError: if only has an unknown name.
+      ValueError: if only has an unknown name, or softmax or gelu is none of an approximation.
       TypeError, ValueError: if order is not allowed.
 
     Example:
@@ -151,7 +157,7 @@ def accelerate(
       >>> y = fast(jnp.ones((64, 64)), jnp.ones((64, 64)))
     """
     _checked(fun, "accelerate")
-    options = _rewrite.checked_options(order, only)
+    options = _rewrite.checked_options(order, only, softmax=softmax, gelu=gelu)
     programs = _Programs(fun, options)
 
     @functools.wraps(fun)

@@ -11,6 +11,7 @@ from quake_jax import _extension
 
 PUBLIC = {
     "accelerate",
+    "approximations",
     "bias_gelu",
     "bias_silu",
     "celu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import weakref
@@ -125,6 +126,7 @@ class _Level:
     def __init__(self, rewriter: Rewriter, jaxpr):
         self._rewriter = rewriter
         self._options = rewriter.options
+        self._names = rewriter.options.names
         self._jaxpr = jaxpr
         self._graph = Graph(jaxpr)
         self._matches: list[Match] = []
@@ -149,8 +151,9 @@ class _Level:
 
     def _find(self) -> None:
         # What reaches farther comes first: attention holds a softmax, and may hold a tanh.
-        for node in self._graph.nodes:
-            self._try(node, attention.find)
+        if self._options.approximation("softmax") is None:
+            for node in self._graph.nodes:
+                self._try(node, attention.find)
         for node in reversed(self._graph.nodes):
             self._try(node, softmax.find)
         near = self._near_transcendental()
@@ -158,7 +161,7 @@ class _Level:
             if node in near:
                 self._try(node, activations.find, self._widened)
         for node in self._graph.nodes:
-            if node.primitive in _BARE and node.primitive in self._options.only:
+            if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
 
     def _try(self, node: Node, find: Callable, widen: Callable = lambda match: match) -> None:
@@ -189,15 +192,19 @@ class _Level:
             self._reasons.setdefault(inner, ("", ""))
 
     def _accept(self, match: Match, widen: Callable) -> None:
+        approximation = self._options.approximation(match.name)
+        if approximation is not None:
+            match, widen = _approximated(match, *approximation), lambda match: match
         elements = math.prod(match.root.output.shape)
-        if match.name != "attention" and isinstance(elements, int) and elements < SMALLEST_ARRAY:
+        is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
+        if is_small and match.name != "attention" and approximation is None:
             self._leave(match, f"too small ({elements} elements)")
             return
         wide = widen(match)
         candidates = [match] if wide is match else [wide, match]
         reason = "not in only"
         for candidate in candidates:
-            if candidate.name not in self._options.only:
+            if candidate.name not in self._names:
                 continue
             if any(self._is_taken(n) for n in candidate.nodes):
                 continue
@@ -331,6 +338,12 @@ def _around_group(group: Group | None) -> Iterator[Group]:
     while group is not None:
         yield group
         group = group.parent
+
+
+def _approximated(match: Match, name: str, function: Callable) -> Match:
+    """The match with a function of `quake_jax.approximations` in the kernel's place."""
+    static = tuple((k, function if k == "function" else v) for k, v in match.static)
+    return dataclasses.replace(match, replacement=f"quake_jax.approximations.{name}", static=static)
 
 
 def _rules_around(match: Match) -> set[Group]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 from quake_jax import _config
 
@@ -39,22 +40,75 @@ class Options:
     Attributes:
       order: of every replacement, or None for the default of each.
       only: the names of what is replaced.
+      approximations: (kind, name) of those of `quake_jax.approximations` that take the place of
+        this package's kernels, sorted.
     """
 
     order: _config.Order | None = None
     only: frozenset[str] = DEFAULT_NAMES
+    approximations: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of what is replaced now, by a kernel or by an approximation."""
+        approximated = frozenset(kind for kind, _ in self.approximations)
+        if self._is_exact:
+            return approximated
+        # A fused attention has a softmax of its own.
+        fused = self.only - {"attention"} if "softmax" in approximated else self.only
+        return fused | approximated
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The names of what a kernel replaces now."""
+        return self.names - {kind for kind, _ in self.approximations}
 
     @property
     def does_nothing(self) -> bool:
         """Whether everything is to stay exact, by order or by QUAKE_JAX_DISABLE."""
+        return not self.names
+
+    @property
+    def _is_exact(self) -> bool:
         return _config.resolved_order(self.order, "softmax") == _config.EXACT
 
+    def approximation(self, kind: str) -> tuple[str, Callable] | None:
+        """The name of the approximation of a kind, and its function, which ignores `order`."""
+        name = dict(self.approximations).get(kind)
+        return None if name is None else (name, _without_order(kind, name))
 
-def checked_options(order, only, function: str = "accelerate") -> Options:
-    """Return the Options that two arguments mean; raise TypeError or ValueError for others."""
+
+@functools.cache
+def _without_order(kind: str, name: str) -> Callable:
+    from quake_jax import approximations
+
+    function = approximations.find(kind, name).function
+
+    @functools.wraps(function)
+    def without_order(*arrays, order, **keywords):
+        return function(*arrays, **keywords)
+
+    return without_order
+
+
+def checked_options(
+    order,
+    only,
+    function: str = "accelerate",
+    *,
+    softmax: str | None = None,
+    gelu: str | None = None,
+) -> Options:
+    """Return the Options that arguments mean; raise TypeError or ValueError for others."""
     order = _config.checked_order(order)
+    return Options(
+        order, _checked_names(only, function), _checked_approximations(function, softmax, gelu)
+    )
+
+
+def _checked_names(only, function: str) -> frozenset[str]:
     if only is None:
-        return Options(order)
+        return DEFAULT_NAMES
     allowed = sorted(DEFAULT_NAMES | BARE_NAMES)
     wanted = (
         f'None, "{ALL}", or a set of names, as in only={{"softmax", "gelu"}}; the names are '
@@ -62,7 +116,7 @@ def checked_options(order, only, function: str = "accelerate") -> Options:
     )
     if isinstance(only, str):
         if only == ALL:
-            return Options(order, DEFAULT_NAMES | BARE_NAMES)
+            return DEFAULT_NAMES | BARE_NAMES
         only = (only,)
     names = list(only) if isinstance(only, Iterable) else [only]
     if not all(isinstance(name, str) for name in names):
@@ -70,4 +124,21 @@ def checked_options(order, only, function: str = "accelerate") -> Options:
     unknown = sorted(set(names) - set(allowed))
     if unknown:
         raise ValueError(f"quake_jax.{function}: only must be {wanted}; got {', '.join(unknown)}")
-    return Options(order, frozenset(names))
+    return frozenset(names)
+
+
+def _checked_approximations(function: str, softmax, gelu) -> tuple[tuple[str, str], ...]:
+    chosen = {"gelu": gelu, "softmax": softmax}
+    for kind, name in chosen.items():
+        if name is None:
+            continue
+        from quake_jax import approximations
+
+        names = [a.name for a in approximations.registry(kind)]
+        if name not in names:
+            error = ValueError if isinstance(name, str) else TypeError
+            raise error(
+                f"quake_jax.{function}: {kind} must be None or the name of an approximation in "
+                f"quake_jax.approximations ({', '.join(names)}); got {name!r}"
+            )
+    return tuple((kind, name) for kind, name in sorted(chosen.items()) if name is not None)

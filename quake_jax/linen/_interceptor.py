@@ -81,7 +81,7 @@ class Interceptor:
             return self._rewritten(args, kwargs, context)
         except _not_traceable() as error:
             reason = error
-        with self._trace_context("fields"), self._fields_of(module, self.options.only):
+        with self._trace_context("fields"), self._fields_of(module, self.options.kernels):
             y = next_fun(*args, **kwargs)
         _warn_not_traceable(context, reason)
         return y
@@ -104,7 +104,7 @@ class Interceptor:
     def _attention_of(self, module):
         # Attention first, because its dropout and its sown weights have a meaning here that the
         # program has lost; the activations in the program, with the biases beside them.
-        return self._fields_of(module, self.options.only & {"attention"})
+        return self._fields_of(module, self.options.kernels & {"attention"})
 
     def _fields_of(self, module, names: frozenset[str]):
         return _substituted_fields(module, _functions(names), self.options.order)
@@ -151,7 +151,11 @@ def _warn_not_traceable(context, reason: Exception) -> None:
 
 
 def interceptor(
-    order: Order | None = None, only: Collection[str] | str | None = None
+    order: Order | None = None,
+    only: Collection[str] | str | None = None,
+    *,
+    softmax: str | None = None,
+    gelu: str | None = None,
 ) -> Interceptor:
     """Return an interceptor for `flax.linen.intercept_methods` that runs a model on the kernels.
 
@@ -177,13 +181,14 @@ def interceptor(
     Args:
       order: accuracy, as in `quake_jax.accelerate`. "exact" replaces nothing.
       only: what to replace, as in `quake_jax.accelerate`.
+      softmax, gelu: names in `quake_jax.approximations`, as in `quake_jax.accelerate`.
 
     Returns:
       A callable that can be pickled and entered any number of times.
 
     Raises:
       ImportError: if Flax is not installed.
-      TypeError, ValueError: if order or only is not allowed.
+      TypeError, ValueError: if an argument is not allowed.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, quake_jax.linen
@@ -193,7 +198,9 @@ def interceptor(
       ...     y = model.apply(variables, jnp.ones((32, 16)))
     """
     _substitutes.require_flax("quake_jax.linen")
-    return Interceptor(checked_options(order, only, "linen.interceptor"))
+    return Interceptor(
+        checked_options(order, only, "linen.interceptor", softmax=softmax, gelu=gelu)
+    )
 
 
 @contextlib.contextmanager
@@ -205,7 +212,11 @@ def _substituting(intercept: Interceptor) -> Iterator[None]:
 
 
 def substitute(
-    order: Order | None = None, only: Collection[str] | str | None = None
+    order: Order | None = None,
+    only: Collection[str] | str | None = None,
+    *,
+    softmax: str | None = None,
+    gelu: str | None = None,
 ) -> contextlib.AbstractContextManager[None]:
     """Context manager: Linen models called inside run on the kernels, in this thread.
 
@@ -215,13 +226,14 @@ def substitute(
     Args:
       order: accuracy, as in `quake_jax.accelerate`. "exact" replaces nothing.
       only: what to replace, as in `quake_jax.accelerate`.
+      softmax, gelu: names in `quake_jax.approximations`, as in `quake_jax.accelerate`.
 
     Returns:
       A context manager for one use, which also serves as a decorator.
 
     Raises:
       ImportError: if Flax is not installed.
-      TypeError, ValueError: if order or only is not allowed.
+      TypeError, ValueError: if an argument is not allowed.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, quake_jax.linen
@@ -230,4 +242,4 @@ def substitute(
       >>> with quake_jax.linen.substitute():
       ...     y = jax.jit(model.apply)(variables, jnp.ones((32, 16)))
     """
-    return _substituting(interceptor(order, only))
+    return _substituting(interceptor(order, only, softmax=softmax, gelu=gelu))
