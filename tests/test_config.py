@@ -161,7 +161,7 @@ def show(name, f):
     print(name, 'custom_call_target="quake_jax' in text)
 for name in dir(quake_jax):
     f = getattr(quake_jax, name)
-    if "attention" in name or "default" in name:
+    if "attention" in name or "default" in name or name == "accelerate":
         continue
     if "order" in getattr(f, "__annotations__", ()):
         try:
@@ -170,6 +170,7 @@ for name in dir(quake_jax):
             show(name, lambda x: f(x, x[0]))
 show("attention", lambda x: quake_jax.dot_product_attention(x[None], x[None], x[None]))
 show("packed", lambda x: quake_jax.packed_dot_product_attention(jnp.stack([x[None]] * 3, 1)))
+show("accelerate", lambda x: quake_jax.accelerate(jax.nn.softmax)(jnp.tile(x, (32, 16))))
 show("gelu erf", lambda x: quake_jax.gelu(x, False))
 with quake_jax.default_order(1):
     show("context", quake_jax.exp)
@@ -181,6 +182,6 @@ except ValueError:
 """
     on = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1").stdout
     off = run_python(code, tmp_path, QUAKE_JAX_DISABLE="0").stdout
-    assert on.count("False") == 29 and "True" not in on
+    assert on.count("False") == 30 and "True" not in on
     assert off == on.replace("False", "True")
     assert on.endswith("a wrong order is still an error\n")
