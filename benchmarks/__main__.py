@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from typing import NoReturn
 
-from benchmarks import attention, build, models, ops, quality
+from benchmarks import approximations, attention, build, models, ops, quality
 from benchmarks.errors import BenchmarkError
 
 SUBCOMMANDS = {
@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "attention": attention,
     "models": models,
     "quality": quality,
+    "approximations": approximations,
     "build": build,
 }
 

@@ -109,8 +109,29 @@ def measure(args: argparse.Namespace) -> dict:
     return result
 
 
-def make_tasks(args: argparse.Namespace) -> list:
+def sizes_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """The sizes of the sets, as `make_tasks` takes them."""
+    if args.quick:
+        return {"copies": 1, "windows": 2, "generations": 1, "tokens": 32, "sections": 12}
+    return {
+        "copies": 20,
+        "windows": None,
+        "generations": 16,
+        "tokens": args.tokens,
+        "sections": None,
+    }
+
+
+def make_tasks(args: argparse.Namespace, sizes: dict[str, int | None] | None = None) -> list:
     """Load data and checkpoints of the tasks that the options ask for.
+
+    Args:
+        args: The options; `embedding_checkpoint` counts.
+        sizes: copies of `Digits`, windows, generations and tokens of `Text`, sections of `Search`;
+            by default those of the options.
+
+    Returns:
+        The tasks. There is a search only with an embedding checkpoint.
 
     Raises:
         BenchmarkError: A package or the checkpoint is missing.
@@ -118,12 +139,12 @@ def make_tasks(args: argparse.Namespace) -> list:
     try:
         from benchmarks.quality_tasks import Digits, Search, Text
 
-        quick, search = args.quick, []
+        sizes, search = sizes or sizes_of(args), []
         if args.embedding_checkpoint is not None:
-            search = [Search(args.embedding_checkpoint, sections=12 if quick else None)]
+            search = [Search(args.embedding_checkpoint, sizes["sections"])]
         return [
-            Digits(copies=1 if quick else 20),
-            Text(2 if quick else None, 1 if quick else 16, 32 if quick else args.tokens),
+            Digits(sizes["copies"]),
+            Text(sizes["windows"], sizes["generations"], sizes["tokens"]),
             *search,
         ]
     except ModuleNotFoundError as error:

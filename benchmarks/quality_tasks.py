@@ -86,7 +86,8 @@ class Text:
 
     Args:
         windows: How many windows of the model's context, None for all.
-        generations: How many texts are continued greedily; each prompt is half a context.
+        generations: How many texts are continued greedily; each prompt is half a context. With 0
+            there are no figures of continuations.
         tokens: How many tokens each continuation has. Beyond the context, the latest half of it is
             read again.
     """
@@ -150,17 +151,20 @@ class Text:
         figures: dict[str, Any] = {"perplexity": bootstrap(found["losses"], math.exp)}
         if reference is not None:
             same = (found["likeliest"] == reference["likeliest"]).mean(axis=1)
-            alike = found["continuations"] == reference["continuations"]
-            # What comes after the first difference does not count.
-            until = np.logical_and.accumulate(alike, axis=1).sum(axis=1)
             figures |= {
                 "perplexity_change": bootstrap(
                     found["losses"] - reference["losses"], lambda mean: 100 * math.expm1(mean)
                 ),
                 "same_greedy": bootstrap(100 * same),
-                "same_continuations": wilson(int(alike.all(axis=1).sum()), len(alike)),
-                "tokens_alike": bootstrap(until),
             }
+            alike = found["continuations"] == reference["continuations"]
+            if len(alike):
+                # What comes after the first difference does not count.
+                until = np.logical_and.accumulate(alike, axis=1).sum(axis=1)
+                figures |= {
+                    "same_continuations": wilson(int(alike.all(axis=1).sum()), len(alike)),
+                    "tokens_alike": bootstrap(until),
+                }
         return figures
 
 

@@ -12,7 +12,7 @@ import quake_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Figures and design; everything else must have examples that run.
-PAGES = ("README.md", "docs/substitution.md")
+PAGES = ("README.md", "docs/substitution.md", "docs/approximations.md")
 
 
 def documented():
