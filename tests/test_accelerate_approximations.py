@@ -9,7 +9,7 @@ from test_accelerate import replacements
 
 import quake_jax
 import quake_jax.linen
-from quake_jax import approximations
+from quake_jax import _config, approximations
 from quake_jax._rewrite import engine
 
 nn = pytest.importorskip("flax.linen")
@@ -70,6 +70,12 @@ def test_what_is_not_named_has_kernels_or_stays():
     assert replacements(fast, q, k, v) == ["approximations.shiftgelu", "dot_product_attention"]
     fast = quake_jax.accelerate(layer, softmax="e2softmax", only={"attention"})
     assert replacements(fast, q, k, v) == ["approximations.e2softmax"]
+
+
+def test_the_switch_turns_them_off(monkeypatch):
+    monkeypatch.setattr(_config, "DISABLED", True)
+    x = inputs(16, 128)
+    assert not replacements(quake_jax.accelerate(jax.nn.gelu, gelu="i_gelu"), x)
 
 
 def test_a_linen_model():

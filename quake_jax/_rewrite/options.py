@@ -51,6 +51,8 @@ class Options:
     @property
     def names(self) -> frozenset[str]:
         """The names of what is replaced now, by a kernel or by an approximation."""
+        if _config.DISABLED:
+            return frozenset()
         approximated = frozenset(kind for kind, _ in self.approximations)
         if self._is_exact:
             return approximated
