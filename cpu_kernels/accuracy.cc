@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 #include "denormals.h"
+#include "dispatch.h"
 #include "exact.h"
 #include "storage.h"
 
@@ -296,6 +298,31 @@ std::vector<double> evaluate(Elementwise function, DType dtype, const KernelTabl
     results.push_back(storage.get(reinterpret_cast<const char*>(&out), 0));
   }
   return results;
+}
+
+Elementwise find_function(const std::string& name) {
+  for (int i = 0; i < static_cast<int>(Elementwise::kCount); ++i) {
+    if (name == kFunctionNames[i]) return static_cast<Elementwise>(i);
+  }
+  throw std::invalid_argument("unknown function: " + name);
+}
+
+DType find_dtype(const std::string& name) {
+  for (const Storage& storage : kStorage) {
+    if (name == storage.name) return storage.dtype;
+  }
+  throw std::invalid_argument("unknown dtype: " + name);
+}
+
+const KernelTable* find_table(const std::string& isa) {
+  for (const KernelTable* table : supported_tables()) {
+    if (isa == table->isa) return table;
+  }
+  throw std::invalid_argument("unknown instruction set: " + isa);
+}
+
+void check_order(int order) {
+  if (order < 1 || order > kMaxOrder) throw std::invalid_argument("no such order: " + std::to_string(order));
 }
 
 }  // namespace quake

@@ -5,6 +5,7 @@
 #define QUAKE_ACCURACY_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -54,6 +55,18 @@ std::vector<KernelAccuracy> measure_accuracy(Elementwise function, DType dtype, 
 // The results of one kernel, or of the exact function if `table` is null, for inputs given by their bits.
 std::vector<double> evaluate(Elementwise function, DType dtype, const KernelTable* table, int order,
                              const std::vector<std::uint32_t>& inputs);
+
+// By name. `python -m quake_jax.accuracy` checks its arguments, so a name that is not found here is a mistake in
+// quake_jax; it throws std::invalid_argument, and so does an order that does not exist.
+inline constexpr const char* kFunctionNames[] = {
+#define QUAKE_NAME(name, Functor) #name,
+    QUAKE_ELEMENTWISE_KERNELS(QUAKE_NAME)
+#undef QUAKE_NAME
+};
+Elementwise find_function(const std::string& name);
+DType find_dtype(const std::string& name);
+const KernelTable* find_table(const std::string& isa);
+void check_order(int order);
 
 }  // namespace quake
 

@@ -4,54 +4,16 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <iterator>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "accuracy.h"
-#include "dispatch.h"
 #include "exact.h"
-#include "storage.h"
 
 namespace nb = nanobind;
 
 namespace quake {
 namespace {
-
-// `python -m quake_jax.accuracy` checks its arguments, so a name that is not found here is a mistake in
-// quake_jax.
-
-constexpr const char* kFunctionNames[] = {
-#define QUAKE_NAME(name, Functor) #name,
-    QUAKE_ELEMENTWISE_KERNELS(QUAKE_NAME)
-#undef QUAKE_NAME
-};
-
-Elementwise find_function(const std::string& name) {
-  for (std::size_t i = 0; i < std::size(kFunctionNames); ++i) {
-    if (name == kFunctionNames[i]) return static_cast<Elementwise>(i);
-  }
-  throw std::invalid_argument("unknown function: " + name);
-}
-
-DType find_dtype(const std::string& name) {
-  for (const Storage& storage : kStorage) {
-    if (name == storage.name) return storage.dtype;
-  }
-  throw std::invalid_argument("unknown dtype: " + name);
-}
-
-const KernelTable* find_table(const std::string& isa) {
-  for (const KernelTable* table : supported_tables()) {
-    if (isa == table->isa) return table;
-  }
-  throw std::invalid_argument("unknown instruction set: " + isa);
-}
-
-void check_order(int order) {
-  if (order < 1 || order > kMaxOrder) throw std::invalid_argument("order out of range");
-}
 
 nb::dict as_dict(const Extreme& extreme) {
   nb::dict fields;
@@ -109,7 +71,7 @@ void bind_accuracy(nb::module_& m) {
   // By name, whether the function is increasing.
   m.def("elementwise_functions", [] {
     nb::dict functions;
-    for (std::size_t i = 0; i < std::size(kFunctionNames); ++i) {
+    for (int i = 0; i < static_cast<int>(Elementwise::kCount); ++i) {
       functions[kFunctionNames[i]] = kExactFunctions[i].increasing;
     }
     return functions;

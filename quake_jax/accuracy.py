@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from quake_jax._constants import MAX_REL_ERROR
 FUNCTIONS: dict[str, bool] = _cpu.elementwise_functions()
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Without --exhaustive every 101st float32: prime, so that the inputs have no common low bits.
+# Unless told, one float32 in 101: prime, so that the inputs have no common low bits.
 _SAMPLE_STRIDE = 101
 # Inputs of one call into the kernels: a second or less, so that the progress moves.
 _CHUNK = 1 << 22
@@ -118,11 +119,44 @@ def _special_inputs(dtype: str) -> list[int]:
     return [int(b) for positive in bits for b in (positive & (sign - 1), positive | sign)]
 
 
-def _specials(function: str, dtype: str, order: int, isa: str) -> list[Special]:
+class Program:
+    """Kernels for a processor that Python does not run on, measured by a program that has them.
+
+    It is cpu_kernels/tests/sweep.cc, here or under an emulator, and answers in place of the
+    extension module.
+
+    Args:
+      command: What starts it.
+    """
+
+    def __init__(self, command: str):
+        self.words = shlex.split(command)
+
+    def _ask(self, *question) -> list:
+        lists = [
+            ",".join(map(str, q)) if isinstance(q, (list, tuple)) else str(q) for q in question
+        ]
+        done = subprocess.run([*self.words, *lists], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip() or f"exit code {done.returncode}"
+            raise OSError(f"{shlex.join(self.words)} {lists[0]}: {said}")
+        return json.loads(done.stdout)
+
+    def supported_isas(self) -> list[str]:
+        return self._ask("supported_isas")
+
+    def measure_accuracy(self, *question) -> list[dict]:
+        return self._ask("measure_accuracy", *question)
+
+    def evaluate(self, function, dtype, isa, order, inputs) -> list[float]:
+        return self._ask("evaluate", function, dtype, isa or "exact", order, inputs)
+
+
+def _specials(function: str, dtype: str, order: int, isa: str, kernels) -> list[Special]:
     """Results for special inputs: NaN for NaN, the limit for ±inf, else within the bound."""
     inputs = _special_inputs(dtype)
-    gots = _cpu.evaluate(function, dtype, isa, order, inputs)
-    wanteds = _cpu.evaluate(function, dtype, "", order, inputs)
+    gots = kernels.evaluate(function, dtype, isa, order, inputs)
+    wanteds = kernels.evaluate(function, dtype, "", order, inputs)
     info = jnp.finfo(dtype)
     slack = float(info.tiny) if dtype != "float16" else float(info.smallest_subnormal) / 2
     results = []
@@ -157,7 +191,7 @@ def _merged(parts: Iterator[list[dict]], advance: Callable[[], None]) -> list[di
     return total
 
 
-def _judged(function: str, dtype: str, inputs: int, raw: dict) -> Accuracy:
+def _judged(function: str, dtype: str, inputs: int, raw: dict, kernels) -> Accuracy:
     """Give a kernel's measurement its bound and its verdict."""
     order, isa = raw["order"], raw["isa"]
     limit = bound(function, order, dtype)
@@ -180,7 +214,7 @@ def _judged(function: str, dtype: str, inputs: int, raw: dict) -> Accuracy:
             f"{relative['got']:.9g}, wanted {relative['wanted']:.9g}"
         )
     failures += [f"{raw[count]} {words}" for count, words in _WRONG.items() if raw[count]]
-    special = _specials(function, dtype, order, isa)
+    special = _specials(function, dtype, order, isa, kernels)
     failures += [
         f"f({s.x:.9g}) = {s.got:.9g}, wanted {s.wanted:.9g}" for s in special if not s.correct
     ]
@@ -217,6 +251,7 @@ def measure(
     stride: int = _SAMPLE_STRIDE,
     threads: int = 1,
     advance: Callable[[], None] = lambda: None,
+    kernels=_cpu,
 ) -> list[Accuracy]:
     """Measure the error of an element-wise function.
 
@@ -229,6 +264,7 @@ def measure(
         16-bit types always take all 65,536.
       threads: How many threads to use.
       advance: Called after each chunk of inputs.
+      kernels: Whose: the extension module's, or those of a `Program`.
 
     Returns:
       One `Accuracy` for each instruction set and order.
@@ -239,18 +275,18 @@ def measure(
       >>> exp.worst["relative"]["value"] <= accuracy.bound("exp", 3, "bfloat16")
       True
     """
-    isas = tuple(quake_jax.supported_isas()) if isas is None else isas
+    isas = tuple(kernels.supported_isas()) if isas is None else isas
     ranges = _ranges(dtype, stride)
     executor = ThreadPoolExecutor(threads)
     try:
         parts = executor.map(
-            lambda chunk: _cpu.measure_accuracy(function, dtype, *chunk, isas, orders), ranges
+            lambda chunk: kernels.measure_accuracy(function, dtype, *chunk, isas, orders), ranges
         )
         total = _merged(parts, advance)
     finally:
         executor.shutdown(cancel_futures=True)
     inputs = sum(count for _, count, _ in ranges)
-    return [_judged(function, dtype, inputs, raw) for raw in total]
+    return [_judged(function, dtype, inputs, raw, kernels) for raw in total]
 
 
 # ---- The command line ------------------------------------------------------------------------
@@ -307,25 +343,58 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     choice("function", [*FUNCTIONS, attention.NAME])
     choice("order", ORDERS, int)
-    choice("isa", quake_jax.supported_isas())
+    parser.add_argument("--isa", action="append", help="only this instruction set; may be repeated")
     choice("dtype", DTYPES)
     parser.add_argument(
+        "--program",
+        type=Program,
+        metavar="COMMAND",
+        help="measure the kernels of this program instead (cpu_kernels/tests/sweep.cc built for "
+        "another processor, with the emulator in front); --markdown then writes or replaces a "
+        "section of the page",
+    )
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument(
         "--exhaustive",
-        action="store_true",
-        help=f"all 2^32 float32 inputs instead of every {_SAMPLE_STRIDE}st (16-bit types: always "
+        dest="stride",
+        action="store_const",
+        const=1,
+        default=_SAMPLE_STRIDE,
+        help=f"all 2^32 float32 inputs instead of one in {_SAMPLE_STRIDE} (16-bit types: always "
         "all)",
+    )
+    inputs.add_argument(
+        "--stride",
+        type=_positive,
+        default=_SAMPLE_STRIDE,
+        metavar="N",
+        help="one float32 input in N",
     )
     parser.add_argument("--threads", type=_positive, help="default: as many as there are CPUs")
     parser.add_argument("--json", type=_writable, metavar="PATH", help="write the results there")
     parser.add_argument("--markdown", type=_writable, metavar="PATH", help="write tables there")
     args = parser.parse_args(argv)
+    try:
+        supported = (args.program or _cpu).supported_isas()
+    except OSError as error:
+        parser.error(f"argument --program: {error}")
+    for isa in args.isa or ():
+        if isa not in supported:
+            parser.error(
+                f"argument --isa: invalid choice: {isa!r} (choose from {', '.join(supported)})"
+            )
+    args.isa = args.isa or supported
     args.attention = not args.function or attention.NAME in args.function
+    if args.program:
+        if args.attention and args.function:
+            parser.error(f"{attention.NAME} is not measured by --program")
+        args.attention = False
     functions = args.function or FUNCTIONS
     args.function = [function for function in functions if function != attention.NAME]
     for function in args.function:
         if function not in MAX_REL_ERROR:
             parser.error(f"{function} has no bound in quake_jax._constants.MAX_REL_ERROR")
-    if args.attention and args.isa and quake_jax.isa() not in args.isa:
+    if args.attention and quake_jax.isa() not in args.isa:
         if attention.NAME in functions:
             parser.error(
                 f"{attention.NAME} is measured with the instruction set in use, {quake_jax.isa()}; "
@@ -396,7 +465,7 @@ def _environment(args: argparse.Namespace, argv: list[str], seconds: float) -> d
             "jax": jax.__version__,
             "python": platform.python_version(),
         },
-        "float32_stride": 1 if args.exhaustive else _SAMPLE_STRIDE,
+        "float32_stride": args.stride,
         "threads": args.threads or _available_threads(),
         "seconds": round(seconds, 1),
     }
@@ -506,9 +575,41 @@ def _markdown(
     return "\n".join(lines)
 
 
+def _program_section(results: list[Accuracy], environment: dict) -> tuple[str, list[str]]:
+    """The heading and the lines of what a program's kernels were measured at."""
+    isas = ", ".join(dict.fromkeys(result.isa for result in results))
+    failures = [result for result in results if result.failures]
+    verdict = (
+        f"{len(failures)} of {len(results)} kernels fail"
+        if failures
+        else (f"All {len(results)} kernels keep their bounds, and give NaN for NaN alone")
+    )
+    stride = environment["float32_stride"]
+    lines = [
+        f"`{environment['command']}` on {environment['date']}, {environment['seconds']:.0f} s; "
+        f"float32: {'all' if stride == 1 else f'one in {stride}'} of the 2^32 inputs, other "
+        f"dtypes: all 65,536. {verdict}. Largest relative error (ulp).",
+        "",
+    ]
+    for dtype in dict.fromkeys(result.dtype for result in results):
+        lines += [f"### {dtype}, {isas}", ""]
+        lines += _error_table([result for result in results if result.dtype == dtype])
+    return f"## Another processor: {isas}", lines
+
+
+def _replace_section(path: pathlib.Path, heading: str, lines: list[str]) -> None:
+    """Write a section into a page in place of the one of that heading, or at its end."""
+    old = path.read_text().splitlines() if path.exists() else []
+    start = old.index(heading) if heading in old else len(old)
+    after = (k for k in range(start + 1, len(old)) if old[k].startswith("## "))
+    end = next(after, len(old))
+    before = [*old[:start], ""] if old[:start] and old[start - 1] else old[:start]
+    path.write_text("\n".join([*before, heading, "", *lines, *old[end:]]).rstrip("\n") + "\n")
+
+
 def _elementwise_markdown(results: list[Accuracy], stride: int) -> list[str]:
     by_dtype = {d: [r for r in results if r.dtype == d] for d in DTYPES}
-    inputs = "all 2^32 inputs" if stride == 1 else f"every {stride}st of the 2^32 inputs"
+    inputs = "all 2^32 inputs" if stride == 1 else f"one in {stride} of the 2^32 inputs"
     failures = [r for r in results if r.failures]
     lines = [
         f"float32: {inputs}; bfloat16 and float16: all 65,536. Every result is compared with the "
@@ -589,11 +690,10 @@ def main(argv: list[str] | None = None) -> int:
     functions = args.function
     dtypes = args.dtype or DTYPES
     orders = tuple(sorted(set(args.order or ORDERS)))
-    stride = 1 if args.exhaustive else _SAMPLE_STRIDE
     start = time.perf_counter()
     results: list[Accuracy] = []
     of_attention: list[attention.AttentionAccuracy] = []
-    total = len(functions) * sum(len(_ranges(dtype, stride)) for dtype in dtypes)
+    total = len(functions) * sum(len(_ranges(dtype, args.stride)) for dtype in dtypes)
     total += len(attention.CASES) * len(dtypes) if args.attention else 0
     try:
         with _progress(total) as (show, advance):
@@ -603,10 +703,11 @@ def main(argv: list[str] | None = None) -> int:
                         function,
                         dtype,
                         orders=orders,
-                        isas=tuple(args.isa or quake_jax.supported_isas()),
-                        stride=stride,
+                        isas=tuple(args.isa),
+                        stride=args.stride,
                         threads=args.threads or _available_threads(),
                         advance=advance,
+                        kernels=args.program or _cpu,
                     )
                     for order in sorted({r.order for r in measured}):
                         show(_summary([r for r in measured if r.order == order]))
@@ -641,7 +742,10 @@ def main(argv: list[str] | None = None) -> int:
         }
         args.json.write_text(json.dumps({**content, "failures": failures}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(_markdown(results, of_attention, environment))
+        if args.program:
+            _replace_section(args.markdown, *_program_section(results, environment))
+        else:
+            args.markdown.write_text(_markdown(results, of_attention, environment))
     for failure in failures:
         print(f"FAILED: {failure}")
     count = len(results) + len({(r.dtype, r.order) for r in of_attention})
