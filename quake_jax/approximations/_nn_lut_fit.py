@@ -237,29 +237,39 @@ def _values(x, y, weights, d, left, right, solves):
     """Values at the nodes d that make the largest weighted error small, by Lawson's iteration."""
     segment = np.clip(np.searchsorted(d, x, side="right") - 1, 0, len(d) - 2)
     t = (x - d[segment]) / (d[segment + 1] - d[segment])
-    hats = np.zeros((len(x), len(d)))
-    rows = np.arange(len(x))
-    hats[rows, segment] = 1 - t
-    hats[rows, segment + 1] += t
     fixed = np.full(len(d), np.nan)
     if left is not None:
         fixed[:2] = left[0] * d[:2] + left[1]
     if right is not None:
         fixed[-2:] = right[0] * d[-2:] + right[1]
     free = np.isnan(fixed)
-    rest = y - hats[:, ~free] @ fixed[~free]
-    matrix = hats[:, free]
+
+    def at_samples(nodes):
+        return (1 - t) * nodes[segment] + t * nodes[segment + 1]
+
+    def at_nodes(shares, shares_above):
+        return sum(
+            np.bincount(segment + k, part, len(d)) for k, part in ((0, shares), (1, shares_above))
+        )
+
+    rest = y - at_samples(np.where(free, 0, fixed))
     lawson = np.full(len(x), 1 / len(x))
     values = fixed.copy()
     best = np.inf
     for _ in range(solves):
-        scaled = matrix * (lawson * weights**2)[:, None]
-        normal = scaled.T @ matrix
+        # The normal equations are tridiagonal, as each sample lies between two nodes. Products of
+        # large matrices would wait for the threads of BLAS where other work has the cores.
+        w = lawson * weights**2
+        beside = np.bincount(segment, w * t * (1 - t), len(d))[:-1]
+        normal = np.diag(at_nodes(w * (1 - t) ** 2, w * t**2))
+        normal += np.diag(beside, 1) + np.diag(beside, -1)
+        normal = normal[np.ix_(free, free)]
         normal += 1e-14 * np.trace(normal) * np.eye(len(normal))
-        solution = np.linalg.solve(normal, scaled.T @ rest)
-        errors = weights * np.abs(matrix @ solution - rest)
+        solution = np.zeros(len(d))
+        solution[free] = np.linalg.solve(normal, at_nodes(w * (1 - t) * rest, w * t * rest)[free])
+        errors = weights * np.abs(at_samples(solution) - rest)
         if np.max(errors) < best:
-            best, values[free] = np.max(errors), solution
+            best, values[free] = np.max(errors), solution[free]
         lawson = lawson * (errors + 1e-3 * np.max(errors))
         lawson /= np.sum(lawson)
     return values
