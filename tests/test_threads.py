@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, inputs, run_python
+from conftest import FAMILIES, ORDERS, inputs, run_python
 
 import quake_jax
 
@@ -53,6 +53,30 @@ def test_dispatch_without_waiting(function):
     expected = np.asarray(f(*x))
     results = [f(*x) for _ in range(20)]
     assert all(np.array_equal(y, expected) for y in results)
+
+
+def test_threads_that_trace_at_once_have_their_own_order():
+    # One function that each thread's order traces again, and rewrites of one program at once.
+    x, weights = inputs((40, 30)), inputs((30, 20), seed=1)
+
+    def model(x):
+        return jax.nn.gelu(jax.nn.softmax(x) @ weights)
+
+    shared, start = jax.jit(lambda x: quake_jax.sigmoid(x)), threading.Barrier(15)
+
+    def work(order):
+        start.wait()
+        with quake_jax.default_order(order):
+            whole = jax.jit(quake_jax.accelerate(model))(x)
+            return np.asarray(shared(x)), np.asarray(whole), order
+
+    with concurrent.futures.ThreadPoolExecutor(15) as pool:
+        results = list(pool.map(work, 3 * ORDERS))
+    for sigmoid, whole, order in results:
+        np.testing.assert_array_equal(sigmoid, quake_jax.sigmoid(x, order=order))
+        expected = jax.jit(quake_jax.accelerate(model, order=order))(x)
+        np.testing.assert_array_equal(whole, expected)
+    assert len({sigmoid.tobytes() for sigmoid, _, _ in results}) == len(ORDERS)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
