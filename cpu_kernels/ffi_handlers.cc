@@ -65,6 +65,21 @@ ffi::Error invalid(const char* target, const std::string& problem) {
   return ffi::Error::InvalidArgument(std::string(target) + ": " + problem);
 }
 
+// Whether the offsets of all bytes can be computed: the products of the sizes and of any of them, which are
+// the strides, do not overflow. XLA has no such buffer; its shapes, with an axis of size 0, can be so.
+bool is_addressable(const ffi::AnyBuffer& buffer) {
+  std::int64_t bytes = 8;  // of the widest element
+  for (const std::int64_t size : buffer.dimensions()) {
+    if (size < 0 || __builtin_mul_overflow(bytes, std::max<std::int64_t>(size, 1), &bytes)) return false;
+  }
+  return true;
+}
+
+ffi::Error not_addressable(const char* target, const ffi::AnyBuffer& buffer) {
+  return invalid(target,
+                 "buffer " + describe(buffer) + ", expected no negative size and less than 2^60 elements");
+}
+
 // How a table is indexed for a call, and the size of an element.
 struct Call {
   int dtype;
@@ -72,7 +87,7 @@ struct Call {
   std::size_t element_size;
 };
 
-// Checks what all handlers have in common: the order, and that `others` have x's type.
+// Checks what all handlers have in common: the order, that `others` have x's type, and that no size overflows.
 ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyBuffer& x,
                          std::initializer_list<const ffi::AnyBuffer*> others) {
   if (order < 1 || order > kMaxOrder) {
@@ -83,7 +98,9 @@ ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyB
       return ffi::Unexpected(
           invalid(target, "buffers " + describe(x) + " and " + describe(*other) + ", expected the same type"));
     }
+    if (!is_addressable(*other)) return ffi::Unexpected(not_addressable(target, *other));
   }
+  if (!is_addressable(x)) return ffi::Unexpected(not_addressable(target, x));
   switch (x.element_type()) {
     case ffi::F32:
       return Call{static_cast<int>(DType::kFloat32), order - 1, 4};
@@ -172,8 +189,9 @@ ffi::Error run_split(const char* target, Binary function, ffi::ThreadPool pool, 
       !std::equal(from.begin(), from.end() - 1, to.begin())) {
     return mismatch(target, x, *y, "a result with half of the operand's last axis");
   }
+  if (y->element_count() == 0) return ffi::Error::Success();  // its address may be null
   const std::size_t columns = static_cast<std::size_t>(to.back());
-  const std::size_t rows = columns == 0 ? 0 : y->element_count() / columns;
+  const std::size_t rows = y->element_count() / columns;
   const char* first = bytes(x);
   const char* second = first + columns * call->element_size;
   run_binary_rows(function, *call, pool, gate_first ? first : second, 2 * columns, gate_first ? second : first,
@@ -355,7 +373,9 @@ AttentionProblem::Operand packed_operand(const ffi::AnyBuffer& x, std::int32_t p
   const auto heads = static_cast<std::ptrdiff_t>(packed_axis == 2 ? dims[3] : dims[2]);
   const std::ptrdiff_t time = 3 * heads * size;
   const std::size_t begin = slice * static_cast<std::size_t>(packed_axis == 2 ? heads * size : size);
-  return {bytes(x) + begin * element_size, static_cast<std::ptrdiff_t>(dims[1]) * time, time,
+  // The address of an empty array may be null.
+  const char* data = x.element_count() == 0 ? bytes(x) : bytes(x) + begin * element_size;
+  return {data, static_cast<std::ptrdiff_t>(dims[1]) * time, time,
           packed_axis == 2 ? size : 3 * size};
 }
 
@@ -471,6 +491,7 @@ ffi::Error run_attention_call(const char* target, ffi::ThreadPool pool, const At
   if (!has_dimensions(out, {p.batch, p.query_length, p.query_heads, p.value_size})) {
     return mismatch(target, x[0], out, "a result of shape (batch, queries, heads, value size)");
   }
+  if (!is_addressable(residual)) return not_addressable(target, residual);
   if (residual.element_type() != ffi::F32 ||
       !has_dimensions(residual, {p.batch, p.query_length, p.query_heads})) {
     return mismatch(target, out, residual, "a float32 residual of shape (batch, queries, heads)");
@@ -491,6 +512,7 @@ ffi::Error run_attention_call(const char* target, ffi::ThreadPool pool, const At
   }
   if (attributes.present & kHasMask) {
     const ffi::AnyBuffer& mask = x[next++];
+    if (!is_addressable(mask)) return not_addressable(target, mask);
     const auto strides = broadcast_strides(mask, full);
     if (mask.element_type() != ffi::PRED || !strides) {
       return mismatch(target, x[0], mask, "a boolean mask of the logits' shape");

@@ -28,6 +28,10 @@ inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 inline int failures = 0, checks = 0;
 
+// Fewer sizes and one order: for valgrind and the thread sanitizer (--thin on the command line).
+inline bool thin = false;
+inline bool skips(int order) { return thin && order != 3; }
+
 [[gnu::format(printf, 2, 3)]] inline void check(bool ok, const char* format, ...) {
   ++checks;
   if (ok) return;
@@ -104,6 +108,22 @@ std::vector<char> check_placements(const std::vector<char>& input, std::size_t o
   return first;
 }
 
+// The same call at every misalignment that XLA's buffers and their slices can have: whole elements. (Only masks
+// have odd addresses: their rows begin at any byte.)
+template <class Call>
+void check_misalignments(const std::vector<char>& input, const std::vector<char>& expected, std::size_t element,
+                         const Call& call, const std::string& what) {
+  std::vector<char> in(input.size() + 64), out(expected.size() + 128);
+  for (std::size_t shift = 0; shift < 64; shift += element) {
+    char* x = in.data() + shift;
+    char* y = out.data() + (64 - shift) * 5 % 64 + element;  // another misalignment than the input's
+    std::memcpy(x, input.data(), input.size());
+    call(x, y);
+    check(std::memcmp(y, expected.data(), expected.size()) == 0, "%s: shifted by %zu bytes differs",
+          what.c_str(), shift);
+  }
+}
+
 inline std::vector<char> random_input(const Storage& storage, std::size_t count, std::mt19937& random) {
   std::normal_distribution<float> normal(0, 3);
   std::vector<char> bytes(count * storage.size);
@@ -125,6 +145,13 @@ inline std::string describe(const KernelTable& table, const char* name, const St
                             std::size_t rows, std::size_t columns) {
   return std::string(table.isa) + " " + name + " " + storage.name + " order " + std::to_string(order) + " " +
          std::to_string(rows) + " x " + std::to_string(columns);
+}
+
+inline bool has_option(int argc, char** argv, const char* option) {
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], option) == 0) return true;
+  }
+  return false;
 }
 
 // Runs `test` for every instruction set that the machine supports, or for the one in QUAKE_JAX_ISA; returns
