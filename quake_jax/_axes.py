@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from quake_jax import _compat
+from quake_jax import _compat, _drop_in
 
 
 def static_axis(axis, function: str):
@@ -66,17 +66,23 @@ def check_where(where, x, function: str, array: str = "x") -> None:
             f"quake_jax.{function}: where must be None or a boolean array; "
             f"got an array of dtype {where.dtype}"
         )
+    check_broadcast("where", where, x, function, array)
+
+
+def check_broadcast(name: str, other, x, function: str, array: str = "x") -> None:
+    """Raise ValueError if `other`, the argument `name`, does not broadcast with x."""
     try:
-        jnp.broadcast_shapes(where.shape, x.shape)
+        jnp.broadcast_shapes(other.shape, x.shape)
     except ValueError as error:
         raise ValueError(
-            f"quake_jax.{function}: where of shape {where.shape} does not broadcast with {array} "
+            f"quake_jax.{function}: {name} of shape {other.shape} does not broadcast with {array} "
             f"of shape {x.shape}; each pair of trailing dimensions must be equal or contain a 1"
         ) from error
 
 
-def promoted(x, function: str) -> jax.Array:
+def promoted(x, function: str, array: str = "x") -> jax.Array:
     """Return x in the floating-point dtype that jax.nn computes it in, without a weak type."""
+    _drop_in.refuse_other_than_numbers(x, function, array)
     (x,) = _compat.promote_args_inexact(function, x)
     return x.astype(x.dtype)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from quake_jax import _compat, _primitives
 from quake_jax._config import EXACT
 
+_NUMERIC_KINDS = frozenset("biufc")  # of NumPy's own dtypes; bfloat16 is none of these
 # The dtypes that the kernels read and write.
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -52,6 +53,102 @@ def unary(name: str, slope: Callable) -> Callable:
     return differentiable(name, tangent)
 
 
+def is_numeric(x) -> bool:
+    """Whether x is a number or an array of numbers or truth values, as far as JAX knows any."""
+    dtype = None if isinstance(x, type) else getattr(x, "dtype", None)
+    if dtype is None:
+        return isinstance(x, (int, float, complex)) or hasattr(x, "__jax_array__")
+    if getattr(dtype, "kind", None) in _NUMERIC_KINDS:  # 20 times faster than what follows
+        return True
+    return dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number)
+
+
+def kind_of(x) -> str:
+    """What x is, for errors."""
+    dtype = None if isinstance(x, type) else getattr(x, "dtype", None)
+    if x is None or isinstance(x, str):
+        return repr(x)
+    return type(x).__name__ if dtype is None else f"an array of dtype {dtype}"
+
+
+def refuse_other_than_numbers(x, function: str, array: str) -> None:
+    """Raise TypeError if x is no array of numbers, OverflowError if it is too large an integer."""
+    where = f"quake_jax.{function}: {array} must be"
+    if not is_numeric(x):
+        wanted = "None or a boolean array" if array == "where" else "an array or a number"
+        raise TypeError(f"{where} {wanted}; got {kind_of(x)}")
+    if isinstance(x, int):
+        dtype = jax.dtypes.canonicalize_dtype(int)
+        if not jnp.iinfo(dtype).min <= x <= jnp.iinfo(dtype).max:
+            raise OverflowError(f"{where} within the range of {dtype}; got {x}")
+
+
+def as_array(x, function: str, name: str):
+    """x if it is an array, else the array that it makes; raise TypeError if it makes none."""
+    try:
+        array = x if hasattr(x, "dtype") and not isinstance(x, type) else jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"quake_jax.{function}: {name} must be an array; got {x!r}") from error
+    if not is_numeric(array):
+        raise TypeError(
+            f"quake_jax.{function}: {name} must be an array of numbers; got {kind_of(array)}"
+        )
+    return array
+
+
+def optional_array(x, function: str, name: str):
+    """`as_array`, but for None."""
+    return None if x is None else as_array(x, function, name)
+
+
+def naming_arguments(name: str, call: Callable, arrays: dict[str, int]) -> Callable:
+    """`call`, whose errors about an argument that is no array of numbers name that argument.
+
+    Args:
+      name: the public function's.
+      call: a compiled function, whose own errors would come from within JAX. Nothing is looked at
+        before it raises one.
+      arrays: positions of its array arguments by name; None is left to `call`.
+    """
+
+    @functools.wraps(call)
+    def checked(*arguments, **parameters):
+        try:
+            return call(*arguments, **parameters)
+        except (TypeError, OverflowError) as error:
+            if not str(error).startswith("quake_jax."):
+                for array, position in arrays.items():
+                    if arguments[position] is not None:
+                        refuse_other_than_numbers(arguments[position], name, array)
+            raise
+
+    return checked
+
+
+def same_kind(error: Exception, message: str) -> Exception:
+    """An error of the kind of one of JAX's, with another message."""
+    kinds = (jax.dtypes.TypePromotionError, TypeError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind))(message)
+
+
+def static_bool(value, function: str, argument: str) -> bool:
+    """Return whether `value` is true; raise TypeError where that is not known, or means nothing.
+
+    In Python "none", a list and a mask that came to the wrong place are true as well.
+    """
+    if value is None or isinstance(value, int):
+        return bool(value)
+    if getattr(value, "dtype", None) == jnp.bool_ and value.shape == ():
+        try:
+            return bool(value)
+        except jax.errors.TracerBoolConversionError:
+            pass
+    raise TypeError(
+        f"quake_jax.{function}: {argument} must be True or False, known when the function is "
+        f"traced; got {value!r}"
+    )
+
+
 def refuse_complex(x: jax.Array, function: str, array: str = "x") -> None:
     """Raise TypeError if x is complex: the kernels' functions are those of a real variable."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -63,6 +160,17 @@ def refuse_complex(x: jax.Array, function: str, array: str = "x") -> None:
 def without_sharding(x) -> jax.ShapeDtypeStruct:
     """The shape, dtype and weak type of x, to be asked what a function makes of them."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type)
+
+
+def _check_broadcast(function: str, operands: dict[str, jax.Array]) -> None:
+    try:
+        jnp.broadcast_shapes(*(x.shape for x in operands.values()))
+    except ValueError as error:
+        given = " and ".join(f"{name} of shape {x.shape}" for name, x in operands.items())
+        raise ValueError(
+            f"quake_jax.{function}: {given} do not broadcast; each pair of trailing dimensions "
+            "must be equal or contain a 1"
+        ) from error
 
 
 def drop_in(
@@ -88,14 +196,22 @@ def drop_in(
     """
 
     def call(order, *operands, **parameters):
-        if not all(hasattr(x, "dtype") for x in operands):
-            return exact(*operands, **parameters)  # raises: a list, None, or another container
         for x, array in zip(operands, arrays, strict=True):
+            refuse_other_than_numbers(x, name, array)
             refuse_complex(x, name, array)
         if check is not None:
             check(*operands, **parameters)
+        else:
+            _check_broadcast(name, dict(zip(arrays, operands, strict=True)))
         exactly = functools.partial(exact, **parameters) if parameters else exact
-        result = jax.eval_shape(exactly, *map(without_sharding, operands))
+        try:
+            result = jax.eval_shape(exactly, *map(without_sharding, operands))
+        except (TypeError, ValueError) as error:
+            given = " and ".join(
+                f"{array} of shape {x.shape} and dtype {x.dtype}"
+                for x, array in zip(operands, arrays, strict=True)
+            )
+            raise same_kind(error, f"quake_jax.{name}: cannot take {given}: {error}") from error
         if order == EXACT or result.dtype not in KERNEL_DTYPES:
             return exactly(*operands)
         operands = [x.astype(result.dtype) for x in operands]
@@ -106,4 +222,5 @@ def drop_in(
     call.__name__ = call.__qualname__ = f"quake_{name}"
     # Compiled, so that a call outside jit takes JAX's fast path; inlined, so that inside jit
     # the program shows the kernel and nothing around it.
-    return jax.jit(call, static_argnums=0, static_argnames=parameters, inline=_compat.INLINE)
+    compiled = jax.jit(call, static_argnums=0, static_argnames=parameters, inline=_compat.INLINE)
+    return naming_arguments(name, compiled, {array: k + 1 for k, array in enumerate(arrays)})

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from quake_jax._config import Order, resolved_order
-from quake_jax._drop_in import drop_in, unary
+from quake_jax._drop_in import drop_in, static_bool, unary
 from quake_jax.reference import SELU_ALPHA, SELU_SCALE
 
 _LN2 = math.log(2)
@@ -457,4 +457,5 @@ def gelu(x: ArrayLike, approximate: bool = True, *, order: Order | None = None) 
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.gelu(jnp.array([-1.0, 0.0, 1.0]), approximate=False)
     """
-    return _gelu_calls[bool(approximate)](resolved_order(order, "gelu"), x)
+    call = _gelu_calls[static_bool(approximate, "gelu", "approximate")]
+    return call(resolved_order(order, "gelu"), x)

@@ -21,13 +21,22 @@ from jax.typing import ArrayLike
 
 from quake_jax import _compat, _primitives, reference
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES, refuse_complex
+from quake_jax._drop_in import (
+    KERNEL_DTYPES,
+    as_array,
+    is_numeric,
+    optional_array,
+    refuse_complex,
+    static_bool,
+)
 
 # The kernel's tiles are cut for sizes of heads up to this one.
 _LARGEST_HEAD = 512
 # The derivative holds a few tiles of about so many weights, of at least so many queries.
 _TILE_WEIGHTS = 1 << 22
 _TILE_QUERIES = 32
+# Positions are int32, and a window is added to them.
+_LONGEST = 2**30
 # What the primitive's parameter `present` is a sum of.
 _BIAS, _MASK, _QUERY_LENGTHS, _KEY_LENGTHS = 1, 2, 4, 8
 _NO_LIMIT = -1
@@ -306,10 +315,20 @@ def _attend(
         # jax.nn has no meaning for negative ones but this: keys on one side only.
         and (window is None or min(window) >= 0)
     )
+    lengths = [n for n in (query.shape[1], key.shape[1]) if isinstance(n, int)]
+    by_position = is_causal or any(x is not None for x in (query_lengths, key_lengths, window))
+    if kernel and by_position and max(lengths, default=0) > _LONGEST:
+        raise ValueError(
+            f"quake_jax.{function}: query and key must have a length of at most {_LONGEST} where "
+            f"results depend on positions; got {query.shape[1]} and {key.shape[1]}"
+        )
     residual_dtype = key.dtype
     arrays = (query, key, value, bias, mask, query_lengths, key_lengths)
     limits = (_NO_LIMIT, _NO_LIMIT) if window is None else window
-    if not kernel:
+    if isinstance(query.shape[2], int) and query.shape[2] == 0:  # jax.nn would divide by it
+        shape_of_out = (*query.shape[:3], sizes[1])
+        out = jnp.zeros(shape_of_out, query.dtype), jnp.zeros(query.shape[:3], jnp.float32)
+    elif not kernel:
         out = _without_kernel(
             function,
             arrays,
@@ -335,8 +354,8 @@ def _attend(
             "soft_cap": 0.0 if soft_cap is None else soft_cap,
             "is_causal": int(is_causal),
             # Longer than any array all the same, and int32 even when a position is added.
-            "window_left": min(limits[0], 2**30),
-            "window_right": min(limits[1], 2**30),
+            "window_left": min(limits[0], _LONGEST),
+            "window_right": min(limits[1], _LONGEST),
             "packed_axis": packed_axis,
             "present": sum(b for b, x in zip(bits, optional, strict=True) if x is not None),
         }
@@ -464,10 +483,10 @@ def _static_arguments(
     def refuse(error, name, expected, value):
         raise error(f"quake_jax.{function}: {name} must be {expected}; got {value!r}")
 
-    for name, value in (("is_causal", is_causal), ("return_residual", return_residual)):
-        if isinstance(value, jax.core.Tracer):
-            refuse(TypeError, name, "static, not traced", value)
-    if implementation not in (None, "quake", "xla", "cudnn"):
+    is_causal = static_bool(is_causal, function, "is_causal")
+    return_residual = static_bool(return_residual, function, "return_residual")
+    known = implementation is None or isinstance(implementation, str)
+    if not known or implementation not in (None, "quake", "xla", "cudnn"):
         refuse(ValueError, "implementation", 'None, "quake", "xla" or "cudnn"', implementation)
     if window is not None:
         try:
@@ -476,39 +495,33 @@ def _static_arguments(
         except (TypeError, ValueError):
             refuse(TypeError, "local_window_size", "an integer or two, (left, right)", window)
     if soft_cap is not None:
-        if isinstance(soft_cap, jax.core.Tracer) or np.ndim(soft_cap) != 0:
+        is_static = is_numeric(soft_cap) and not isinstance(soft_cap, jax.core.Tracer)
+        if not is_static or jnp.ndim(soft_cap) != 0 or jnp.iscomplexobj(soft_cap):
             refuse(TypeError, "logits_soft_cap", "a static number", soft_cap)
         soft_cap = float(soft_cap)
         if not (soft_cap > 0 and math.isfinite(soft_cap)):
             refuse(ValueError, "logits_soft_cap", "None, or positive and finite", soft_cap)
     traced = None
-    if isinstance(scale, jax.core.Tracer):
-        scale, traced = None, scale
-    elif scale is not None:
-        if np.ndim(scale) != 0:
-            refuse(ValueError, "scale", "a number", scale)
-        scale = float(scale)
+    if scale is not None:
+        if not is_numeric(scale) or jnp.iscomplexobj(scale):
+            refuse(TypeError, "scale", "a real number", scale)
+        if jnp.ndim(scale) != 0:
+            refuse(ValueError, "scale", "one number, not an array", scale)
+        if isinstance(scale, jax.core.Tracer):
+            scale, traced = None, scale
+        else:
+            scale = float(scale)
     static = {
         "function": function,
         "scale": scale,
-        "is_causal": bool(is_causal),
+        "is_causal": is_causal,
         "window": window,
         "implementation": implementation,
-        "return_residual": bool(return_residual),
+        "return_residual": return_residual,
         "soft_cap": soft_cap,
         "order": order,
     }
     return static, traced
-
-
-def _array(x, function: str, name: str):
-    """x if it is an array or None, else the array that it makes."""
-    if x is None or hasattr(x, "dtype"):
-        return x
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"quake_jax.{function}: {name} must be an array; got {x!r}") from error
 
 
 def dot_product_attention(
@@ -563,7 +576,8 @@ def dot_product_attention(
 
     Raises:
       TypeError: if an array is complex, or an argument that must be static is not.
-      ValueError: if shapes or dtypes do not belong together, or another argument is not allowed.
+      ValueError: if shapes or dtypes do not belong together, or another argument is not allowed; if
+        results depend on positions beyond 2^30.
 
     Example:
       >>> import jax, quake_jax
@@ -590,10 +604,8 @@ def dot_product_attention(
         ("query_seq_lengths", query_seq_lengths),
         ("key_value_seq_lengths", key_value_seq_lengths),
     )
-    for name, x in names[:3]:
-        if x is None:
-            raise TypeError(f"quake_jax.{function}: {name} must be an array; got None")
-    arrays = [_array(x, function, name) for name, x in names]
+    arrays = [as_array(x, function, name) for name, x in names[:3]]
+    arrays += [optional_array(x, function, name) for name, x in names[3:]]
     return _attend_call(*arrays, traced_scale, packed_axis=0, **static)
 
 
@@ -622,8 +634,9 @@ def packed_dot_product_attention(
       qkv: array of shape (B, T, 3, N, H) or (B, T, N, 3, H), with or without B, whose axis of size
         3 holds query, key and value; dtypes as in `dot_product_attention`.
       qkv_axis: the axis of size 3, the last but two (-3) or the last but one (-2).
-      bias, mask, scale, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
-        implementation, return_residual, logits_soft_cap, order: as in `dot_product_attention`.
+      bias, mask, scale, is_causal: as in `dot_product_attention`.
+      query_seq_lengths, key_value_seq_lengths, local_window_size: the same.
+      implementation, return_residual, logits_soft_cap, order: the same.
 
     Returns:
       As `dot_product_attention`: an array of shape (B, T, N, H) or (T, N, H).
@@ -647,9 +660,7 @@ def packed_dot_product_attention(
         logits_soft_cap,
         order,
     )
-    if qkv is None:
-        raise TypeError(f"quake_jax.{function}: qkv must be an array; got None")
-    qkv = _array(qkv, function, "qkv")
+    qkv = as_array(qkv, function, "qkv")
     if qkv.ndim not in (4, 5):
         raise ValueError(
             f"quake_jax.{function}: qkv must have 5 axes, or 4 without a batch; got shape "
@@ -669,7 +680,7 @@ def packed_dot_product_attention(
         )
     has_batch = qkv.ndim == 5
     arrays = [
-        _array(x, function, name)
+        optional_array(x, function, name)
         for name, x in (
             ("bias", bias),
             ("mask", mask),

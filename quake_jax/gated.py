@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from quake_jax import activations
 from quake_jax._config import Order, resolved_order
-from quake_jax._drop_in import differentiable, drop_in
+from quake_jax._drop_in import differentiable, drop_in, static_bool
 
 _exact_gelu_erf = functools.partial(jax.nn.gelu, approximate=False)
 
@@ -91,15 +91,6 @@ def _gated_calls(name: str, kernel: str, activation: Callable, slope: Callable, 
     """Make f(order, gate, value) and f(order, x, gate_first=…)."""
     pair, split = _gated(kernel, activation, slope)
 
-    def check_pair(gate, value):
-        try:
-            jnp.broadcast_shapes(gate.shape, value.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"quake_jax.{name}: gate of shape {gate.shape} and value of shape {value.shape} do "
-                "not broadcast; each pair of trailing dimensions must be equal or contain a 1"
-            ) from error
-
     def check_split(x, gate_first):
         if x.ndim == 0 or x.shape[-1] % 2 != 0:
             raise ValueError(
@@ -117,7 +108,7 @@ def _gated_calls(name: str, kernel: str, activation: Callable, slope: Callable, 
         return pair(*jnp.broadcast_arrays(gate, value), order=order)
 
     return (
-        drop_in(name, broadcast_pair, exact_pair, arrays=["gate", "value"], check=check_pair),
+        drop_in(name, broadcast_pair, exact_pair, arrays=["gate", "value"]),
         drop_in(
             name,
             split,
@@ -230,7 +221,8 @@ def bias_gelu(
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.bias_gelu(jnp.ones((2, 3)), jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _bias_gelu_calls[bool(approximate)](resolved_order(order, "bias_gelu"), x, bias)
+    call = _bias_gelu_calls[static_bool(approximate, "bias_gelu", "approximate")]
+    return call(resolved_order(order, "bias_gelu"), x, bias)
 
 
 def glu(x: ArrayLike, axis: int = -1, *, order: Order | None = None) -> jax.Array:
@@ -297,8 +289,9 @@ def swiglu(
     """
     order = resolved_order(order, "swiglu")
     pair, split = _swiglu_calls
+    gate_first = static_bool(gate_first, "swiglu", "gate_first")
     if value is None:
-        return split(order, gate, gate_first=bool(gate_first))
+        return split(order, gate, gate_first=gate_first)
     return pair(order, gate, value)
 
 
@@ -337,7 +330,8 @@ def geglu(
       >>> y = quake_jax.geglu(jnp.concatenate([gate, value], axis=-1))
     """
     order = resolved_order(order, "geglu")
-    pair, split = _geglu_calls[bool(approximate)]
+    pair, split = _geglu_calls[static_bool(approximate, "geglu", "approximate")]
+    gate_first = static_bool(gate_first, "geglu", "gate_first")
     if value is None:
-        return split(order, gate, gate_first=bool(gate_first))
+        return split(order, gate, gate_first=gate_first)
     return pair(order, gate, value)

@@ -13,7 +13,16 @@ from jax.typing import ArrayLike
 
 from quake_jax import _axes, _compat, activations
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES, differentiable, drop_in, refuse_complex
+from quake_jax._drop_in import (
+    KERNEL_DTYPES,
+    differentiable,
+    drop_in,
+    naming_arguments,
+    refuse_complex,
+    refuse_other_than_numbers,
+    same_kind,
+    static_bool,
+)
 from quake_jax.softmax import softmax_kernel
 
 
@@ -76,13 +85,24 @@ def _of_sum(a, axes, order):
 
 def quake_logsumexp(a, b, where, axis, keepdims, return_sign, order):
     name = "logsumexp"
-    a = _axes.promoted(a, name)
+    a = _axes.promoted(a, name, "a")
     refuse_complex(a, name, "a")
     if b is not None:
-        a, b = _compat.promote_args_inexact(name, a, b)
+        refuse_other_than_numbers(b, name, "b")
+        _axes.check_broadcast("b", b, a, name, "a")
+        try:
+            a, b = _compat.promote_args_inexact(name, a, b)
+        except (TypeError, ValueError) as error:
+            raise same_kind(
+                error,
+                f"quake_jax.{name}: a of dtype {a.dtype} and b of dtype {b.dtype} have no common "
+                f"dtype: {error}",
+            ) from error
         refuse_complex(b, name, "b")
     if where is not None:
         _axes.check_where(where, a, name, "a")
+        if b is not None:
+            _axes.check_broadcast("where", where, b, name, "b")
     shape = jnp.broadcast_shapes(*(x.shape for x in (a, b, where) if x is not None))
     _axes.check_axes(axis, len(shape), name, "a")
     if order == EXACT or a.dtype not in KERNEL_DTYPES:
@@ -110,7 +130,11 @@ def quake_logsumexp(a, b, where, axis, keepdims, return_sign, order):
     return y, sign
 
 
-_logsumexp_call = jax.jit(quake_logsumexp, static_argnums=(3, 4, 5, 6), inline=_compat.INLINE)
+_logsumexp_call = naming_arguments(
+    "logsumexp",
+    jax.jit(quake_logsumexp, static_argnums=(3, 4, 5, 6), inline=_compat.INLINE),
+    {"a": 0, "b": 1, "where": 2},
+)
 
 
 def logsumexp(
@@ -152,7 +176,9 @@ def logsumexp(
     """
     axis = _axes.static_axis(axis, "logsumexp")
     order = resolved_order(order, "logsumexp")
-    return _logsumexp_call(a, b, where, axis, bool(keepdims), bool(return_sign), order)
+    keepdims = static_bool(keepdims, "logsumexp", "keepdims")
+    return_sign = static_bool(return_sign, "logsumexp", "return_sign")
+    return _logsumexp_call(a, b, where, axis, keepdims, return_sign, order)
 
 
 def logaddexp(x1: ArrayLike, x2: ArrayLike, /, *, order: Order | None = None) -> jax.Array:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
 from quake_jax._rewrite import checked_options
 from quake_jax.linen import _substitutes
-from quake_jax.linen._attention_fn import _attention
+from quake_jax.linen._attention_fn import _attention, _check_others
 
 __all__ = ["attention_fn", "substitute"]
 
@@ -100,6 +100,12 @@ def attention_fn(
     from flax.nnx.nn import dtypes
 
     order = resolved_order(order, "dot_product_attention")
+    arrays = {"query": query, "key": key, "value": value}
+    query, key, value = (as_array(x, "nnx.attention_fn", name) for name, x in arrays.items())
+    bias = optional_array(bias, "nnx.attention_fn", "bias")
+    mask = optional_array(mask, "nnx.attention_fn", "mask")
+    is_causal = static_bool(is_causal, "nnx.attention_fn", "is_causal")
+    _check_others("nnx.attention_fn", dtype, dropout_rng, dropout_rate, module)
     promote_dtype = promote_dtype or dtypes.promote_dtype
     promoted = promote_dtype((query, key, value), dtype=dtype)
     if order == EXACT or promoted[0].dtype not in KERNEL_DTYPES:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from quake_jax import _axes, _compat
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES, differentiable, refuse_complex
+from quake_jax._drop_in import KERNEL_DTYPES, differentiable, naming_arguments, refuse_complex
 
 # Derivatives. In the exact function's, y is softmax(x): that of log_softmax calls softmax instead
 # of exp(y), whose rows would not sum to 1. The last selection of the masked ones stops NaN in
@@ -91,7 +91,8 @@ def _normalization(
         return jnp.where(where, y, masked)
 
     call.__name__ = call.__qualname__ = f"quake_{name}"
-    return jax.jit(call, static_argnums=(2, 3), inline=_compat.INLINE)
+    compiled = jax.jit(call, static_argnums=(2, 3), inline=_compat.INLINE)
+    return naming_arguments(name, compiled, {"x": 0, "where": 1})
 
 
 _softmax_call = _normalization("softmax", jax.nn.softmax, softmax_kernel, _softmax_where, 0.0)

@@ -204,8 +204,8 @@ def lut2d_softmax(
     """Softmax from a table of exponentials and a table of quotients (2D-LUT).
 
     Vasyltsov and Chang, arXiv 2111.10770, 2021. With M = 2^w - 1: e = ⌊M exp(-0.1 i)⌋, 101
-    entries for max x - x in [0, 10]; σ[i][j] = ⌊M (0.1 i) / j⌋ for i = 0 … 10 and j = 1 … 60;
-    the result is σ[e / 0.1][Σ e], all indices rounded to nearest. Sums above 60 count as 60.
+    entries for max x - x in [0, 10]; σ(i, j) = ⌊M (0.1 i) / j⌋ for i = 0 … 10 and j = 1 … 60;
+    the result is σ(e / 0.1, Σ e), all indices rounded to nearest. Sums above 60 count as 60.
 
     Uncertain: the rounding of the indices and of the entries of the first table.
 

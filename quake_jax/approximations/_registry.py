@@ -238,7 +238,7 @@ def find(kind: str, name: str) -> Approximation:
       >>> y = softmax(jnp.array([1.0, 2.0, 3.0]))
     """
     _check_kind(kind, "find")
-    if (kind, name) not in _registry():
+    if not isinstance(name, str) or (kind, name) not in _registry():
         names = ", ".join(a.name for a in registry(kind))
         raise ValueError(
             f"quake_jax.approximations.find: no approximation of kind {kind} has the name "

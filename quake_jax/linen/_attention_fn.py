@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
 from quake_jax.attention import dot_product_attention
 from quake_jax.linen._substitutes import require_flax
 from quake_jax.softmax import softmax
@@ -51,6 +51,28 @@ def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: boo
             except ValueError:
                 refuse((name, x), f"broadcast to [batch..., heads, queries, keys] = {shape}")
     return shape
+
+
+def _check_others(function: str, dtype, dropout_rng, dropout_rate, module) -> None:
+    """Raise TypeError or ValueError for what is not an array."""
+
+    def refuse(error, name, expected, value):
+        raise error(f"quake_jax.{function}: {name} must be {expected}; got {value!r}")
+
+    try:
+        jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        refuse(TypeError, "dtype", "None or a dtype", dtype)
+    if dropout_rng is not None and not hasattr(dropout_rng, "dtype"):
+        refuse(TypeError, "dropout_rng", "None or a key", dropout_rng)
+    try:
+        is_probability = 0 <= float(dropout_rate) <= 1
+    except (TypeError, ValueError):
+        is_probability = False
+    if not is_probability:
+        refuse(ValueError, "dropout_rate", "a number from 0 to 1", dropout_rate)
+    if module is not None and not hasattr(module, "sow"):
+        refuse(TypeError, "module", "None or a module of Flax, which sows the weights", module)
 
 
 def _one_batch_axis(x, batch: tuple[int, ...]):
@@ -274,6 +296,21 @@ def attention_fn(
     from flax.linen.dtypes import promote_dtype
 
     order = resolved_order(order, "dot_product_attention")
+    arrays = {"query": query, "key": key, "value": value}
+    query, key, value = (as_array(x, "linen.attention_fn", name) for name, x in arrays.items())
+    bias = optional_array(bias, "linen.attention_fn", "bias")
+    mask = optional_array(mask, "linen.attention_fn", "mask")
+    is_causal = static_bool(is_causal, "linen.attention_fn", "is_causal")
+    _check_others("linen.attention_fn", dtype, dropout_rng, dropout_rate, module)
+    for name, function in (
+        ("einsum_dot_general", einsum_dot_general),
+        ("qk_attn_weights_einsum", qk_attn_weights_einsum),
+        ("attn_weights_value_einsum", attn_weights_value_einsum),
+    ):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"quake_jax.linen.attention_fn: {name} must be None or a function; got {function!r}"
+            )
     promoted = promote_dtype(query, key, value, dtype=dtype)
     if order == EXACT or promoted[0].dtype not in KERNEL_DTYPES:
         if is_causal:

@@ -242,4 +242,6 @@ def substitute(
       >>> with quake_jax.linen.substitute():
       ...     y = jax.jit(model.apply)(variables, jnp.ones((32, 16)))
     """
-    return _substituting(interceptor(order, only, softmax=softmax, gelu=gelu))
+    _substitutes.require_flax("quake_jax.linen")
+    options = checked_options(order, only, "linen.substitute", softmax=softmax, gelu=gelu)
+    return _substituting(Interceptor(options))
