@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from typing import NoReturn
 
-from benchmarks import approximations, attention, build, models, ops, quality
+from benchmarks import approximations, attention, build, devices, models, ops, quality
 from benchmarks.errors import BenchmarkError
 
 SUBCOMMANDS = {
@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "quality": quality,
     "approximations": approximations,
     "build": build,
+    "devices": devices,
 }
 
 

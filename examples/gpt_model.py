@@ -86,6 +86,9 @@ class Attention(nn.Module):
         if keys is not None:
             key = jax.lax.dynamic_update_slice_in_dim(keys, key, positions[0], axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(values, value, positions[0], axis=1)
+        # Nothing on one device: on many, distributed_gpt.py says what these axes are split over.
+        axes = ("batch", None, "heads", None)
+        query, key, value = (nn.with_logical_constraint(x, axes) for x in (query, key, value))
 
         visible = jnp.arange(key.shape[1]) <= positions[:, None]
         out = nn.dot_product_attention(query, key, value, mask=visible[None, None])

@@ -3,10 +3,14 @@
 Each function has the signature of the one in jax.nn or jax.numpy that it replaces, and takes a
 keyword `order`, from 1 (fastest) to 5 (float32-accurate).
 
-Two environment variables are read once, at import. QUAKE_JAX_DISABLE=1 turns every function into
+Three environment variables are read once, at import. QUAKE_JAX_DISABLE=1 turns every function into
 the exact one that it replaces. QUAKE_JAX_ISA forces an instruction set (see `supported_isas`).
+QUAKE_JAX_SILENCE_VERSION_WARNING=1 imports without a warning beside a JAX that is newer than those
+that quake_jax has been tested with.
 """
 
+# First of all: says so if JAX is too old or too new for what follows.
+from quake_jax import _compat as _compat
 from quake_jax import approximations as approximations
 from quake_jax import reference as reference
 from quake_jax._config import default_order as default_order

@@ -1,6 +1,7 @@
 """The private and version-dependent names of JAX that quake_jax needs, each under one name.
 
-No other module imports from `jax._src`: when a new JAX moves something, this file alone changes.
+No other module uses `jax._src`, `jax.interpreters`, `jax.extend`, `jax.experimental` or jaxlib, or
+asks what JAX has: when a new JAX moves something, this file alone changes.
 """
 
 from __future__ import annotations
@@ -12,36 +13,49 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax._src import source_info_util
-from jax._src.config import _check_vma, trace_context
-from jax._src.core import auto_insert_reshard, extend_axis_env_nd
-from jax._src.dispatch import apply_primitive
-from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
-from jax._src.lax.lax import _convert_element_type, broadcasting_sharding_rule
-from jax._src.lib import xla_client
-from jax._src.numpy.util import promote_args_inexact
-from jax._src.sharding_impls import GSPMDSharding, ShardingContext, SPMDAxisContext
-from jax._src.state.types import AbstractRef
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend import core as jex_core
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
+
+from quake_jax import _versions
+
+_versions.refuse_older()
+try:
+    from jax._src import source_info_util
+    from jax._src.config import _check_vma, trace_context
+    from jax._src.core import auto_insert_reshard, extend_axis_env_nd
+    from jax._src.dispatch import apply_primitive
+    from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
+    from jax._src.lax.lax import _convert_element_type, broadcasting_sharding_rule
+    from jax._src.lib import xla_client
+    from jax._src.numpy.util import promote_args_inexact
+    from jax._src.sharding_impls import GSPMDSharding, ShardingContext, SPMDAxisContext
+    from jax._src.state.types import AbstractRef
+    from jax.experimental.custom_partitioning import custom_partitioning
+    from jax.extend import core as jex_core
+    from jax.extend.core import Primitive, jaxpr_as_fun
+    from jax.interpreters import batching, mlir
+except ImportError as error:
+    raise _versions.lacking(error) from error
+_versions.warn_of_newer()
 
 __all__ = [
     "INLINE",
     "Primitive",
     "apply_primitive",
     "auto_insert_reshard",
+    "batching",
     "broadcasting_sharding_rule",
     "can_split_along_axes",
     "has_unreduced_axes",
+    "in_current_mesh",
     "is_partitioned",
+    "jaxpr_as_fun",
     "lower_split_along_axes",
     "lower_with_sharding_in_types",
+    "mlir",
     "promote_args_inexact",
     "reshape",
     "trace_context",
     "with_weak_type",
+    "without_mesh",
 ]
 
 # The value of jax.jit's `inline` that leaves no trace of a call in a jaxpr: newer JAX has a choice
@@ -52,6 +66,22 @@ INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 def has_unreduced_axes(aval) -> bool:
     """Whether an abstract value is a partial sum, still to be added up over some mesh axes."""
     return bool(aval.sharding.spec.unreduced) or bool(aval.manual_axis_type.unreduced)
+
+
+def without_mesh():
+    """A context manager: what is traced inside knows of no mesh."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def in_current_mesh(aval):
+    """An abstract value as JAX's own functions give it: if it is of no mesh, of the one in force.
+
+    That is so where no axis of the mesh is of type Explicit.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh._are_all_axes_auto_or_manual or not aval.sharding.mesh.empty:
+        return aval
+    return aval.update(sharding=aval.sharding.update(mesh=mesh))
 
 
 def with_weak_type(x: jax.Array, weak_type: bool) -> jax.Array:
@@ -157,7 +187,7 @@ def _split_along_axes(function: Callable, inputs: Sequence, results: Sequence) -
 
         def on_parts(*parts):
             # A part knows of no mesh.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            with without_mesh():
                 return tuple(function(*parts))
 
         return mesh, on_parts, tuple(shardings[len(inputs) :]), tuple(shardings[: len(inputs)])
@@ -288,6 +318,17 @@ def is_rule_of_jax(rule) -> bool:
     _, _, place = function.partition(" at ")
     # `defjvps` makes a rule there of those that it is given.
     return place.startswith(_JAX_FOLDER) and "custom_derivatives.py" not in place
+
+
+def only_names_mesh(equation) -> bool:
+    """Whether an equation does no more than say that an array of no mesh is one of some mesh.
+
+    Under `jax.set_mesh` jax.numpy has these where it broadcasts an argument made outside.
+    """
+    if equation.primitive.name != "reshard":
+        return False
+    (before,), (after,) = equation.invars, equation.outvars
+    return before.aval.sharding.mesh.empty and not any(after.aval.sharding.spec)
 
 
 def user_frames(source_info) -> list[tuple[str, int, str]]:

@@ -37,6 +37,7 @@ def _environment_switch(name: str) -> bool:
 
 # Read once, so that one process never mixes the two.
 DISABLED = _environment_switch("QUAKE_JAX_DISABLE")
+VERSION_WARNING_SILENCED = _environment_switch("QUAKE_JAX_SILENCE_VERSION_WARNING")
 
 
 def checked_order(order, argument: str = "order") -> Order | None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import batching, mlir
 
-# Importing this registers the custom-call targets that the lowerings below name.
+# Importing _extension registers the custom-call targets that the lowerings below name.
 from quake_jax import _compat, _extension, reference
+from quake_jax._compat import batching, mlir
 
 
 def _primitive(
@@ -48,7 +48,10 @@ def _primitive(
     def shape_rule(*avals, **parameters):
         if any(map(_compat.has_unreduced_axes, avals)):
             raise TypeError(f"quake_jax.{name}: x is a partial sum, unreduced over a mesh axis")
-        return shape(*avals, **parameters)
+        result = shape(*avals, **parameters)
+        if multiple_results:
+            return tuple(map(_compat.in_current_mesh, result))
+        return _compat.in_current_mesh(result)
 
     def bind(*operands: jax.Array, **parameters: int | float) -> jax.Array | list[jax.Array]:
         # Within jax.shard_map a replicated operand beside a split one needs a cast, whose
@@ -129,8 +132,9 @@ def _custom_call(
             *zip(inputs, context.avals_in, strict=True),
         ):
             sizes.update(zip(labels, aval.shape, strict=True))
-        # A Shardy rule needs numbers. Programs exported with symbolic dimensions go without.
-        if all(isinstance(size, int) for size in sizes.values()):
+        # A Shardy rule needs numbers, and its syntax knows none from 2^31 on. Programs exported
+        # with symbolic dimensions, and calls with longer axes, go without.
+        if all(isinstance(size, int) and size < 2**31 for size in sizes.values()):
             rule = _sharding_rule(inputs, results, sizes, set(whole))
             call.operation.attributes["sdy.sharding_rule"] = rule
     return call.results

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from quake_jax import _compat, _rewrite
 from quake_jax._config import Order
@@ -182,7 +181,7 @@ class _Programs:
         def call(static, *arrays):
             closed, tree = _traced(self._fun, static, arrays)
             new, _ = _rewrite.rewrite(closed, options)
-            return jax.tree.unflatten(tree, jaxpr_as_fun(new)(*arrays))
+            return jax.tree.unflatten(tree, _compat.jaxpr_as_fun(new)(*arrays))
 
         self._call = _compat.name_like(call, fun)
         # jit's cache knows everything that a program depends on, the default order among it.
@@ -208,7 +207,7 @@ class _Programs:
         if not self._options.does_nothing:
             # What is called is the same object in every call, and so is its rewritten form.
             closed = _rewrite.rewrite_called(closed, self._options)
-        return jax.tree.unflatten(tree, jaxpr_as_fun(closed)(*arrays))
+        return jax.tree.unflatten(tree, _compat.jaxpr_as_fun(closed)(*arrays))
 
 
 def explain(fun: Callable, /, *args, **kwargs) -> Report:

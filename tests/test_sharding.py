@@ -1,5 +1,6 @@
 """Eight devices: batch axes stay where they are, only what a kernel reduces is gathered."""
 
+import contextlib
 import re
 
 import jax
@@ -11,10 +12,12 @@ from conftest import (
     BIASED,
     ELEMENTWISE,
     FAMILIES,
+    FUNCTIONS,
     LOG_SOFTMAX,
     LOGADDEXP,
     LOGSUMEXP,
     PAIRS,
+    POINTWISE,
     ROWS,
     SOFTMAX,
     SPLITS,
@@ -26,6 +29,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import quake_jax
+from quake_jax import _rewrite
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 
@@ -121,6 +125,39 @@ def test_elementwise_functions_keep_the_last_axis_split_too(function, mesh):
         assert np.prod(shape) == x[0].size // parts(spec)
         if spec == P("a", None, "b"):
             check_values(function.quake, x, split)
+
+
+MESHES = {
+    "one axis": ((8,), ("a",), P("a")),
+    "two axes": ((4, 2), ("a", "b"), P("a", "b")),
+    "two axes, the last split too": ((4, 2), ("a", "b"), P("a", None, "b")),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(("sizes", "names", "spec"), MESHES.values(), ids=MESHES)
+def test_every_function_in_one_program(sizes, names, spec, kind):
+    mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
+    whole = len(spec) == 3  # what reduces the last axis would gather it
+    functions = (*POINTWISE, *BIASED) if whole else FUNCTIONS
+    operands = [function.inputs((8, 4, 6)) for function in functions]
+
+    def f(operands):
+        return [g.quake(*x) for g, x in zip(functions, operands, strict=True)]
+
+    with jax.set_mesh(mesh):
+        # A bias is split as the last axis is.
+        split = [
+            [place(a, mesh, spec if a.ndim == 3 else P(*spec[2:])) for a in x] for x in operands
+        ]
+        text = compiled(f, split)
+        actual = jax.jit(f)(split)
+    assert not collectives(text)
+    for function, y, e in zip(functions, actual, jax.jit(f)(operands), strict=True):
+        np.testing.assert_array_equal(y, e, err_msg=function.name)
+    # One call for each, of an eighth. (What takes a bias is the kernel without, behind a sum.)
+    sizes = sorted(np.prod(shape) for shape in kernel_shapes(text))
+    assert sizes == sorted(y.size // 8 for y in actual)
 
 
 @parametrize_functions((*SPLITS[:2], *ROWS))
@@ -263,6 +300,38 @@ def test_shard_map_and_its_gradients(function, check_vma):
     np.testing.assert_allclose(actual, expected, **tolerance)
     for a, e in zip(actual_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, e, **tolerance)
+
+
+def test_gradients_of_every_function_with_replicated_operands():
+    # What every device has alike meets what differs, and so its gradient is a sum.
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = inputs((8, 1)) / 4
+    shared = [function.inputs((1, 6), scale=0.25) for function in FUNCTIONS]
+
+    def loss(x, shared):
+        y = [f.quake(x * first, *rest) for f, (first, *rest) in zip(FUNCTIONS, shared, strict=True)]
+        return sum(jnp.sum(jnp.sin(a)) for a in y)
+
+    def total(x, shared):  # one row at a time, as the devices have them
+        return jnp.sum(jax.vmap(loss, (0, None))(x[:, None], shared))
+
+    def on_each(x, shared):
+        return jax.lax.psum(loss(x, shared), "a")
+
+    def slopes(f):
+        return jax.tree.leaves(jax.jit(jax.grad(f, (0, 1)))(x, shared))
+
+    jax.config.update("jax_disable_most_optimizations", True)  # which take longer than the rest
+    try:
+        expected = slopes(total)
+        for check in (True, False):
+            specs = {"in_specs": (P("a"), P()), "out_specs": P(), "check_vma": check}
+            for a, e in zip(
+                slopes(jax.shard_map(on_each, mesh=mesh, **specs)), expected, strict=True
+            ):
+                np.testing.assert_allclose(a, e, rtol=2.0**-14, atol=2.0**-14)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -532,6 +601,35 @@ def test_attention_in_a_shard_map_over_some_axes(mesh):
     np.testing.assert_allclose(y, expected, atol=2.0**-20)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+def test_gradients_of_attention_with_replicated_operands(packed, check_vma):
+    # Queries differ between the devices; keys, values and the bias are everywhere the same.
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    query, key, value = attention_operands(batch=8, heads=2, kv_heads=2, queries=6, keys=6)
+    shared = (key[:1], value[:1], jnp.asarray(inputs((1, 2, 6, 6))) / 8)
+
+    def loss(query, key, value, bias):
+        if packed:
+            qkv = jnp.stack([query, *jnp.broadcast_arrays(query, key, value)[1:]], 2)
+            y = quake_jax.packed_dot_product_attention(qkv, bias=bias, qkv_axis=-3)
+        else:
+            key, value = (jnp.broadcast_to(a, query.shape) for a in (key, value))
+            y = attend(query, key, value, bias)
+        return jnp.sum(jnp.sin(y))
+
+    mapped = jax.shard_map(
+        lambda *x: jax.lax.psum(loss(*x), "a"),
+        mesh=mesh,
+        in_specs=(P("a"), P(), P(), P()),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    actual, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(query, *shared) for f in (mapped, loss))
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=2.0**-16, atol=2.0**-16)
+
+
 def test_exported_attention_keeps_the_batch_split(mesh):
     # An exported program holds nothing of this process: XLA's own rule splits the batch alone.
     x = attention_operands()
@@ -595,3 +693,124 @@ def test_programs_of_different_attention_differ_in_text():
 def test_attention_of_one_device_is_called_as_it_is():
     text = jax.jit(attend).lower(*attention_operands()).as_text()
     assert "CustomSPMDPartitioning" not in text and "quake_jax_dot_product_attention" in text
+
+
+# Programs rewritten by accelerate and by the Flax interceptor.
+
+
+def block(x, w, bias):
+    """Attention over the halves of a projection, and an activation with its bias."""
+    h = (x @ w).reshape(*x.shape[:-1], 8, 16)
+    h = jax.nn.dot_product_attention(h, h, h).reshape(x.shape)
+    return jax.nn.softmax(jax.nn.gelu(h + bias) + jax.nn.silu(x))
+
+
+ACTIVATIONS = {
+    name: getattr(jax.nn, name)
+    for name in ("elu", "gelu", "glu", "log_sigmoid", "log_softmax", "mish", "selu", "sigmoid")
+} | {name: getattr(jax.nn, name) for name in ("silu", "softmax", "softplus", "tanh")}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P("a"), None], ids=["on the mesh", "made outside"])
+def test_accelerate_replaces_the_same_under_a_mesh(spec, kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    x = inputs((64, 32))
+    operand = x if spec is None else place(x, mesh, spec)
+    known = _rewrite.activations._known
+    # What JAX and the rewriter have seen outside the mesh must not be what helps.
+    jax.clear_caches()
+    known.cache_clear()
+    with jax.set_mesh(mesh):
+        for name, f in ACTIVATIONS.items():
+            report = quake_jax.explain(lambda a, f=f: f(a), operand)
+            assert [r.name for r in report.replaced] == [name], (name, report)
+            fast = jax.eval_shape(quake_jax.accelerate(f), operand)
+            assert fast == jax.eval_shape(f, operand), name
+        y = jax.jit(lambda a: [quake_jax.accelerate(f)(a) for f in ACTIVATIONS.values()])(operand)
+    expected = jax.jit(lambda a: [getattr(quake_jax, name)(a) for name in ACTIVATIONS])(x)
+    for name, a, e in zip(ACTIVATIONS, y, expected, strict=True):
+        np.testing.assert_array_equal(a, e, err_msg=name)
+    known.cache_clear()
+
+
+REWRITTEN_SPECS = {
+    "batch": (P("a"), P(), P()),
+    "batch and heads": (P("a"), P(None, "b"), P()),
+}
+
+
+@pytest.mark.parametrize("specs", REWRITTEN_SPECS.values(), ids=REWRITTEN_SPECS)
+def test_accelerated_programs_on_a_mesh(specs):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    shapes = (8, 6, 128), (128, 128), (128,)
+    x = [jnp.asarray(rng.standard_normal(s) / 8, jnp.float32) for s in shapes]
+    split = [place(a, mesh, spec) for a, spec in zip(x, specs, strict=True)]
+    fast = quake_jax.accelerate(block)
+    expected = jax.jit(fast)(*x)
+    slopes = jax.grad(lambda *x: jnp.sum(fast(*x) ** 2), (0, 1, 2))
+    expected_slopes = jax.jit(slopes)(*x)
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with context:
+            f = jax.jit(lambda *x: fast(*x))
+            text = f.lower(*split).compile().as_text()
+            kernels = set(re.findall(r'"quake_jax_(\w+)"', text))
+            assert kernels == {"dot_product_attention", "gelu_tanh", "silu", "softmax"}
+            # Heads come together for what follows the attention, and for nothing before it.
+            assert collectives(text) <= ({"all-gather"} if specs[1] else set())
+            local = "2,6,4,16" if specs[1] else "2,6,8,16"
+            assert set(re.findall(r"\(\w+\[([\d,]*)\]\S* \S* custom-call\(", text)) == {local}
+            np.testing.assert_allclose(f(*split), expected, rtol=2.0**-16, atol=2.0**-16)
+            for a, e in zip(jax.jit(slopes)(*split), expected_slopes, strict=True):
+                np.testing.assert_allclose(a, e, rtol=2.0**-14, atol=2.0**-14)
+
+
+@pytest.mark.parametrize("how", ["substitute", "interceptor"])
+def test_substituted_flax_models_on_a_mesh(how):
+    nn = pytest.importorskip("flax.linen")
+    from flax_models import key, variables_of
+
+    import quake_jax.linen
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=4)(x)
+            return nn.Dense(16)(nn.gelu(nn.Dense(64)(x)))
+
+    def context():
+        if how == "substitute":
+            return quake_jax.linen.substitute()
+        return nn.intercept_methods(quake_jax.linen.interceptor())
+
+    model, x = Model(), inputs((8, 8, 16)) / 8
+    variables = variables_of(model.init, key(0), x)
+
+    def apply(variables, x):
+        with context():
+            return model.apply(variables, x)
+
+    def specs_of(path, a):
+        """Heads and hidden units over b: as outputs of what makes them, inputs of what reads."""
+        module, leaf = path[-2].key, path[-1].key
+        if module in ("query", "key", "value"):
+            return P(None, "b") if leaf == "kernel" else P("b")
+        if module == "Dense_0":
+            return P(None, "b") if leaf == "kernel" else P("b")
+        return P("b") if module in ("out", "Dense_1") and leaf == "kernel" else P()
+
+    expected = jax.jit(apply)(variables, x)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    split = jax.tree_util.tree_map_with_path(
+        lambda path, a: place(a, mesh, specs_of(path, a)), variables
+    )
+    for enter in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with enter:
+            text = compiled(lambda *x: apply(*x), split, place(x, mesh, P("a")))
+            # Two sums, behind the attention and behind the hidden units: as without the kernels.
+            assert collectives(text) == {"all-reduce"}
+            kernels = set(re.findall(r'"quake_jax_(\w+)"', text))
+            assert kernels == {"dot_product_attention", "gelu_tanh"}
+            actual = jax.jit(lambda *x: apply(*x))(split, place(x, mesh, P("a")))
+            np.testing.assert_allclose(actual, expected, rtol=2.0**-16, atol=2.0**-16)

@@ -111,7 +111,10 @@ def _traced(function, static, avals, result, order, context):
     function = functools.partial(function, order=order, **dict(static))
 
     def typed(*arrays):
-        return _compat.with_weak_type(function(*arrays), result.weak_type)
+        y = _compat.with_weak_type(function(*arrays), result.weak_type)
+        # Under jax.set_mesh an array of no mesh becomes one of it where it meets a constant.
+        is_of_no_mesh = jax.typeof(y).sharding.mesh.empty and not result.sharding.mesh.empty
+        return jax.sharding.reshard(y, result.sharding.spec) if is_of_no_mesh else y
 
     closed = jax.make_jaxpr(typed)(*avals)
     inner = _compat.without_constants(closed)

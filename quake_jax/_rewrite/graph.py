@@ -57,7 +57,9 @@ class Node:
 
     def __init__(self, equation, inputs, group, index):
         self.equation = equation
-        self.primitive = equation.primitive.name
+        # Nothing happens to the array in some: to patterns these are copies.
+        is_copy = _compat.only_names_mesh(equation)
+        self.primitive = "copy" if is_copy else equation.primitive.name
         self.inputs: list[Value] = inputs
         self.outputs: list[Value] = []
         self.group: Group = group
