@@ -74,7 +74,8 @@ def _commands(page: str) -> list[list[str]]:
     lines += re.findall(r"`((?:[A-Z_]+=\S+ )*python [^`\n]+)`", text)
     commands = []
     for line in lines:
-        for command in re.split(r"&&|\|\||[|;]", line):
+        # Not within double quotes: an even number of them follows.
+        for command in re.split(r'(?:&&|\|\||[|;])(?=(?:[^"]*"[^"]*")*[^"]*$)', line):
             # What [--option VALUE] may be left out is checked all the same.
             words = shlex.split(command.replace("[--", "--").replace("] ", " "), comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
