@@ -26,6 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOAD = ("tests/load_worker.py", "--calls", "20", "--round", "10")
 # What reaches the compiled module in the most ways.
 TESTS = ("tests/test_errors.py", "tests/test_threads.py", "tests/test_attention.py")
+# Of pytest's options, those whose value is the next argument.
+WITH_VALUE = "-c -k -m -n -o -p -r -W --deselect --ignore --rootdir".split()
 # An array that may say that it is larger than its memory. JAX takes aligned memory as it is.
 CONTROL = """
 import ctypes, sys
@@ -105,6 +107,15 @@ def check_control(variables: dict[str, str]) -> None:
     print("control: a read of a vector too many is reported", flush=True)
 
 
+def names_tests(arguments: list[str]) -> bool:
+    """Return whether pytest's `arguments` name tests; the values of its options are none."""
+    return any(
+        (ROOT / argument.split("::")[0]).exists()
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if not argument.startswith("-") and before not in WITH_VALUE
+    )
+
+
 def main() -> int:
     """Build, then check the control and run the tests; return the worst exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -116,7 +127,7 @@ def main() -> int:
     build(folder, options.jobs)
     if options.build_only:
         return 0
-    if not any((ROOT / a.split("::")[0]).exists() for a in pytest_arguments):
+    if not names_tests(pytest_arguments):
         pytest_arguments += TESTS
     commands = (
         [sys.executable, *LOAD],

@@ -3,7 +3,9 @@
 //
 // Checked: a valid call succeeds, writes all of its result and nothing else, and gives the same bytes whatever
 // the placement and the number of threads; element-wise results are those of each element alone, the others are
-// within their bounds of the definition in double precision. A wrong call gives an error and writes nothing.
+// within their bounds of the definition in double precision. A call with something changed gives an error if no
+// valid call has it so (another rank, a type that fits nowhere, another result, an attribute out of its range), may
+// give one if another call has become of it, and writes nothing if it gives one.
 
 #include <cstdint>
 
@@ -28,7 +30,11 @@ class Source {
     for (int i = 0; i < 4; ++i) value = value << 8 | byte();
     return value;
   }
-  std::size_t below(std::size_t n) { return (n > 256 ? byte() << 8 | byte() : byte()) % n; }
+  std::size_t below(std::size_t n) {
+    std::size_t value = byte();
+    if (n > 256) value = value << 8 | byte();
+    return value % n;
+  }
   bool one_in(std::size_t n) { return below(n) == n - 1; }  // false once the input is used up
   std::int64_t size(std::size_t most) { return static_cast<std::int64_t>(below(most + 1)); }
 
@@ -77,62 +83,80 @@ Dims take_dims(Source& source, std::size_t most_elements) {
 
 const Storage& take_storage(Source& source) { return kStorage[source.below(3)]; }
 
-// Makes the call a wrong one. Returns whether it did: the change may have had no effect.
-bool spoil(Source& source, HandlerCall& call) {
-  const HandlerCall before = call;
+enum class Change {
+  kNone,
+  kOpen,  // perhaps another valid call, as of a mask that broadcasts
+  kWrong
+};
+
+bool is_kernel_type(XLA_FFI_DataType type) {
+  return std::find(std::begin(kXlaTypes), std::end(kXlaTypes), type) != std::end(kXlaTypes);
+}
+
+// Changes the type or the shape of a buffer.
+Change change_buffer(Source& source, XLA_FFI_DataType& type, Dims& dims) {
   static constexpr XLA_FFI_DataType kTypes[] = {
       XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16, XLA_FFI_DataType_F64,
       XLA_FFI_DataType_S32, XLA_FFI_DataType_PRED, XLA_FFI_DataType_S8};
-  const auto change = [&](XLA_FFI_DataType& type, Dims& dims) {
-    switch (source.below(4)) {
-      case 0:
-        type = kTypes[source.below(std::size(kTypes))];
-        break;
-      case 1:
-        if (!dims.empty()) dims.erase(dims.begin() + static_cast<std::ptrdiff_t>(source.below(dims.size())));
-        break;
-      case 2:
-        dims.push_back(source.size(3));
-        break;
-      default:
-        if (!dims.empty()) dims[source.below(dims.size())] = source.size(20);
-    }
-  };
-  switch (source.below(3)) {
+  switch (source.below(4)) {
     case 0: {
-      Attribute& a = call.attributes[source.below(call.attributes.size())];
-      if (!std::holds_alternative<std::int32_t>(a.value) || a.name == "is_causal" || a.name == "gate_first" ||
-          a.name.starts_with("window")) {
-        return false;  // any value is a valid one
-      }
-      a.value = static_cast<std::int32_t>(source.word());
-      break;
+      const XLA_FFI_DataType before = type;
+      type = kTypes[source.below(std::size(kTypes))];
+      if (type == before) return Change::kNone;
+      // A bias of attention has a type of its own.
+      return is_kernel_type(type) && is_kernel_type(before) ? Change::kOpen : Change::kWrong;
     }
+    case 1:
+      if (dims.empty()) return Change::kNone;
+      dims.erase(dims.begin() + static_cast<std::ptrdiff_t>(source.below(dims.size())));
+      return Change::kWrong;
+    case 2:
+      dims.push_back(source.size(3));
+      return Change::kWrong;
+    default: {
+      if (dims.empty()) return Change::kNone;
+      std::int64_t& size = dims[source.below(dims.size())];
+      const std::int64_t before = size;
+      size = source.size(20);
+      return size == before ? Change::kNone : Change::kOpen;
+    }
+  }
+}
+
+Change change_attribute(Source& source, HandlerCall& call) {
+  Attribute& a = call.attributes[source.below(call.attributes.size())];
+  if (!std::holds_alternative<std::int32_t>(a.value) || a.name == "is_causal" || a.name == "gate_first" ||
+      a.name.starts_with("window")) {
+    return Change::kNone;  // any value is a valid one
+  }
+  const Attribute before = a;
+  const auto value = static_cast<std::int32_t>(source.word());
+  a.value = value;
+  if (a.value == before.value) return Change::kNone;
+  const auto rank = static_cast<std::int32_t>(call.operands[0].dims.size());
+  const bool wrong = a.name == "order"  ? value < 1 || value > kMaxOrder
+                     : a.name == "axis" ? value < 0 || value >= rank
+                                        : a.name == "packed_axis" && value != 0 && value != 2 && value != 3;
+  return wrong ? Change::kWrong : Change::kOpen;
+}
+
+// Changes an attribute, an operand or a result.
+Change change(Source& source, HandlerCall& call) {
+  switch (source.below(3)) {
+    case 0:
+      return change_attribute(source, call);
     case 1: {
       Operand& operand = call.operands[source.below(call.operands.size())];
-      change(operand.type, operand.dims);
+      const Change made = change_buffer(source, operand.type, operand.dims);
       operand.bytes.assign(count_of(operand.dims) * size_of(operand.type), 0);
-      break;
+      return made;
     }
     default: {
+      // The operands determine the results.
       Result& result = call.results[source.below(call.results.size())];
-      change(result.type, result.dims);
+      return change_buffer(source, result.type, result.dims) == Change::kNone ? Change::kNone : Change::kWrong;
     }
   }
-  for (std::size_t i = 0; i < call.operands.size(); ++i) {
-    if (call.operands[i].type != before.operands[i].type || call.operands[i].dims != before.operands[i].dims) {
-      return true;
-    }
-  }
-  for (std::size_t i = 0; i < call.results.size(); ++i) {
-    if (call.results[i].type != before.results[i].type || call.results[i].dims != before.results[i].dims) {
-      return true;
-    }
-  }
-  for (std::size_t i = 0; i < call.attributes.size(); ++i) {
-    if (call.attributes[i].value != before.attributes[i].value) return true;
-  }
-  return false;
 }
 
 // ---- Running ----
@@ -146,15 +170,25 @@ Pool& pool_of_three() {
   return pool;
 }
 
-// Runs a call that may be wrong; a changed one need not be, as a mask that broadcasts. An error leaves the
-// results as they were.
-void run_changed(const HandlerCall& call) {
+// Runs a call that is wrong or may be. An error leaves the results as they were.
+void run_changed(const HandlerCall& call, Change change) {
   const Outcome outcome = run_call(call, pool_of_one(), Place::kEnd);
+  check(change != Change::kWrong || !outcome.error.empty(), "%s: a wrong call gives no error",
+        call.target.c_str());
   if (outcome.error.empty()) return;
   for (const std::vector<char>& result : outcome.results) {
     check(std::all_of(result.begin(), result.end(), [](char byte) { return byte == 0x7f; }),
           "%s: '%s', but wrote", call.target.c_str(), outcome.error.c_str());
   }
+}
+
+// Changes one call in eight. Returns whether that was all: a change may have no effect.
+bool runs_changed(Source& source, HandlerCall& call) {
+  if (!source.one_in(8)) return false;
+  const Change made = change(source, call);
+  if (made == Change::kNone) return false;
+  run_changed(call, made);
+  return true;
 }
 
 // Runs a valid call in all ways, and returns its results.
@@ -272,7 +306,7 @@ void fuzz_elementwise(Source& source) {
   const int order = 1 + static_cast<int>(source.below(kMaxOrder));
   HandlerCall call = elementwise_call(function, storage, order, take_dims(source, 2000), random);
   fill_values(source, call.operands[0]);
-  if (source.one_in(8) && spoil(source, call)) return run_changed(call);
+  if (runs_changed(source, call)) return;
   const ElementwiseFn kernel =
       active_table().elementwise[static_cast<int>(function)][static_cast<int>(storage.dtype)][order - 1];
   const std::size_t count = count_of(call.operands[0].dims);
@@ -295,7 +329,7 @@ void fuzz_two_operands(Source& source, bool split) {
   const bool gate_first = source.one_in(2);
   HandlerCall call = binary_call(function, form, gate_first, storage, order, dims, random);
   for (Operand& operand : call.operands) fill_values(source, operand);
-  if (source.one_in(8) && spoil(source, call)) return run_changed(call);
+  if (runs_changed(source, call)) return;
   const BinaryFn kernel =
       active_table().binary[static_cast<int>(function)][static_cast<int>(storage.dtype)][order - 1];
   const std::size_t columns = static_cast<std::size_t>(dims.back()), count = count_of(dims),
@@ -329,9 +363,9 @@ void fuzz_reduction(Source& source) {
   const std::size_t length = static_cast<std::size_t>(dims[axis]);
   HandlerCall call = reduction_call(reduction, storage, order, dims, static_cast<int>(axis), random);
   fill_values(source, call.operands[0]);
-  if (source.one_in(8) && spoil(source, call)) return run_changed(call);
+  if (runs_changed(source, call)) return;
   const bool removed = reduction == Reduction::kLogSumExp;
-  if (removed && length == 0) return run_changed(call);
+  if (removed && length == 0) return run_changed(call, Change::kOpen);
   const std::vector<char> y = run_valid(call)[0];
   std::size_t inner = 1;
   for (std::size_t i = axis + 1; i < dims.size(); ++i) inner *= static_cast<std::size_t>(dims[i]);
@@ -357,7 +391,7 @@ void fuzz_masked(Source& source) {
   HandlerCall call = masked_call(reduction, storage, order, dims, mask_dims, random);
   fill_values(source, call.operands[0]);
   if (source.one_in(4)) std::fill(call.operands[1].bytes.begin(), call.operands[1].bytes.end(), char{0});
-  if (source.one_in(8) && spoil(source, call)) return run_changed(call);
+  if (runs_changed(source, call)) return;
   const std::vector<char> y = run_valid(call)[0];
   const std::size_t columns = static_cast<std::size_t>(dims.back()), count = count_of(dims);
   for (std::size_t row = 0; count != 0 && row < count / columns; ++row) {
@@ -500,8 +534,8 @@ void fuzz_attention(Source& source) {
     Operand& mask = call.operands[s.packed_axis == 0 ? 3u + s.bias : 1u + s.bias];
     std::fill(mask.bytes.begin(), mask.bytes.end(), static_cast<char>(source.one_in(2)));
   }
-  if (source.one_in(8) && spoil(source, call)) return run_changed(call);
-  if (s.kv_heads == 0) return run_changed(call);
+  if (runs_changed(source, call)) return;
+  if (s.kv_heads == 0) return run_changed(call, Change::kOpen);
   std::vector<std::vector<char>> results = run_valid(call);
   std::vector<const char*> in;
   for (const Operand& operand : call.operands) in.push_back(operand.bytes.data());

@@ -1,6 +1,7 @@
 // Runs a fuzz target where there is no libFuzzer, on random inputs or on files:
 //   fuzz_FAMILY RUNS [SEED [FIRST]]
 //   fuzz_FAMILY FILE...
+// QUAKE_JAX_ISA chooses the instruction set; exit code 77 where the machine lacks it.
 
 #include <cstdint>
 #include <cstdio>
@@ -11,9 +12,12 @@
 #include <random>
 #include <vector>
 
+#include "tests/harness.h"
+
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
 int main(int argc, char** argv) {
+  if (quake::tests::lacks_wanted_isa()) return quake::tests::kSkipped;
   if (argc > 1 && std::strspn(argv[1], "0123456789") != std::strlen(argv[1])) {
     for (int i = 1; i < argc; ++i) {
       std::ifstream file(argv[i], std::ios::binary);

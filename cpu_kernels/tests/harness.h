@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -31,6 +32,10 @@ inline int failures = 0, checks = 0;
 // Fewer sizes and one order: for valgrind and the thread sanitizer (--thin on the command line).
 inline bool thin = false;
 inline bool skips(int order) { return thin && order != 3; }
+
+// The lengths that are tried at every misalignment: all up to a vector of 16 elements and one more, and those
+// around its multiples.
+inline bool is_around_vectors(std::size_t length) { return length <= 17 || (length + 1) % 16 <= 2; }
 
 [[gnu::format(printf, 2, 3)]] inline void check(bool ok, const char* format, ...) {
   ++checks;
@@ -97,11 +102,11 @@ std::vector<char> check_placements(const std::vector<char>& input, std::size_t o
       if (in_place && !may_alias) continue;
       char* x = at_end ? in.at_end(bytes) : in.at_start();
       char* y = in_place ? x : at_end ? out.at_end(out_bytes) : out.at_start();
-      std::memcpy(x, input.data(), bytes);
+      std::copy(input.begin(), input.end(), x);
       call(x, y);
-      if (!begun) std::memcpy(first.data(), y, out_bytes);
+      if (!begun) std::copy_n(y, out_bytes, first.data());
       begun = true;
-      check(std::memcmp(first.data(), y, out_bytes) == 0, "%s: at_end %d, in_place %d differs", what.c_str(),
+      check(std::equal(first.begin(), first.end(), y), "%s: at_end %d, in_place %d differs", what.c_str(),
             at_end, in_place);
     }
   }
@@ -109,18 +114,26 @@ std::vector<char> check_placements(const std::vector<char>& input, std::size_t o
 }
 
 // The same call at every misalignment that XLA's buffers and their slices can have: whole elements. (Only masks
-// have odd addresses: their rows begin at any byte.)
+// have odd addresses: their rows begin at any byte.) Nothing beside the output is written.
 template <class Call>
 void check_misalignments(const std::vector<char>& input, const std::vector<char>& expected, std::size_t element,
                          const Call& call, const std::string& what) {
-  std::vector<char> in(input.size() + 64), out(expected.size() + 128);
+  constexpr std::size_t kMargin = 64;
+  std::vector<char> in(input.size() + 64), out(expected.size() + 64 + 2 * kMargin), untouched(out.size(), 0x5a);
   for (std::size_t shift = 0; shift < 64; shift += element) {
     char* x = in.data() + shift;
-    char* y = out.data() + (64 - shift) * 5 % 64 + element;  // another misalignment than the input's
-    std::memcpy(x, input.data(), input.size());
-    call(x, y);
-    check(std::memcmp(y, expected.data(), expected.size()) == 0, "%s: shifted by %zu bytes differs",
-          what.c_str(), shift);
+    const std::size_t at = kMargin + (shift * 5 + element) % 64;  // another misalignment than the input's
+    std::copy(input.begin(), input.end(), x);
+    out = untouched;
+    call(x, out.data() + at);
+    const auto y = out.begin() + static_cast<std::ptrdiff_t>(at);
+    const auto y_end = y + static_cast<std::ptrdiff_t>(expected.size());
+    check(std::equal(expected.begin(), expected.end(), y), "%s: shifted by %zu bytes differs", what.c_str(),
+          shift);
+    check(std::equal(out.begin(), y, untouched.begin()) && std::equal(y_end, out.end(), untouched.begin()),
+          "%s: shifted by %zu bytes writes beside its output", what.c_str(), shift);
+    check(std::equal(input.begin(), input.end(), x), "%s: shifted by %zu bytes writes its input", what.c_str(),
+          shift);
   }
 }
 
@@ -152,6 +165,20 @@ inline bool has_option(int argc, char** argv, const char* option) {
     if (std::strcmp(argv[i], option) == 0) return true;
   }
   return false;
+}
+
+// The exit code of a test that was skipped (SKIP_RETURN_CODE in CMakeLists.txt).
+inline constexpr int kSkipped = 77;
+
+// Whether QUAKE_JAX_ISA names an instruction set that this machine does not have; says so.
+inline bool lacks_wanted_isa() {
+  const char* wanted = std::getenv("QUAKE_JAX_ISA");
+  if (wanted == nullptr) return false;
+  for (const KernelTable* table : supported_tables()) {
+    if (std::strcmp(wanted, table->isa) == 0) return false;
+  }
+  std::printf("%s: not on this machine\n", wanted);
+  return true;
 }
 
 // Runs `test` for every instruction set that the machine supports, or for the one in QUAKE_JAX_ISA; returns

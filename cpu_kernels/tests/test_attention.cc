@@ -81,16 +81,20 @@ struct Case {
   }
 };
 
-// An array that begins or ends at an inaccessible page.
+// An array that begins or ends at an inaccessible page, or begins some elements behind one.
 class Array {
  public:
   static inline bool at_start = false;
-  char* resize(size_t bytes) {
-    if (bytes > capacity_) {
-      capacity_ = std::max(bytes, 2 * capacity_);
+  static inline size_t shift = 0;
+  char* resize(size_t bytes, size_t element) {
+    const size_t needed = bytes + shift * element;
+    if (needed > capacity_) {
+      capacity_ = std::max(needed, 2 * capacity_);
       buffer_.reset(new GuardedBuffer(capacity_));
     }
-    data_ = !buffer_ ? nullptr : at_start ? buffer_->at_start() : buffer_->at_end(bytes);
+    data_ = !buffer_                ? nullptr
+            : at_start || shift > 0 ? buffer_->at_start() + shift * element
+                                    : buffer_->at_end(bytes);
     return data_;
   }
   char* data() const { return data_; }
@@ -138,7 +142,7 @@ void make_operands(const Case& c, Inputs& in, std::mt19937& random) {
   if (c.packed) {  // one array of (batch, time, heads of q, of k, of v); tq == tk
     const ptrdiff_t row = n * h + k * h + k * hv;
     const size_t count = static_cast<size_t>(row * tq) * c.batch;
-    char* data = in.arrays[0].resize(count * storage.size);
+    char* data = in.arrays[0].resize(count * storage.size, storage.size);
     fill_normal(storage, data, count, deviation, random);
     const ptrdiff_t size = static_cast<ptrdiff_t>(storage.size);
     p.query = {data, row * tq, row, h};
@@ -148,7 +152,7 @@ void make_operands(const Case& c, Inputs& in, std::mt19937& random) {
   }
   const auto make = [&](int i, ptrdiff_t time, ptrdiff_t heads, ptrdiff_t size) -> AttentionProblem::Operand {
     const size_t count = c.batch * static_cast<size_t>(time * heads * size);
-    char* data = in.arrays[i].resize(count * storage.size);
+    char* data = in.arrays[i].resize(count * storage.size, storage.size);
     fill_normal(storage, data, count, i == 2 ? 1 : deviation, random);
     return {data, time * heads * size, heads * size, size};
   };
@@ -161,7 +165,7 @@ void make_bias(const Case& c, Inputs& in, std::mt19937& random) {
   if (c.bias == Bias::kNone) return;
   const Storage& storage = kStorage[c.bias_dtype];
   const size_t count = count_of(c, c.bias_broadcast);
-  char* data = in.arrays[3].resize(count * storage.size);
+  char* data = in.arrays[3].resize(count * storage.size, storage.size);
   fill_normal(storage, data, count, 1, random);
   const size_t row = c.bias_broadcast & 8 ? 1 : c.key_length;
   for (size_t i = 0; c.bias != Bias::kNormal && i < count; ++i) {
@@ -184,7 +188,7 @@ void make_bias(const Case& c, Inputs& in, std::mt19937& random) {
 void make_mask(const Case& c, Inputs& in, std::mt19937& random) {
   if (c.mask == Mask::kNone) return;
   const size_t count = count_of(c, c.mask_broadcast);
-  auto* data = reinterpret_cast<unsigned char*>(in.arrays[4].resize(count));
+  auto* data = reinterpret_cast<unsigned char*>(in.arrays[4].resize(count, 1));
   const size_t columns = c.mask_broadcast & 8 ? 1 : c.key_length;
   const size_t rows = c.mask_broadcast & 4 ? 1 : c.query_length;
   for (size_t i = 0; i < count; ++i) {
@@ -221,7 +225,7 @@ void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   make_bias(c, in, random);
   make_mask(c, in, random);
   const auto make_lengths = [&](Array& array, size_t most) {
-    auto* lengths = reinterpret_cast<std::int32_t*>(array.resize(c.batch * 4));
+    auto* lengths = reinterpret_cast<std::int32_t*>(array.resize(c.batch * 4, 4));
     for (size_t b = 0; b < c.batch; ++b) lengths[b] = static_cast<std::int32_t>(random() % (most + 2));
     return lengths;
   };
@@ -353,8 +357,8 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
   const std::string what = c.describe(table);
   const size_t rows = c.batch * c.query_length * c.heads();
   const size_t bytes = rows * c.value_size * kStorage[c.dtype].size;
-  p.out = in.arrays[5].resize(bytes);
-  p.residual = reinterpret_cast<float*>(in.arrays[6].resize(rows * 4));
+  p.out = in.arrays[5].resize(bytes, kStorage[c.dtype].size);
+  p.residual = reinterpret_cast<float*>(in.arrays[6].resize(rows * 4, 4));
   std::vector<char> first;
   for (const auto& parallel : {in_order, reversed, on_threads}) {
     std::memset(p.out, 0x7f, bytes);
@@ -434,6 +438,32 @@ void test_remainders(const KernelTable& table) {
                 .packed = true},
                random);
   }
+}
+
+// Operands and results at every misalignment of whole elements, of rows that are packed and of few that are not.
+void test_misalignments(const KernelTable& table) {
+  std::mt19937 random(17);
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    const size_t shifts = 64 / kStorage[dtype].size;
+    for (size_t shift = 1; shift < shifts; shift += thin ? 5 : 1) {
+      Array::shift = shift;
+      for (const size_t queries : {size_t{3}, size_t{19}}) {
+        check_case(table,
+                   {.query_length = queries,
+                    .key_length = 37,
+                    .kv_heads = 2,
+                    .head_size = 17,
+                    .value_size = 33,
+                    .dtype = dtype,
+                    .bias = Bias::kNormal,
+                    .bias_dtype = dtype,
+                    .mask = Mask::kRandom,
+                    .key_lengths = true},
+                   random);
+      }
+    }
+  }
+  Array::shift = 0;
 }
 
 // Several blocks of rows, several tiles, splits of the keys.
@@ -596,6 +626,7 @@ int main(int argc, char** argv) {
   return run_all([](const quake::KernelTable& table) {
     test_random_cases(table);
     test_remainders(table);
+    test_misalignments(table);
     test_large_shapes(table);
     test_dominated_rows(table);
     test_not_a_number(table);

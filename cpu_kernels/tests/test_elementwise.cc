@@ -139,7 +139,7 @@ void test_ranges(const KernelTable& table, std::uint32_t stride) {
   }
 }
 
-// Every length up to four vectors (of 16 floats, or of 32 16-bit elements) and one more; each element as if it
+// Every length from 0 to four vectors (of 16 floats, or of 32 16-bit elements) and one more; each element as if it
 // stood alone.
 void test_tails(const KernelTable& table) {
   std::mt19937 random(1);
@@ -148,7 +148,7 @@ void test_tails(const KernelTable& table) {
       for (int order = 1; order <= kMaxOrder; ++order) {
         if (skips(order)) continue;
         const ElementwiseFn run = kernel(table, f.id, storage.dtype, order);
-        for (std::size_t count = 1; count <= 256 / storage.size + 1; ++count) {
+        for (std::size_t count = 0; count <= 256 / storage.size + 1; ++count) {
           const std::vector<char> input = random_input(storage, count, random);
           const std::string what = describe(table, f.name, storage, order, 1, count);
           const auto streamed = [&](char* x, char* y) { run(x, y, count, Stores::kStreamed); };
@@ -159,7 +159,7 @@ void test_tails(const KernelTable& table) {
             run(input.data() + i * storage.size, single.data() + i * storage.size, 1, Stores::kCached);
           }
           check(whole == single, "%s: differs from element by element", what.c_str());
-          if (count % 16 <= 1) check_misalignments(input, whole, storage.size, streamed, what);
+          if (is_around_vectors(count)) check_misalignments(input, whole, storage.size, streamed, what);
         }
       }
     }
@@ -206,7 +206,8 @@ constexpr BinaryFunction kBinaryFunctions[] = {
 };
 static_assert(std::size(kBinaryFunctions) == static_cast<std::size_t>(Binary::kCount));
 
-// Rows of every width, the second operand one row for all or a row each. Orders share the wide ones.
+// No row and three rows of every width, the second operand one row for all or a row each. Orders share the wide
+// ones.
 void test_binary(const KernelTable& table) {
   static GuardedBuffer second(1 << 16);
   std::mt19937 random(4);
@@ -215,10 +216,15 @@ void test_binary(const KernelTable& table) {
       for (int order = 1; order <= kMaxOrder; ++order) {
         const BinaryFn run = table.binary[static_cast<int>(f.id)][static_cast<int>(storage.dtype)][order - 1];
         if (skips(order)) continue;
-        for (std::size_t columns = 1; columns <= 256 / storage.size + 1; ++columns) {
+        for (std::size_t columns = 0; columns <= 256 / storage.size + 1; ++columns) {
           if (columns > 35 && columns % kMaxOrder != static_cast<std::size_t>(order - 1)) continue;
           for (const bool broadcast : {false, true}) {
             const std::size_t rows = 3, b_stride = broadcast ? 0 : columns;
+            const auto no_row = [&](char* x, char* out) {
+              char* b = second.at_end(0);
+              run(x, columns, b, b_stride, out, 0, columns, Stores::kStreamed);
+            };
+            check_placements({}, 0, true, no_row, describe(table, f.name, storage, order, 0, columns));
             const std::vector<char> input = random_input(storage, rows * columns, random);
             const std::vector<char> b_input = random_input(storage, (broadcast ? 1 : rows) * columns, random);
             const std::string what = describe(table, f.name, storage, order, rows, columns);
@@ -230,7 +236,14 @@ void test_binary(const KernelTable& table) {
               run(x, columns, b, b_stride, out, rows, columns, Stores::kStreamed);
             };
             const std::vector<char> y = check_placements(input, input.size(), true, streamed, what);
-            if (columns % 16 == 1) check_misalignments(input, y, storage.size, streamed, what);
+            std::size_t shift = 0;
+            const auto shifted = [&](char* x, char* out) {
+              char* b = second.at_start() + shift * 3 % 64;  // again another misalignment
+              shift += storage.size;
+              std::copy(b_input.begin(), b_input.end(), b);
+              run(x, columns, b, b_stride, out, rows, columns, Stores::kStreamed);
+            };
+            if (is_around_vectors(columns)) check_misalignments(input, y, storage.size, shifted, what);
             for (std::size_t i = 0; i < rows * columns; ++i) {
               const double u = storage.get(input.data(), i);
               const double v = storage.get(b_input.data(), broadcast ? i % columns : i);
