@@ -168,9 +168,11 @@ class Team:
     def __init__(self, way: Way, quick: bool):
         self.way = way
         cores = sorted(os.sched_getaffinity(0))[-2:]
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        # Kept from other programs until the team stops; gRPC, which shares ports, may listen there.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        port = self._reserved.getsockname()[1]
         spawn = multiprocessing.get_context("spawn")  # JAX must start afresh in each
         self._pipes, self._workers = [], []
         for i in range(way.processes):
@@ -183,17 +185,17 @@ class Team:
             self._workers.append(worker)
 
     def _ask(self, *question) -> list:
-        for pipe in self._pipes:
-            pipe.send(question)
-        answers = []
-        for pipe in self._pipes:
-            try:
-                if not pipe.poll(PATIENCE):
-                    raise BenchmarkError(f"{self.way.name}: no answer for {PATIENCE} seconds")
-                answers.append(pipe.recv())
-            except (EOFError, ConnectionError) as error:
-                raise BenchmarkError(f"{self.way.name}: a process failed") from error
-        return answers
+        try:
+            for pipe in self._pipes:
+                pipe.send(question)
+            return [self._answer(pipe) for pipe in self._pipes]
+        except (EOFError, ConnectionError) as error:
+            raise BenchmarkError(f"{self.way.name}: a process failed") from error
+
+    def _answer(self, pipe):
+        if not pipe.poll(PATIENCE):
+            raise BenchmarkError(f"{self.way.name}: no answer for {PATIENCE} seconds")
+        return pipe.recv()
 
     def describe(self) -> dict:
         return self._ask("describe")[0]
@@ -225,6 +227,7 @@ class Team:
             if worker.is_alive():
                 worker.kill()
                 worker.join()
+        self._reserved.close()
 
 
 def _work(pipe, way: Way, number: int, cores: list[int], port: int, quick: bool) -> None:

@@ -27,7 +27,7 @@ def prepare(threads: int, keep_pages: bool = True) -> None:
     """Pin the process to as many cores as it may use threads, and keep freed memory mapped.
 
     Threads inherit the pinning, so every pool that starts later shares those cores; XLA takes the
-    size of its pool from NPROC, and without it from the pinning.
+    size of its pool from PJRT_NPROC or NPROC, and without them from the pinning.
 
     Args:
         threads: Number of cores and of threads of every measured library.
@@ -44,7 +44,7 @@ def prepare(threads: int, keep_pages: bool = True) -> None:
             raise BenchmarkError(f"--threads {threads}: this process may use {len(allowed)} cores")
         # The last ones: interrupts and other processes prefer the first.
         os.sched_setaffinity(0, allowed[-threads:])
-    os.environ["NPROC"] = str(threads)
+    os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
     if keep_pages:
         _keep_freed_memory()

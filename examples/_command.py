@@ -144,8 +144,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def kernels_note() -> str:
     """Returns the instruction set in use, or that the kernels are switched off."""
     import quake_jax
+    from quake_jax import _config
 
-    if os.environ.get("QUAKE_JAX_DISABLE", "0") not in ("", "0"):
+    if _config.DISABLED:
         return "QUAKE_JAX_DISABLE is set"
     return quake_jax.isa()
 

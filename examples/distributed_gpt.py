@@ -25,6 +25,7 @@ PROMPTS = (
 )
 # How the axes of the arrays in the model are divided: these names are in gpt_model.py.
 RULES = (("batch", "data"), ("heads", "model"))
+LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 # Of float32 logits around 10, whose sums were taken in another order; 1e-5 was seen.
 TOLERANCE = 1e-4
 
@@ -96,6 +97,15 @@ def parameter_spec(path, _):
     return P()
 
 
+def bind_address(coordinator: str) -> str | None:
+    """Returns where process 0 listens; None for JAX's default, every address of the machine.
+
+    The machine's own name may mean a loopback address to itself, where no other machine gets in.
+    """
+    host = coordinator.rpartition(":")[0]
+    return coordinator if host in LOOPBACK else None
+
+
 def next_logits(model, order, params, tokens, lengths):
     """Returns the logits (batch, vocab_size) of what follows the first `lengths` tokens."""
     import jax.numpy as jnp
@@ -137,8 +147,9 @@ def work(args: argparse.Namespace) -> None:
             args.coordinator,
             args.processes,
             args.process_id,
-            initialization_timeout=60,
-            coordinator_bind_address=args.coordinator,  # by default it listens on every address
+            # XLA gives up some seconds later, and says why; signal.alarm ends it without a word.
+            initialization_timeout=max(1, args.timeout - 10),
+            coordinator_bind_address=bind_address(args.coordinator),
         )
     except Exception as error:
         raise UserError(f"argument --coordinator: {args.coordinator}: {error}") from error
@@ -204,10 +215,15 @@ def work(args: argparse.Namespace) -> None:
 # All of the processes, on this machine
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def reserve_port() -> socket.socket:
+    """Returns a socket that keeps a port of 127.0.0.1 from other programs until it is closed.
+
+    Process 0 can still listen there, because gRPC sets SO_REUSEPORT as well.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def stop(workers: list[subprocess.Popen]) -> None:
@@ -220,15 +236,15 @@ def stop(workers: list[subprocess.Popen]) -> None:
 
 def start_all(argv: list[str], args: argparse.Namespace) -> int:
     """Starts the processes and waits for them; one that fails, or a signal, ends the others."""
-    coordinator = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, __file__, *argv, "--coordinator", coordinator]
     end = time.monotonic() + args.timeout
     workers: list[subprocess.Popen] = []
     # Not an exception, which could come between the start of a process and its place in the list.
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    with tempfile.TemporaryDirectory() as folder:
+    with reserve_port() as reserved, tempfile.TemporaryDirectory() as folder:
+        coordinator = f"127.0.0.1:{reserved.getsockname()[1]}"
+        command = [sys.executable, __file__, *argv, "--coordinator", coordinator]
         logs = [Path(folder) / str(i) for i in range(args.processes)]
         try:
             for i, log in enumerate(logs):

@@ -16,10 +16,15 @@ import numpy as np
 
 from quake_jax import _versions
 
-_versions.refuse_older()
 try:
+    from jaxlib.version import __version__ as jaxlib_version
+except ImportError as error:
+    raise _versions.lacking(error) from error
+_versions.refuse_older(jaxlib_version)
+try:
+    from jax import make_user_context
     from jax._src import source_info_util
-    from jax._src.config import _check_vma, trace_context
+    from jax._src.config import _check_vma, trace_context, use_shardy_partitioner
     from jax._src.core import auto_insert_reshard, extend_axis_env_nd
     from jax._src.dispatch import apply_primitive
     from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
@@ -28,33 +33,57 @@ try:
     from jax._src.numpy.util import promote_args_inexact
     from jax._src.sharding_impls import GSPMDSharding, ShardingContext, SPMDAxisContext
     from jax._src.state.types import AbstractRef
+    from jax.core import Tracer
     from jax.experimental.custom_partitioning import custom_partitioning
-    from jax.extend import core as jex_core
-    from jax.extend.core import Primitive, jaxpr_as_fun
+    from jax.extend.core import DropVar, Primitive, Var, jaxpr_as_fun
     from jax.interpreters import batching, mlir
-except ImportError as error:
+
+    # What is used of the modules among these; tests/test_versions.py finds what is missing here.
+    _SHARE = xla_client.OpSharding.Type.REPLICATED
+    _USED_LATER = (
+        batching.primitive_batchers,
+        mlir.ir,
+        mlir.lower_fun,
+        mlir.register_lowering,
+        source_info_util.user_frames,
+        xla_client.HloSharding,
+    )
+except (ImportError, AttributeError) as error:
     raise _versions.lacking(error) from error
 _versions.warn_of_newer()
 
 __all__ = [
     "INLINE",
+    "DropVar",
     "Primitive",
+    "Tracer",
+    "Var",
     "apply_primitive",
     "auto_insert_reshard",
     "batching",
     "broadcasting_sharding_rule",
     "can_split_along_axes",
+    "equation_context",
     "has_unreduced_axes",
     "in_current_mesh",
     "is_partitioned",
+    "is_reference",
+    "is_rule_of_jax",
+    "is_unspecified",
     "jaxpr_as_fun",
     "lower_split_along_axes",
     "lower_with_sharding_in_types",
+    "make_user_context",
     "mlir",
+    "name_like",
+    "only_names_mesh",
     "promote_args_inexact",
     "reshape",
     "trace_context",
+    "user_frames",
+    "with_equations",
     "with_weak_type",
+    "without_constants",
     "without_mesh",
 ]
 
@@ -116,7 +145,7 @@ def can_split_along_axes(context) -> bool:
         isinstance(axes, ShardingContext)
         and 1 < axes.num_devices <= len(jax.devices("cpu"))
         and not context.module_context.lowering_parameters.for_export
-        and jax.config.jax_use_shardy_partitioner
+        and use_shardy_partitioner.value
     )
 
 
@@ -246,9 +275,6 @@ def _tiles(labels: Sequence, arrays: Sequence) -> tuple[np.ndarray, list]:
     return best, split
 
 
-_SHARE = xla_client.OpSharding.Type.REPLICATED
-
-
 def _devices_by_tile(x) -> np.ndarray | None:
     """The numbers of the devices by tile along each axis of an array, then those that share it.
 
@@ -283,9 +309,6 @@ def _sharding_of_tiles(tiles: tuple[np.ndarray, list], axes: Sequence, shape: Se
 
 
 # Jaxprs, which quake_jax._rewrite edits.
-
-DropVar = jex_core.DropVar
-Var = jex_core.Var
 
 _JAX_FOLDER = os.path.join(jax.__path__[0], "")
 

@@ -9,8 +9,9 @@ import contextlib
 import operator
 import os
 
-import jax
 import numpy as np
+
+from quake_jax._compat import make_user_context
 
 EXACT = "exact"
 ORDERS = (1, 2, 3, 4, 5)
@@ -23,7 +24,7 @@ DEFAULT_ORDER = 3
 # the time of order 3.
 DEFAULT_ORDERS: dict[str, Order] = {"dot_product_attention": 5, "mish": 4}
 
-_default_order = jax.make_user_context(None)
+_default_order = make_user_context(None)
 
 
 def _environment_switch(name: str) -> bool:

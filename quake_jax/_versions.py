@@ -10,7 +10,6 @@ import re
 import warnings
 
 import jax
-import jax.lib
 
 # The build takes jaxlib's headers from this version: see CONTRIBUTING.md.
 OLDEST = "0.10.2"
@@ -25,9 +24,9 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in numbers[0].split(".")) if numbers else ()
 
 
-def refuse_older() -> None:
+def refuse_older(jaxlib_version: str) -> None:
     """Raise ImportError if jax or jaxlib is older than any that quake_jax supports."""
-    for name, version in (("jax", jax.__version__), ("jaxlib", jax.lib.__version__)):
+    for name, version in (("jax", jax.__version__), ("jaxlib", jaxlib_version)):
         if release(version) < release(OLDEST):
             raise ImportError(
                 f"quake_jax needs jax and jaxlib {OLDEST} or newer (it is tested with {TESTED}); "
@@ -35,7 +34,7 @@ def refuse_older() -> None:
             )
 
 
-def lacking(error: ImportError) -> ImportError:
+def lacking(error: ImportError | AttributeError) -> ImportError:
     """The error that says that this JAX lacks a name that quake_jax uses."""
     return ImportError(
         f"quake_jax does not work with jax {jax.__version__}: {error}. It is tested with {TESTED}: "

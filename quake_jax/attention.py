@@ -495,7 +495,7 @@ def _static_arguments(
         except (TypeError, ValueError):
             refuse(TypeError, "local_window_size", "an integer or two, (left, right)", window)
     if soft_cap is not None:
-        is_static = is_numeric(soft_cap) and not isinstance(soft_cap, jax.core.Tracer)
+        is_static = is_numeric(soft_cap) and not isinstance(soft_cap, _compat.Tracer)
         if not is_static or jnp.ndim(soft_cap) != 0 or jnp.iscomplexobj(soft_cap):
             refuse(TypeError, "logits_soft_cap", "a static number", soft_cap)
         soft_cap = float(soft_cap)
@@ -507,7 +507,7 @@ def _static_arguments(
             refuse(TypeError, "scale", "a real number", scale)
         if jnp.ndim(scale) != 0:
             refuse(ValueError, "scale", "one number, not an array", scale)
-        if isinstance(scale, jax.core.Tracer):
+        if isinstance(scale, _compat.Tracer):
             scale, traced = None, scale
         else:
             scale = float(scale)

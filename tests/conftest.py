@@ -335,7 +335,7 @@ def run_python(code: str, folder, check: bool = True, **environment) -> subproce
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # against hangs only
     )
     if check:
         assert result.returncode == 0, result.stderr

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("rich")
 
 from benchmarks import devices, report  # noqa: E402
+from benchmarks.errors import BenchmarkError  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +68,29 @@ def test_the_section_is_replaced(tmp_path):
         report.write_section(result(), page, "Threads", *made)
     text = page.read_text()
     assert text.startswith("# Kept\n") and text.count("### Threads, 2 threads, avx2") == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores that processes can be tied to",
+)
+def test_processes_answer_together_until_one_fails():
+    pytest.importorskip("jax")
+    team = devices.Team(devices.WAYS[-1], quick=True)
+    try:
+        team.prepare(devices.CASES[0])
+        seconds, _ = team.read(2)
+        assert seconds > 0
+        described = team.describe()
+        assert described["threads"] == 1 and described["xla_pool_threads"] in (1, None)
+        worker = team._workers[0]
+        worker.kill()
+        worker.join()
+        with pytest.raises(BenchmarkError, match="2 processes: a process failed"):
+            team.read(2)
+    finally:
+        team.stop()
+    assert not any(worker.is_alive() for worker in team._workers)
 
 
 @pytest.mark.parametrize("case", devices.CASES, ids=lambda case: f"{case.name} {case.axis}")

@@ -1,8 +1,11 @@
 """examples/distributed_gpt.py as a user runs it: two processes on loopback work as one."""
 
+import contextlib
+import importlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,7 +43,15 @@ def start(*arguments) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         env=environment,
+        start_new_session=True,
     )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends a process, and those that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # there are none left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -48,7 +59,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
     try:
         out, errors = process.communicate(timeout=TIMEOUT + 60)
     finally:
-        process.kill()
+        kill(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
@@ -65,36 +76,63 @@ def of_one_process():
 
 
 @pytest.mark.parametrize(
-    ("mode", "parts"), [("data", (2, 1)), ("tensor", (1, 2))], ids=["data", "tensor"]
+    ("mode", "parts"), [("data", (2, 1)), ("tensor", (1, 2)), ("both", (2, 2))], ids=str
 )
-def test_two_processes_give_the_results_of_one(mode, parts, of_one_process):
+def test_processes_give_the_results_of_one(mode, parts, of_one_process):
     # It fails by itself if the logits are not those of one device, too.
-    result = run("--mode", mode, *PROMPTS)
+    count = parts[0] * parts[1]
+    result = run("--processes", str(count), "--mode", mode, *PROMPTS)
     assert continuations(result) == of_one_process
     split = re.search(
-        r"2 processes, 2 devices: texts divided by (\d), heads .* by (\d)", result.stdout
+        r"(\d) processes, \1 devices: texts divided by (\d), heads .* by (\d)", result.stdout
     )
-    assert tuple(map(int, split.groups())) == parts
+    assert tuple(map(int, split.groups())) == (count, *parts)
     assert "The same tokens as in one process" in result.stdout
 
 
-def test_processes_that_are_started_one_by_one():
-    """As on several machines; what they have no use for is refused by each of them."""
-    port = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
-         "import distributed_gpt; print(distributed_gpt.free_port())"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-    options = ["--coordinator", f"127.0.0.1:{port}", "--mode", "both", *PROMPTS]
-    workers = [start(*options, "--process-id", str(i)) for i in range(2)]
+@pytest.fixture
+def distributed_gpt(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("distributed_gpt")
+
+
+def test_processes_that_are_started_one_by_one(distributed_gpt):
+    """As on several machines."""
+    workers = []
     try:
-        ends = [worker.communicate(timeout=TIMEOUT + 60) for worker in workers]
+        with distributed_gpt.reserve_port() as reserved:
+            address = f"127.0.0.1:{reserved.getsockname()[1]}"
+            options = ["--coordinator", address, "--mode", "both", *PROMPTS]
+            for i in range(2):
+                workers.append(start(*options, "--process-id", str(i)))
+            ends = [worker.communicate(timeout=TIMEOUT + 60) for worker in workers]
     finally:
         for worker in workers:
-            worker.kill()
+            kill(worker)
     assert [worker.returncode for worker in workers] == [0, 0], ends
     assert "texts divided by 1, heads and hidden units by 2" in ends[0][0]
     assert "- '" not in ends[1][0]
+
+
+def test_no_other_program_gets_the_port_of_the_first_process(distributed_gpt):
+    with distributed_gpt.reserve_port() as reserved, socket.socket() as other:
+        with pytest.raises(OSError):
+            other.bind(reserved.getsockname())
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("127.0.0.1:1234", "127.0.0.1:1234"),
+        ("localhost:1234", "localhost:1234"),
+        ("[::1]:1234", "[::1]:1234"),
+        # Every address of the machine.
+        ("host0:1234", None),
+        ("192.0.2.1:1234", None),
+    ],
+)
+def test_where_the_first_process_listens(coordinator, address, distributed_gpt):
+    assert distributed_gpt.bind_address(coordinator) == address
 
 
 MISTAKES = {
@@ -120,13 +158,27 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_take_one_line(arguments, message):
     result = run(*arguments)
-    assert result.returncode == 2 and result.stdout.replace("[Gloo]", "") == result.stdout
+    assert result.returncode == 2 and "[Gloo]" not in result.stdout
     assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in file.read_text().split()]
+def children_file(pid: int) -> Path:
+    return Path(f"/proc/{pid}/task/{pid}/children")
+
+
+# Some kernels have no such file.
+needs_children = pytest.mark.skipif(
+    not children_file(os.getpid()).exists(), reason="needs /proc/PID/task/PID/children"
+)
+
+
+def two_children(process: subprocess.Popen) -> list[int]:
+    """Waits until a process has started two others."""
+    end = time.monotonic() + TIMEOUT
+    while len(found := children_file(process.pid).read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    return [int(pid) for pid in found]
 
 
 def is_running(pid: int) -> bool:
@@ -136,34 +188,28 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_children
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "ctrl-c"])
 def test_no_process_outlives_the_one_that_started_it(number):
     parent = start(*PROMPTS)
     try:
-        end = time.monotonic() + 60
-        while len(workers := children(parent)) < 2:
-            assert parent.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
+        workers = two_children(parent)
         parent.send_signal(number)
-        parent.communicate(timeout=60)
+        parent.communicate(timeout=TIMEOUT)
         assert parent.returncode == 128 + number
         assert not any(map(is_running, workers))
     finally:
-        parent.kill()
+        kill(parent)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_children
 def test_a_process_that_dies_ends_the_others():
     parent = start(*PROMPTS)
     try:
-        end = time.monotonic() + 60
-        while len(workers := children(parent)) < 2:
-            assert parent.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
+        workers = two_children(parent)
         os.kill(workers[1], signal.SIGKILL)
-        _, errors = parent.communicate(timeout=60)
+        _, errors = parent.communicate(timeout=TIMEOUT)
         assert parent.returncode == 2 and "process 1 ended with status -9" in errors
         assert not any(map(is_running, workers))
     finally:
-        parent.kill()
+        kill(parent)

@@ -7,11 +7,13 @@ links lead somewhere.
 import doctest
 import functools
 import importlib
+import os
 import pathlib
 import re
 import shlex
 import tomllib
 import types
+from unittest import mock
 
 import pytest
 
@@ -61,8 +63,10 @@ def test_pages_have_their_examples():
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")])
 def test_page(page):
     names: dict = {}
-    for block in _blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
+    # What a page writes there does not outlive it.
+    with mock.patch.dict(os.environ):
+        for block in _blocks(page, "python"):
+            exec(compile(block, page, "exec"), names)
 
 
 def _commands(page: str) -> list[list[str]]:

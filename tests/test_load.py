@@ -1,6 +1,7 @@
 """Many threads that call kernels for long: no deadlock, equal results, no growth of memory.
 
-The normal suite makes 32,000 calls with each size of XLA's pool. The soak test takes ten minutes:
+The normal suite makes 32,000 calls with each size of XLA's pool. The soak test makes at least
+128,000, and for ten minutes with each: half an hour in all.
 
     pytest -s -m soak tests/test_load.py
 """
@@ -97,6 +98,7 @@ def assert_no_growth(rounds, what: str) -> None:
             continue  # this system does not tell
         rate = growth(list(zip(calls, measure, strict=True)))
         print(f"{what}: {calls[-1]} calls, {name} {rate:+.2f} bytes per call")
+        # In a short run, what malloc's arenas happen to keep is more than any leak would be.
         if name == "held" or long:
             assert rate <= bound, (what, name, rate, measure)
 
@@ -106,8 +108,8 @@ def test_many_threads():
 
 
 @pytest.mark.soak
-def test_many_threads_for_ten_minutes():
-    check_load("--calls", 2000, "--round", 50, "--seconds", 200)
+def test_many_threads_for_ten_minutes_each():
+    check_load("--calls", 2000, "--round", 50, "--seconds", 600)
 
 
 # ---- That the checks can fail ----

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import sysconfig
 import threading
 import time
 
@@ -13,7 +14,10 @@ from conftest import run_python
 
 import quake_jax
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+# Apple's frameworks, which NumPy uses, do not survive a fork.
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork") or sys.platform == "darwin", reason="needs os.fork that is safe"
+)
 
 # What a child process does; a module of its own, because "spawn" pickles functions by name.
 CHILD = """
@@ -41,6 +45,15 @@ import quake_jax
 print(len(os.listdir("/proc/self/task")) - before)
 """
     assert run_python(code, tmp_path).stdout == "0\n"
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs a free-threaded Python"
+)
+def test_the_import_turns_the_gil_on(tmp_path):
+    # The extension does not declare that it works without, so Python sees to it.
+    code = "import sys, quake_jax; print(sys._is_gil_enabled())"
+    assert run_python(code, tmp_path, PYTHON_GIL="", PYTHONWARNINGS="ignore").stdout == "True\n"
 
 
 @needs_fork

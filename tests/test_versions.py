@@ -5,9 +5,9 @@ import json
 import pathlib
 import re
 import tomllib
+import types
 
 import jax
-import jax.lib
 import pytest
 from conftest import run_python
 
@@ -18,7 +18,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Of the package that is tested, which need not be that of the checkout.
 PACKAGE = pathlib.Path(quake_jax.__file__).parent
 
-_PRIVATE = ("jax._src", "jax.interpreters", "jax.extend", "jax.experimental", "jaxlib")
+_PRIVATE = (
+    *("jax._src", "jax.interpreters", "jax.extend", "jax.experimental", "jaxlib"),
+    # Public, but they have come and gone.
+    *("jax.config", "jax.core", "jax.lib", "jax.make_user_context"),
+)
 _QUESTIONS = ("hasattr", "getattr")
 
 
@@ -56,6 +60,11 @@ def _private_uses(source: str) -> list[str]:
         "import jax\njax.extend.core.Primitive('p')",
         "import jaxlib",
         "from jaxlib import xla_client",
+        "import jax.lib",
+        "from jax.core import Tracer",
+        "import jax\nisinstance(x, jax.core.Tracer)",
+        "import jax\njax.make_user_context(None)",
+        "import jax\njax.config.jax_use_shardy_partitioner",
         "import jax\nhasattr(jax, 'Inline')",
         "import jax\ngetattr(jax.nn, 'gelu', None)",
     ],
@@ -100,7 +109,7 @@ def test_release(version, numbers):
 @pytest.mark.parametrize("version", [_versions.OLDEST, "0.11.0", _versions.NEWEST_TESTED])
 def test_tested_versions_import_silently(version, monkeypatch, recwarn):
     monkeypatch.setattr(jax, "__version__", version)
-    _versions.refuse_older()
+    _versions.refuse_older(version)
     _versions.warn_of_newer()
     assert not recwarn.list
 
@@ -108,21 +117,21 @@ def test_tested_versions_import_silently(version, monkeypatch, recwarn):
 @pytest.mark.parametrize("version", ["0.12.0.2", "0.12.1", "0.13.0.dev20261121", "1.0"])
 def test_newer_versions_warn(version, monkeypatch):
     monkeypatch.setattr(jax, "__version__", version)
-    _versions.refuse_older()
+    _versions.refuse_older(version)
     with pytest.warns(UserWarning, match=re.escape(f"not been tested with jax {version}, only")):
         _versions.warn_of_newer()
 
 
-@pytest.mark.parametrize(("module", "name"), [(jax, "jax"), (jax.lib, "jaxlib")])
+@pytest.mark.parametrize("name", ["jax", "jaxlib"])
 @pytest.mark.parametrize("version", ["0.4.38", "0.10.1", "0.10"])
-def test_older_versions_are_refused(version, module, name, monkeypatch):
-    monkeypatch.setattr(module, "__version__", version)
+def test_older_versions_are_refused(version, name, monkeypatch):
+    monkeypatch.setattr(jax, "__version__", version if name == "jax" else _versions.OLDEST)
     message = (
         f"needs jax and jaxlib {_versions.OLDEST} or newer .*; {name} here is {version}: run "
         f"`pip install 'jax>={_versions.OLDEST}' 'jaxlib>={_versions.OLDEST}'`"
     )
     with pytest.raises(ImportError, match=message):
-        _versions.refuse_older()
+        _versions.refuse_older(version if name == "jaxlib" else _versions.OLDEST)
 
 
 # Imports quake_jax beside a JAX that calls itself 99.0, and prints the warnings.
@@ -160,7 +169,7 @@ def test_the_warning_can_be_silenced(tmp_path):
 
 def test_a_jax_that_does_not_fit_is_an_import_error_that_says_so(tmp_path):
     names = _private_names()
-    assert len(names) > 10
+    assert len(names) > 20
     code = f"""
 import importlib, json, sys
 import jax
@@ -191,17 +200,50 @@ print(json.dumps([messages, fails()]))
     assert f"needs jax and jaxlib {_versions.OLDEST} or newer" in old and "0.9.0" in old
 
 
-def _private_names() -> list[tuple[str, str]]:
-    """Module and name of what _compat.py imports from JAX's modules, but whole modules."""
+def _tried() -> list[ast.stmt]:
+    """The statements of _compat.py whose failure is reported as a JAX that does not fit."""
     tree = ast.parse((PACKAGE / "_compat.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.Try))
-    names = []
-    for statement in block.body:
-        for alias in statement.names:
-            module = __import__(statement.module, fromlist=[alias.name])
-            if not isinstance(getattr(module, alias.name), type(ast)):
-                names.append((statement.module, alias.name))
-    return names
+    return [line for node in tree.body if isinstance(node, ast.Try) for line in node.body]
+
+
+def _imports() -> list[tuple[str, str, object]]:
+    """Module, name and value of what _compat.py imports from JAX's modules."""
+    return [
+        (line.module, alias.name, getattr(__import__(line.module, fromlist=["_"]), alias.name))
+        for line in _tried()
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    ]
+
+
+def _modules_of_jax() -> dict[str, str]:
+    """The whole modules among them, by the name in _compat.py."""
+    return {
+        name: value.__name__ for _, name, value in _imports() if isinstance(value, types.ModuleType)
+    }
+
+
+def _names_of_modules(trees) -> set[tuple[str, str]]:
+    """Module and name of what is looked up in these modules, as `mlir.x` or `_compat.mlir.x`."""
+    modules = _modules_of_jax()
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    uses = ((ast.unparse(node.value).removeprefix("_compat."), node.attr) for node in nodes)
+    return {(modules[module], name) for module, name in uses if module in modules}
+
+
+def _private_names() -> list[tuple[str, str]]:
+    """Module and name of all that _compat.py looks up when it is imported."""
+    names = [
+        (module, name)
+        for module, name, value in _imports()
+        if not isinstance(value, types.ModuleType)
+    ]
+    return names + sorted(_names_of_modules(_tried()))
+
+
+def test_names_that_are_looked_up_later_are_looked_up_at_import_too():
+    trees = [ast.parse(path.read_text()) for path in _modules()]
+    assert _names_of_modules(trees) == _names_of_modules(_tried()) != set()
 
 
 def test_other_files_state_the_same_versions():
@@ -209,9 +251,27 @@ def test_other_files_state_the_same_versions():
     oldest = {f"{name}>={_versions.OLDEST}" for name in ("jax", "jaxlib")}
     assert oldest <= set(project["project"]["dependencies"])
     assert f"jax=={_versions.OLDEST}" in project["build-system"]["requires"]
-    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
-        stated = re.findall(r"jax (0\.[\d.]*\d) to (0\.[\d.]*\d)", (ROOT / name).read_text())
-        assert set(stated) <= {(_versions.OLDEST, _versions.NEWEST_TESTED)}, name
+    tested = {(_versions.OLDEST, _versions.NEWEST_TESTED)}
+    texts = {
+        name: (ROOT / name).read_text()
+        for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+    }
+    # What released versions were tested with is history.
+    texts["CHANGELOG.md"] = _unreleased(texts["CHANGELOG.md"])
+    for name, text in texts.items():
+        stated = set(re.findall(r"jax (\d+\.[\d.]*\d) to (\d+\.[\d.]*\d)", text))
+        assert stated <= tested, name
+        assert stated or name in ("CONTRIBUTING.md", "CHANGELOG.md"), name
     workflow = ROOT / ".github" / "workflows" / "tests.yml"
     if workflow.exists():  # not in an sdist
         assert f"jax=={_versions.OLDEST} jaxlib=={_versions.OLDEST}" in workflow.read_text()
+
+
+def _unreleased(changelog: str) -> str:
+    (section,) = re.findall(r"^## Unreleased$(.*?)(?=^## |\Z)", changelog, re.M | re.S)
+    return section
+
+
+def test_released_versions_do_not_count():
+    log = "# Changelog\n\n## Unreleased\n\n### Added\n\n- New.\n\n## 0.1.0\n\n- Old.\n"
+    assert "New" in _unreleased(log) and "Old" not in _unreleased(log)

@@ -215,7 +215,7 @@ class Graph:
 
 def _is_concrete(const) -> bool:
     return isinstance(const, (np.generic, int, float, bool)) or (
-        isinstance(const, jax.Array) and not isinstance(const, jax.core.Tracer)
+        isinstance(const, jax.Array) and not isinstance(const, _compat.Tracer)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from quake_jax._compat import make_user_context
 from quake_jax._config import Order
 from quake_jax._rewrite import Options, checked_options, rewrite
 from quake_jax.linen import _substitutes
@@ -19,7 +20,7 @@ from quake_jax.linen._attention_fn import attention_fn
 
 # Part of JAX's jit cache key: what a program was substituted by, and whether it was traced inside
 # a module call that is being rewritten as a whole.
-_trace_context = jax.make_user_context(None)
+_trace_context = make_user_context(None)
 
 
 class _Local(threading.local):
