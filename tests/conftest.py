@@ -9,6 +9,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# NumPy's float64 products are small; with threads of their own they would wait for cores that the
+# other process of pytest-xdist, and XLA, have.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import dataclasses
 import functools
 import pathlib

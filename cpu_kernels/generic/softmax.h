@@ -334,6 +334,7 @@ template <Reduction R, class T, int Order>
 void reduce_rows(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores) {
   const T* x = static_cast<const T*>(in);
   T* y = static_cast<T*>(out);
+  if (rows == 0) return;  // short rows are read one ahead
   const bool streamed = streamable(y, columns, stores);
   if (columns <= kShort<T> * kLanes) {
     dispatch_short_rows<R, 1, Order>(x, y, rows, columns, streamed);
