@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import environment, quality
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import check_files
 
 HELP = "published approximations of softmax, GELU, LayerNorm, exp and sigmoid beside QuAKE"
 KINDS = ("softmax", "gelu", "layernorm", "exp", "sigmoid")
@@ -48,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the options ask for, print it, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     environment.prepare(threads=1)
 
     from benchmarks import approximations_report, report

@@ -32,7 +32,7 @@ from benchmarks.attention_cases import (
     Case,
     Shape,
 )
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 from benchmarks.ops import positive
 
 HELP = "fused attention against XLA and torch, and against the peak of the machine"
@@ -100,11 +100,7 @@ def _shape(text: str) -> Shape:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the options ask for, print it, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     environment.prepare(args.threads, keep_pages=args.allocator == "keep")
 
     from benchmarks import attention_report, report

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from benchmarks import environment
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 
 HELP = "time to build the wheel, and its size"
 
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Build the wheel in a temporary folder and print time and sizes."""
     from rich.console import Console
 
-    if args.json is not None and not args.json.parent.is_dir():
-        raise BenchmarkError(f"{args.json}: no such folder as {args.json.parent}")
+    check_files(args.json)
     console = Console(stderr=True)
     with console.status("building the wheel (minutes)"):
         result = measure(args.build_isolation)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import environment
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 from benchmarks.ops import positive
 
 HELP = "two cores as threads, as devices of one process, and as processes of jax.distributed"
@@ -78,11 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     if importlib.util.find_spec("flax") is None:
         raise BenchmarkError("flax is not installed: pip install '.[bench,flax]'")
     if not hasattr(os, "sched_getaffinity"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import environment, models_cases
 from benchmarks.attention import FAULT_SECONDS, FAULT_SHARE
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 from benchmarks.models_cases import (
     CASES,
     CEILING,
@@ -69,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the options ask for, print it, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     needed = ["flax"] + ["matplotlib"] * (args.plot is not None)
     for name in needed:
         if importlib.util.find_spec(name) is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import cases, environment
 from benchmarks.cases import DEFAULT_ORDERS, DTYPES, FUNCTIONS, ORDERS, QUICK_SHAPE, SUBJECT_ORDER
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 
 HELP = "single operators against jax.nn, torch, onnxruntime and a copy"
 # A contestant beyond this relative error computes something else. jax.nn's GELU in bfloat16 is
@@ -80,11 +80,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the options ask for, print it, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     environment.prepare(args.threads, keep_pages=args.allocator == "keep")
 
     from benchmarks import report

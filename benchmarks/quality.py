@@ -10,7 +10,7 @@ import importlib.metadata
 from pathlib import Path
 
 from benchmarks import environment
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, check_files
 from benchmarks.ops import positive
 
 HELP = "quality on trained models: digits, held-out text, search by meaning"
@@ -40,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the options ask for, print it, and write the files asked for."""
-    for path in (args.json, args.markdown):
-        if path is not None and not path.parent.is_dir():
-            raise BenchmarkError(f"{path}: no such folder as {path.parent}")
-        if path is not None and path.is_dir():
-            raise BenchmarkError(f"{path}: is a folder")
+    check_files(args.json, args.markdown)
     environment.prepare(args.threads)
 
     from benchmarks import quality_report, report
