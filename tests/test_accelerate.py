@@ -826,6 +826,77 @@ def test_failures_leave_the_program_as_it_is(monkeypatch):
     assert replacements(jax.nn.gelu, x) == ["gelu"]
 
 
+def test_a_failure_after_the_search_leaves_the_program_as_it_is(monkeypatch):
+    monkeypatch.setattr(engine, "RAISE_FAILURES", False)
+    # A program that reads what it does not compute.
+    monkeypatch.setattr(engine, "_hiding", lambda match: set())
+
+    def fun(x, b):
+        y = jax.nn.gelu(x) + bias_in_a_call(x, b)
+        return jax.lax.map(lambda row: bias_in_a_call(row, b), y[:, None])
+
+    x, b = inputs((ROWS, 1024)), inputs((1024,), seed=1)
+    with pytest.warns(UserWarning, match=r"test_accelerate\.py.*please report it") as warned:
+        result = quake_jax.accelerate(fun)(x, b)
+    assert len(warned) == 1
+    np.testing.assert_array_equal(result, jax.jit(fun)(x, b))
+    report = quake_jax.explain(fun, x, b)
+    assert not report.replaced
+    (record,) = report.left
+    assert record.name == "program" and "ValueError" in record.reason and record.where
+
+
+def broadcast_bias(b, shape):
+    return jax.jit(lambda b: jnp.broadcast_to(2 * b, shape))(b)
+
+
+def bias_in_a_call(x, b):
+    return jax.nn.gelu(x + broadcast_bias(b, x.shape))
+
+
+def gate_of_split(x):
+    gate, value = jax.jit(lambda x: jnp.split(3 * x, 2, axis=-1))(x)
+    return jax.nn.silu(gate) * value
+
+
+def with_a_softmax_inside(x, b):
+    def helper(b):
+        # The broadcast hides the softmax, which is replaced too, in the call that is opened.
+        return jax.jit(lambda y: jnp.broadcast_to(y, x.shape))(jax.nn.softmax(b))
+
+    return jax.nn.gelu(x + jax.jit(helper)(b))
+
+
+# Jitted helpers that make an input of a match: it lies inside the call, before a broadcast or such.
+HELPERS = {
+    "bias": (bias_in_a_call, ["bias_gelu"]),
+    "bias, all in a call": (jax.jit(bias_in_a_call), ["bias_gelu"]),
+    "gate": (lambda x, b: gate_of_split(x + b), ["swiglu"]),
+    "softmax inside": (with_a_softmax_inside, ["bias_gelu", "softmax"]),
+    "a result that is used otherwise": (
+        lambda x, b: (lambda y: jax.nn.gelu(x + y) + y)(broadcast_bias(b, x.shape)),
+        ["bias_gelu"],
+    ),
+    "in a loop": (
+        lambda x, b: jax.lax.map(lambda row: bias_in_a_call(row, b), x[:, None]),
+        ["bias_gelu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_inputs_that_a_jitted_helper_makes(name):
+    fun, found = HELPERS[name]
+    x, b = inputs((ROWS, 1024)), inputs((1024,), seed=1)
+    assert replacements(fun, x, b) == found
+    assert_close(quake_jax.accelerate(fun)(x, b), fun(x, b), 64)
+    actual, expected = (
+        jax.grad(lambda b: f(x, b).sum())(b)  # noqa: B023
+        for f in (quake_jax.accelerate(fun), fun)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=0.1)
+
+
 # Transformations.
 
 
