@@ -110,6 +110,44 @@ def grouped(q, k, v):
     return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(s), v).reshape(B, T, N, H)
 
 
+def gemma(q, k, v, mask):
+    """As gemma: heads in one axis around mask and softmax, in groups in both products."""
+    s = jnp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, 2, 2, H), k).reshape(B, T, N, -1)
+    s = jnp.where(mask[:, :, None], jnp.tanh(s / 5) * 5, -2.3819763e38)
+    weights = jax.nn.softmax(s).reshape(B, T, 2, 2, -1)
+    return jnp.einsum("btkgs,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def groups_among_queries(q, k, v, bias):
+    """The queries of a group one after another, in the order of the products alone."""
+    q = q.transpose(0, 2, 1, 3).reshape(B, 2, 2 * T, H)
+    s = jnp.einsum("bkxh,bskh->bkxs", q, k).reshape(B, N, T, -1)
+    weights = jax.nn.softmax(jnp.where(CAUSAL, s + bias, LOWEST)) * jnp.arange(N)[:, None, None]
+    out = jnp.einsum("bkxs,bskh->bkxh", weights.reshape(B, 2, 2 * T, -1), v)
+    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+
+def groups_around_softmax_alone(q, k, v, mask):
+    s = jnp.einsum("bkgth,bskh->bkgts", q.transpose(0, 2, 1, 3).reshape(B, 2, 2, T, H), k)
+    s = jnp.where(mask, s.reshape(B, N, T, -1), LOWEST).reshape(B, 2, 2, T, -1)
+    return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(s), v).reshape(B, T, N, H)
+
+
+def heads_in_batch(q, k, v, mask):
+    """As bmm code: batch and heads in one axis in both products."""
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * N, T, H) for x in (q, k, v))
+    s = (q @ k.swapaxes(1, 2)).reshape(B, N, T, T) + jnp.where(mask, 0.0, LOWEST)
+    out = jax.nn.softmax(s).reshape(B * N, T, T) @ v
+    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+
+def heads_in_batch_everywhere(q, k, v, mask):
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * N, T, H) for x in (q, k, v))
+    mask = jnp.broadcast_to(mask, (B, N, T, T)).reshape(B * N, T, T)
+    s = jnp.where(mask & CAUSAL, q @ k.swapaxes(1, 2), LOWEST)
+    return (jax.nn.softmax(s) @ v).reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+
 def repeated(repeat):
     return lambda q, k, v: attend(q, *(repeat(x, N // x.shape[2]) for x in (k, v)))
 
@@ -220,6 +258,26 @@ CASES = {
         {"f32[2,16,1,8]"},
     ),
     "groups by reshape": (grouped, GROUPED, ATTENTION, {"f32[2,16,2,8]"}),
+    "gemma": (gemma, (*GROUPED, MASK[:, 0]), ATTENTION, {"f32[2,16,2,8]", "bool[2,1,16,16]"}),
+    "groups among queries": (
+        groups_among_queries,
+        (*GROUPED, BIAS),
+        ATTENTION,
+        {"f32[2,16,2,8]", "is_causal=1", "present=1"},
+    ),
+    "groups around softmax alone": (
+        groups_around_softmax_alone,
+        (*GROUPED, MASK),
+        ATTENTION,
+        {"f32[2,16,2,8]", "present=2"},
+    ),
+    "heads in batch": (heads_in_batch, (*BTNH, MASK), ATTENTION, {"f32[2,16,4,8]", "present=2"}),
+    "heads in batch everywhere": (
+        heads_in_batch_everywhere,
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"is_causal=1", "present=2"},
+    ),
     "groups by repeat": (
         repeated(lambda x, n: jnp.repeat(x, n, axis=2)),
         GROUPED,
@@ -575,6 +633,8 @@ def test_float32_softmax_of_16_bit_operands():
         "jax.nn bias, mask, causal, groups",
         "nanogpt",
         "equinox",
+        "gemma",
+        "groups among queries",
         "soft cap, bias and mask",
         "vmap over queries",
         "added mask by product",

@@ -27,11 +27,11 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     Args:
       root: the product with the values.
       nodes: what is replaced.
-      operands: query, key, value, and the label of each axis of the result.
+      operands: query, key, value, and the labels of each axis of the result.
       logits: what makes the logits of query and key.
       factors: arrays that multiply the result, with their axes by label.
       keys: the label of the keys' axis.
-      shape: of the logits.
+      shape: of the logits, by label.
 
     Raises:
       Reject: if the kernel cannot take them.
@@ -49,12 +49,13 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     repeats = _without_repeats(key, value)
     arrays = _sources(query, key, value)
     labels = _classified(*arrays, logits, keys, shape, repeats)
+    sizes = dict(labels.sizes)
     conditions, window, is_full = masks.conditions(logits.masks, labels)
     as_bias = not (is_full or masks.is_one_selection(logits.masks))
     if as_bias:
         masks.check_as_bias(logits.masks)
         window = None
-        conditions = [masks.viewed(m.value, m.axes, m.is_negated) for m in logits.masks]
+        conditions = [masks.viewed(m.value, m.axes, m.is_negated, sizes) for m in logits.masks]
     together = None if repeats else packing.packed(query, key, value, labels)
     plan = Plan(
         labels=labels,
@@ -145,6 +146,8 @@ def _repeated(x):
         if b is None:
             continue
         if b == m:
+            if label is not None:
+                return None
             label = name
         c = inner.axes[b if b <= m else b + 1]
         if c is None and b != m:
@@ -170,7 +173,7 @@ def _classified(query, key, value, logits, keys: int, shape, repeats) -> Labels:
     if any(keys not in x.axes for x in (key, value)):
         refuse("its keys or values are repeated")
     shared, alone = list(in_key), list(in_query - in_key)
-    patterns = [masks.viewed(m.value, m.axes, m.is_negated)[1] for m in logits.masks]
+    patterns = [masks.viewed(m.value, m.axes, m.is_negated, sizes)[1] for m in logits.masks]
     patterns += [bias.axes for bias in logits.biases]
     # Masks that tell queries apart do so by position.
     alone.sort(key=lambda i: (sum(i in axes for axes in patterns), sizes[i]))
@@ -178,7 +181,7 @@ def _classified(query, key, value, logits, keys: int, shape, repeats) -> Labels:
     groups = sorted(alone[:-1])
     # In the order of memory, so that nothing is transposed without need.
     place = packing.places_in_memory(query)
-    order = sorted(shared, key=lambda i: place.get(i, -1))
+    order = sorted(shared, key=lambda i: (place.get(i, -1), i))
     if length:
         batch = [i for i in order if place.get(i, -1) < place[length[0]]]
     else:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quake_jax import attention as public
-from quake_jax._rewrite.labels import SIZE, Labels
+from quake_jax._rewrite.labels import SIZE, Labels, apart
 
 # The axes of an array by label, as a tuple so that it can be hashed.
 _Axes = tuple[tuple[int | str, int], ...]
@@ -56,7 +56,7 @@ class Plan:
     window: tuple[int, int] | None
     nan_rows: bool
     dtype: np.dtype
-    result: tuple[int | str | None, ...]
+    result: tuple[tuple[int | str, ...], ...]
     shape: tuple[int, ...]
     result_dtype: np.dtype
 
@@ -200,7 +200,7 @@ def _result(plan: Plan, out):
     order = [*(label for part in plan.rows for label in part), SIZE]
     sizes = {**plan.sizes, SIZE: out.shape[-1]}
     out = out.reshape([sizes[label] for label in order])
-    wanted = [label for label in plan.result if label is not None]
+    wanted = [label for part in plan.result for label in part]
     missing = [label for label in order if label not in wanted]  # of size 1
     out = out.transpose([order.index(label) for label in (*missing, *wanted)])
     return out.reshape(plan.shape)
@@ -212,6 +212,8 @@ def _arranged(x, axes: dict, parts: Sequence[Sequence], sizes: dict, *, fill: bo
     A part none of whose labels x has is an axis of size 1, unless `fill`.
     """
     order = [label for part in parts for label in part]
+    shape, axes = apart(x.shape, axes, sizes)
+    x = x.reshape(shape)
     present = [label for label in order if label in axes]
     rest = [a for a in range(x.ndim) if a not in axes.values()]
     x = x.transpose([*rest, *(axes[label] for label in present)])

@@ -3,6 +3,7 @@
 The axes of the scores get labels, their positions. Following the labels through both matrix
 products says which axes of query, key and value are batch, heads, length and size, whatever their
 order; `arrangement` then brings the arrays into the form of `quake_jax.dot_product_attention`.
+Where an axis is cut up on the way (heads into groups of heads) its label is too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 
 from quake_jax._rewrite import arrangement, softmax, views
 from quake_jax._rewrite.graph import Node, Value
-from quake_jax._rewrite.labels import SIZE, Axes
+from quake_jax._rewrite.labels import SIZE, Axes, parts_of, regrouped
 from quake_jax._rewrite.masks import MASKED_BY_SUM, Mask
 from quake_jax._rewrite.match import Match, Reject, check_unused
 
@@ -32,6 +33,7 @@ class Logits:
 
     product: Node  # query times key
     axes: Axes  # of its result
+    sizes: dict  # of the labels
     nodes: set[Node] = dataclasses.field(default_factory=set)
     masks: list[Mask] = dataclasses.field(default_factory=list)  # in the order of application
     biases: list[Bias] = dataclasses.field(default_factory=list)
@@ -46,16 +48,34 @@ class Weights:
 
     Attributes:
       normalized: the match of the softmax.
-      axes: of the product's operand, as axes of the softmax.
-      nodes: between the two.
+      steps: between the two, the softmax's first.
+      axes: of the product's operand; from `_label`, like the next.
       factors: arrays that the weights are multiplied by and that do not depend on the key, each
-        with its axes by axis of the softmax. They can multiply the result instead.
+        with its axes. They can multiply the result instead.
     """
 
     normalized: Match
-    axes: tuple[int | None, ...]
-    nodes: set[Node]
-    factors: list[tuple[Value, Axes]]
+    steps: list[_Step] = dataclasses.field(default_factory=list)
+    axes: Axes = dataclasses.field(default_factory=dict)
+    factors: list[tuple[Value, Axes]] = dataclasses.field(default_factory=list)
+
+    @property
+    def nodes(self) -> set[Node]:
+        return {step.node for step in self.steps}
+
+
+@dataclasses.dataclass
+class _Step:
+    """An equation that arranges the weights, or multiplies them by a factor.
+
+    `mapping` says which axis of its operand each axis of its result is, and is None for one that
+    merges axes or cuts them up. `factor_axes` are by axis of the operand.
+    """
+
+    node: Node
+    mapping: tuple[int | None, ...] | None
+    factor: Value | None = None
+    factor_axes: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 def find(root: Node) -> Match | None:
@@ -79,11 +99,12 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
     reduced = dict(weights.normalized.static)["axis"]
     if len(reduced) != 1:
         return None
-    keys = reduced[0]
-    logits = _logits(logits_value, _labels(logits_value))
+    labels = _labels(logits_value)
+    logits = _logits(logits_value, labels, {i: logits_value.shape[a] for i, a in labels.items()})
     scale = dict(weights.normalized.static)["scale"]
     if logits is None or not (scale == 1 or _times(logits, scale, logits_value.dtype)):
         return None
+    keys = _label(weights, logits, labels, reduced[0])
     operands = _operands(root, side, weights, logits, keys)
     nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
     _check_alone(nodes | {root}, root)
@@ -97,14 +118,13 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
         logits,
         weights.factors,
         keys,
-        logits_value.shape,
+        tuple(logits.sizes.values()),
     )
 
 
-def _weights(value: Value, depth: int = 4) -> Weights | None:
+def _weights(value: Value, depth: int = 16) -> Weights | None:
     """The softmax that `value` is, but for its arrangement and factors; or None."""
-    view = views.view(value, views.is_cast)
-    node = view.source.node
+    node = value.node
     if node is None or depth == 0:
         return None
     if node.primitive in ("div", "mul"):
@@ -115,27 +135,24 @@ def _weights(value: Value, depth: int = 4) -> Weights | None:
         if found is not None:
             if found.name != "softmax" or len(found.inputs) != 1:
                 return None
-            return Weights(found, view.axes, set(view.nodes), [])
-    for inner, mapping, factor, factor_axes in _products(node):
+            return Weights(found)
+    for inner, step in _steps(node):
         weights = _weights(inner, depth - 1)
-        if weights is None:
-            continue
-        own = {}
-        for a, f in factor_axes.items():
-            label = weights.axes[a]
-            if label is None and factor.shape[f] != 1:
-                return None
-            if label is not None:
-                own[label] = f
-        keys = dict(weights.normalized.static)["axis"]
-        if any(label in own for label in keys):
-            return None
-        if views.uniform(factor) != 1:
-            weights.factors.append((factor, own))
-        weights.axes = views.compose(views.compose(view.axes, mapping), weights.axes)
-        weights.nodes |= {node, *view.nodes}
-        return weights
+        if weights is not None:
+            weights.steps.append(step)
+            return weights
     return None
+
+
+def _steps(node: Node):
+    """The ways to read a node as an array that is arranged or multiplied: the array, the step."""
+    mapping = views.axes_of(node)
+    if mapping is None and views.is_cast(node):
+        mapping = tuple(range(node.output.ndim))
+    if mapping is not None or views.merges_or_cuts(node):
+        yield node.inputs[0], _Step(node, mapping)
+    for inner, mapping, factor, factor_axes in _products(node):
+        yield inner, _Step(node, mapping, factor, factor_axes)
 
 
 def _products(node: Node):
@@ -162,6 +179,59 @@ def _products(node: Node):
                 yield node.inputs[side], mapping, node.inputs[1 - side], axes
 
 
+def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
+    """Label the axes of weights and logits by numbers; return the label of the keys.
+
+    Until then a label is a tuple: (position,), and with a further 0 or 1 for the parts of one that
+    is cut up.
+
+    Args:
+      weights: gets its axes and factors.
+      logits: all its axes are changed.
+      axes: of the softmax.
+      reduced: the axis that the softmax is over.
+    """
+    if reduced not in axes.values():
+        raise Reject("its softmax is over an axis of size 1", "attention")
+    sizes = logits.sizes
+    own = _cut_up(axes, sizes)
+    for step in weights.steps:
+        if step.factor is not None and views.uniform(step.factor) != 1:
+            factor_axes = {i: step.factor_axes[a] for i, a in own.items() if a in step.factor_axes}
+            unknown = set(step.factor_axes.values()) - set(factor_axes.values())
+            if (reduced,) in factor_axes or any(step.factor.shape[f] != 1 for f in unknown):
+                raise Reject("its weights are multiplied by what depends on the key", "attention")
+            weights.factors.append((step.factor, factor_axes))
+        if step.mapping is not None:
+            places = {a: d for d, a in enumerate(step.mapping) if a is not None}
+            own = {label: places[a] for label, a in own.items()}
+            continue
+        old, new = step.node.inputs[0].shape, step.node.output.shape
+        found = regrouped(old, new, own, sizes, may_cut=True)
+        if found is None:
+            raise Reject("its weights are reshaped in a way that is not understood", "attention")
+        own, sizes = found
+    weights.axes = own
+    if (reduced,) not in sizes:
+        raise Reject("its softmax is over an axis that is cut up", "attention")
+    numbers = {label: i for i, label in enumerate(sorted(sizes))}
+
+    def numbered(axes: Axes) -> Axes:
+        return {numbers[label]: a for label, a in _cut_up(axes, sizes).items()}
+
+    weights.axes, logits.axes = numbered(own), numbered(logits.axes)
+    weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
+    for part in (*logits.masks, *logits.biases):
+        part.axes = numbered(part.axes)
+    logits.sizes = {i: sizes[label] for label, i in numbers.items()}
+    return numbers[reduced,]
+
+
+def _cut_up(axes: Axes, sizes: dict) -> Axes:
+    """Axes by the labels in `sizes`, from those by what they were before they were cut up."""
+    return {part: a for label, a in axes.items() for part in parts_of(label, sizes)}
+
+
 def _check_alone(nodes: set[Node], root: Node) -> None:
     try:
         check_unused(nodes, root)
@@ -170,7 +240,7 @@ def _check_alone(nodes: set[Node], root: Node) -> None:
 
 
 def _labels(value: Value) -> Axes:
-    return {i: i for i, n in enumerate(value.shape) if n != 1}
+    return {(i,): i for i, n in enumerate(value.shape) if n != 1}
 
 
 def _through(axes: Axes, mapping) -> Axes:
@@ -181,27 +251,26 @@ def _through(axes: Axes, mapping) -> Axes:
 # From the softmax back to the first product.
 
 
-def _logits(value: Value, axes: Axes, depth: int = 24) -> Logits | None:
+def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | None:
     """What makes the logits `value`; None if they are not made from a matrix product."""
-    view = views.view(value, views.is_cast)
-    inner_axes = _through(axes, view.axes)
-    node = view.source.node
+    source, axes, sizes, between = views.followed(value, axes, sizes, views.is_cast, may_cut=True)
+    node = source.node
     if node is None or depth == 0 or len(node.outputs) != 1:
         return None
     if node.primitive == "dot_general":
-        return Logits(node, inner_axes, set(view.nodes))
+        return Logits(node, axes, sizes, set(between))
     step = _STEPS.get(node.primitive)
-    found = None if step is None else step(node, inner_axes, depth - 1)
+    found = None if step is None else step(node, axes, sizes, depth - 1)
     if found is None:
         return None
-    found.nodes |= {node, *view.nodes}
-    for cast in filter(views.is_cast, reversed(view.nodes)):
+    found.nodes |= {node, *between}
+    for cast in filter(views.is_cast, reversed(between)):
         for mask in found.masks:
             mask.becomes(mask.number, cast.output.dtype)
     return found
 
 
-def _mask_step(node: Node, axes: Axes, depth: int) -> Logits | None:
+def _mask_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
     if len(node.inputs) != 3:
         return None
     which, if_false, if_true = node.inputs
@@ -211,7 +280,7 @@ def _mask_step(node: Node, axes: Axes, depth: int) -> Logits | None:
         c = views.uniform(number)
         if c is None:
             continue
-        found = _logits(inner, axes, depth)
+        found = _logits(inner, axes, sizes, depth)
         if found is None:
             continue
         is_float16 = str(number.dtype) == "float16"
@@ -220,7 +289,7 @@ def _mask_step(node: Node, axes: Axes, depth: int) -> Logits | None:
     return None
 
 
-def _add_step(node: Node, axes: Axes, depth: int) -> Logits | None:
+def _add_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
     sign = -1.0 if node.primitive == "sub" else 1.0
     pairs = [tuple(node.inputs)]
     if sign == 1.0:
@@ -228,7 +297,7 @@ def _add_step(node: Node, axes: Axes, depth: int) -> Logits | None:
     for inner, bias in pairs:
         if inner.shape != node.output.shape or not views.is_float(bias):
             continue
-        found = _logits(inner, axes, depth)
+        found = _logits(inner, axes, sizes, depth)
         if found is None:
             continue
         if any(mask.number > MASKED_BY_SUM for mask in found.masks):
@@ -270,7 +339,7 @@ def _mask_of_bias(bias: Value, axes: Axes) -> Mask | None:
     return mask
 
 
-def _scale_step(node: Node, axes: Axes, depth: int) -> Logits | None:
+def _scale_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
     pairs = [tuple(node.inputs)]
     if node.primitive == "mul":
         pairs.append(tuple(node.inputs[::-1]))
@@ -281,11 +350,11 @@ def _scale_step(node: Node, axes: Axes, depth: int) -> Logits | None:
         if c is not None:
             if node.primitive == "div":
                 c = 1 / c if c else math.inf
-            return _scaled(inner, axes, c, depth)
+            return _scaled(inner, axes, sizes, c, depth)
         scalar = views.view(factor, views.is_cast)
         # One number that the program computes.
         if scalar.source.ndim == 0 and node.primitive == "mul" and inner is not factor:
-            found = _logits(inner, axes, depth)
+            found = _logits(inner, axes, sizes, depth)
             plain = found is not None and not (
                 found.masks or found.biases or found.soft_cap or found.traced_scale
             )
@@ -295,13 +364,13 @@ def _scale_step(node: Node, axes: Axes, depth: int) -> Logits | None:
     return None
 
 
-def _scaled(inner: Value, axes: Axes, c: float, depth: int) -> Logits | None:
+def _scaled(inner: Value, axes: Axes, sizes: dict, c: float, depth: int) -> Logits | None:
     if not math.isfinite(c) or c == 0:
         return None
     view = views.view(inner, views.is_cast)
     if view.source.primitive == "tanh" and c > 0:  # c·tanh(x)
         node = view.source.node
-        found = _logits(node.inputs[0], _through(axes, view.axes), depth)
+        found = _logits(node.inputs[0], _through(axes, view.axes), sizes, depth)
         if found is None or found.masks or found.biases or found.soft_cap is not None:
             return None
         if found.traced_scale is not None:
@@ -310,7 +379,7 @@ def _scaled(inner: Value, axes: Axes, c: float, depth: int) -> Logits | None:
         found.scale *= c
         found.soft_cap = c
         return found
-    found = _logits(inner, axes, depth)
+    found = _logits(inner, axes, sizes, depth)
     return found if found is not None and _times(found, c, inner.dtype) else None
 
 
@@ -366,30 +435,31 @@ def _check_precision(node: Node) -> None:
 
 
 def _operands(root: Node, side: int, weights: Weights, logits: Logits, keys: int):
-    """Query, key, value, and the label of each axis of the result."""
+    """Query, key, value, and the labels of each axis of the result."""
     for node in (root, logits.product):
         _check_precision(node)
     query, key = _query_and_key(logits, keys)
     contracted, batch, free = _sides(root)
     value_side = 1 - side
     value = root.inputs[value_side]
+    on: dict[int, tuple] = {}  # the labels on each axis of the weights
+    for label in sorted(weights.axes):
+        on[weights.axes[label]] = (*on.get(weights.axes[label], ()), label)
     summed = [a for a in contracted[side] if root.inputs[side].shape[a] != 1]
-    if [weights.axes[a] for a in summed] != [keys]:
+    if [on.get(a) for a in summed] != [(keys,)]:
         raise Reject("its softmax is over another axis than the values' product", "attention")
     axes: Axes = {keys: contracted[value_side][contracted[side].index(summed[0])]}
     result: list = []
     for p, v in zip(batch[side], batch[value_side], strict=True):
-        label = weights.axes[p]
-        result.append(label)
-        if label is not None:
-            axes[label] = v
+        result.append(on.get(p, ()))
+        axes.update(dict.fromkeys(on.get(p, ()), v))
     sizes = [a for a in free[value_side] if value.shape[a] != 1]
     if len(sizes) > 1:
         raise Reject("its values have more than one axis of their own", "attention")
     if sizes:
         axes[SIZE] = sizes[0]
-    rows = [weights.axes[a] for a in free[side]]
-    columns = [SIZE if a in sizes else None for a in free[value_side]]
+    rows = [on.get(a, ()) for a in free[side]]
+    columns = [(SIZE,) if a in sizes else () for a in free[value_side]]
     result += rows + columns if side == 0 else columns + rows
     return query, key, Operand(value, axes), result
 
@@ -400,7 +470,7 @@ def _query_and_key(logits: Logits, keys: int) -> tuple[Operand, Operand]:
     places = [("batch", i) for i in range(len(batch[0]))]
     places += [(side, d) for side in (0, 1) for d in free[side]]
     if keys not in logits.axes:
-        raise Reject("its softmax is over an axis of size 1", "attention")
+        raise Reject("its softmax is over an axis that no product has", "attention")
     key_side, key_axis = places[logits.axes[keys]]
     if key_side == "batch":
         raise Reject("its softmax is over an axis that query and key share", "attention")

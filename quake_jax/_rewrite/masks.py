@@ -8,7 +8,7 @@ import numpy as np
 
 from quake_jax._rewrite import views
 from quake_jax._rewrite.graph import Value
-from quake_jax._rewrite.labels import Axes, Labels
+from quake_jax._rewrite.labels import Axes, Labels, apart
 from quake_jax._rewrite.match import Reject
 
 # A masked logit of at most this is as good as none: e^(it - any other) is 0 and, in a row of
@@ -59,11 +59,12 @@ def check_as_bias(masks: list[Mask]) -> None:
 
 def conditions(masks, labels: Labels):
     """(masks that stay arrays, window or None, whether every query keeps some key for sure)."""
+    sizes = dict(labels.sizes)
     arrays, bands = [], []
     is_constant = True
     total = None
     for mask in masks:
-        for value, axes, negated in _conjuncts(mask.value, mask.axes, mask.is_negated):
+        for value, axes, negated in _conjuncts(mask.value, mask.axes, mask.is_negated, sizes):
             elements = views.constant(value)
             if elements is None:
                 is_constant = False
@@ -88,25 +89,24 @@ def conditions(masks, labels: Labels):
     return arrays, window, is_full
 
 
-def viewed(value: Value, axes, negated: bool):
+def viewed(value: Value, axes, negated: bool, sizes: dict):
     """A mask before equations that only arrange or repeat it, with its axes."""
-    view = views.view(value)
-    own = {i: view.axes[a] for i, a in axes.items() if value.ndim and view.axes[a] is not None}
-    return view.source, own, negated
+    source, own, _, _ = views.followed(value, axes, sizes)
+    return source, own, negated
 
 
-def _conjuncts(value: Value, axes, negated: bool):
+def _conjuncts(value: Value, axes, negated: bool, sizes: dict):
     """The parts of a mask that is a conjunction, each with its axes, and whether it is negated."""
-    source, axes, _ = viewed(value, axes, negated)
+    source, axes, _ = viewed(value, axes, negated, sizes)
     node = source.node
     name = None if node is None else node.primitive
     if name == "not":
-        return _conjuncts(node.inputs[0], axes, not negated)
+        return _conjuncts(node.inputs[0], axes, not negated, sizes)
     if name == ("or" if negated else "and") and str(source.dtype) == "bool":
         parts = []
         for inner in node.inputs:
             own = {i: a for i, a in axes.items() if inner.ndim and inner.shape[a] != 1}
-            parts += _conjuncts(inner, own, negated)
+            parts += _conjuncts(inner, own, negated, sizes)
         return parts
     return [(source, axes, negated)]
 
@@ -114,6 +114,8 @@ def _conjuncts(value: Value, axes, negated: bool):
 def _matrix(elements: np.ndarray, axes, labels: Labels) -> np.ndarray | None:
     """A constant mask as a matrix of queries and keys; None if it depends on anything else."""
     sizes = dict(labels.sizes)
+    shape, axes = apart(elements.shape, axes, sizes)
+    elements = elements.reshape(shape)
     wanted = (*labels.length, labels.keys)
     for label in set(axes) - set(wanted):
         first = elements.take([0], axes[label])

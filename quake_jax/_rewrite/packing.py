@@ -85,7 +85,7 @@ def places_in_memory(x) -> dict:
     if found is None:
         return x.axes
     _, _, strides = found
-    order = sorted(x.axes, key=lambda label: (-strides[x.axes[label]], x.axes[label]))
+    order = sorted(x.axes, key=lambda label: (-strides[x.axes[label]], x.axes[label], label))
     return {label: i for i, label in enumerate(order)}
 
 

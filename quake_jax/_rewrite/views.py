@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quake_jax._rewrite.graph import Node, Value
+from quake_jax._rewrite.labels import Axes, regrouped
 
 # A mask is evaluated when the program is rewritten if it has at most so many elements.
 LARGEST_CONSTANT = 1 << 24
@@ -90,6 +91,46 @@ def view(value: Value, through: Callable[[Node], bool] = lambda node: False) -> 
         axes = compose(axes, step)
         value = value.node.inputs[0]
     return View(value, axes, tuple(nodes))
+
+
+def followed(
+    value: Value, axes: Axes, sizes: dict, through=lambda node: False, may_cut: bool = False
+) -> tuple[Value, Axes, dict, list[Node]]:
+    """Look back as `view` does, and through equations that merge axes or cut them up.
+
+    Args:
+      value: with the labels `axes`, whose sizes are `sizes`.
+      through: see `view`.
+      may_cut: see `labels.regrouped`.
+
+    Returns:
+      The source, its axes by label without those along which the value is constant, the labels'
+      sizes, and the nodes between.
+    """
+    nodes: list[Node] = []
+    axes = {label: a for label, a in axes.items() if value.ndim and value.shape[a] != 1}
+    while value.node is not None:
+        node = value.node
+        step = axes_of(node)
+        if step is None and through(node):
+            step = tuple(range(value.ndim))
+        if step is not None:
+            axes = {label: step[a] for label, a in axes.items() if step[a] is not None}
+        elif merges_or_cuts(node):
+            found = regrouped(value.shape, node.inputs[0].shape, axes, sizes, may_cut)
+            if found is None:
+                break
+            axes, sizes = found
+        else:
+            break
+        nodes.append(node)
+        value = node.inputs[0]
+    return value, axes, sizes, nodes
+
+
+def merges_or_cuts(node: Node) -> bool:
+    """Whether a node is a reshape that keeps the order of the axes."""
+    return node.primitive == "reshape" and not node.params.get("dimensions")
 
 
 def has_steps(node: Node) -> bool:
