@@ -265,6 +265,7 @@ def _biased(name: str, activation: Callable) -> Callable:
     """The kernel `name`, which is activation(x + bias, order=…)."""
 
     def in_two_steps(x, bias, *, order):
+        bias = reference.on_last_axis(bias, x)
         total = x.astype(jnp.float32) + bias.astype(jnp.float32)
         return activation(total, order=order).astype(x.dtype)
 
