@@ -31,6 +31,7 @@ RAISE_FAILURES = False
 
 # The parameters of a primitive that hold jaxprs which may be rewritten. A custom derivative rule
 # stays: its primal computation alone is rewritten, which is what runs when nothing differentiates.
+# So does a custom rule of vmap.
 _INNER = {
     **dict.fromkeys(
         (*JIT, "closed_call", "core_call", "remat", "remat2", "checkpoint", "scan"), ("jaxpr",)
@@ -41,6 +42,7 @@ _INNER = {
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
     "custom_vjp_call_jaxpr": ("call_jaxpr", "fun_jaxpr"),
+    "custom_vmap_call": ("call",),
 }
 _BARE = {"exp": public.exp, "exp2": public.exp2, "expm1": public.expm1}
 # What the report calls a primitive that stays.
@@ -322,7 +324,7 @@ class _Level:
     def _add_records(self) -> None:
         consumed = {n for m in self._matches for n in m.nodes}
         for match in sorted(self._matches, key=lambda m: m.root.index):
-            where = place(match.root.equation.source_info)
+            where = _place(match.root)
             self._report.add(match.name, match.replacement, "", where)
         for node in self._graph.nodes:
             if node in consumed or not node.outputs:
@@ -333,7 +335,7 @@ class _Level:
                     continue
                 name, reason = node.primitive, self._why_bare(node)
             if reason:
-                where = place(node.equation.source_info)
+                where = _place(node)
                 self._report.add(_NAMES.get(name, name), None, reason, where)
 
     def _why_bare(self, node: Node) -> str:
@@ -356,7 +358,8 @@ class _Level:
                 self._report.add(name, None, "what is inside it stays", where)
             for name in names or ():
                 for inner in _jaxprs(equation.params.get(name)):
-                    self._report.update(self._rewriter.rewrite(inner)[1])
+                    where = place(equation.source_info)
+                    self._report.update(self._rewriter.rewrite(inner)[1], where)
 
 
 def _jaxprs(parameter) -> list:
@@ -366,6 +369,12 @@ def _jaxprs(parameter) -> list:
 
 def _is_scalar(node: Node) -> bool:
     return all(isinstance(n, int) and n == 1 for n in node.output.shape)
+
+
+def _place(node: Node) -> str:
+    """Where the user's source makes a node, or calls what does."""
+    calls = (g.equation for g in _around(node) if g.equation is not None)
+    return next(filter(None, (place(e.source_info) for e in (node.equation, *calls))), "")
 
 
 def _around(node: Node) -> Iterator[Group]:
