@@ -806,6 +806,90 @@ def test_in_shard_map(check_vma):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def iotas(queries, keys):
+    return (jax.lax.broadcasted_iota(jnp.int32, (1, 1, queries, keys), d) for d in (2, 3))
+
+
+def compared(compare):
+    """A mask of the positions of queries and keys, and of arguments."""
+    return lambda t, s, *x: compare(*iotas(t, s), *x)
+
+
+# name: (mask of T, S and lengths, parameters of the kernel)
+POSITIONS = {
+    "causal": (compared(lambda i, j: i >= j), {"is_causal=1", "present=0"}),
+    "of a float": (
+        lambda t, s: jnp.tril(jnp.ones((t, s))) != 0,
+        {"is_causal=1", "present=0"},
+    ),
+    "selected": (
+        compared(lambda i, j: jnp.where(i >= j, 0.0, -1e9) > -1),
+        {"is_causal=1", "present=0"},
+    ),
+    "flax": (
+        lambda t, s, n: linen.combine_masks(
+            linen.make_causal_mask(jnp.ones((1, t))), (jnp.arange(s) < n[:, None])[:, None, None]
+        ),
+        {"is_causal=1", "present=8"},
+    ),
+    "distance": (
+        compared(lambda i, j: abs(i - j) <= 7),
+        {"window_left=7", "window_right=7", "present=0"},
+    ),
+    "none of two": (
+        compared(lambda i, j: ~((i < j) | (j <= i - 9))),
+        {"window_left=8", "window_right=0", "present=0"},
+    ),
+    "two triangles": (
+        lambda t, s: jnp.triu(jnp.tril(jnp.ones((t, s)), 3), -5).astype(bool),
+        {"window_left=5", "window_right=3", "present=0"},
+    ),
+    "between": (
+        compared(lambda i, j: (j > i - 4) & (j < jnp.minimum(i + 3, 2 * i + 99))),
+        {"present=2"},
+    ),
+    "floats": (
+        compared(lambda i, j: i.astype(jnp.float32) + 0.5 >= j.astype(jnp.float32)),
+        {"present=2"},
+    ),
+    "later": (compared(lambda i, j: i <= j), {"window_left=0", "present=0"}),
+    # Some queries keep no key, which a window has no word for.
+    "strictly earlier": (compared(lambda i, j: i > j), {"present=2", "window_left=-1"}),
+    "blocks": (compared(lambda i, j: i // 4 >= j // 4), {"present=2", "window_left=-1"}),
+    "key lengths": (compared(lambda i, j, n: j < n[:, None, None, None]), {"present=8"}),
+    "key lengths, not strict": (
+        compared(lambda i, j, n: (j + 1 <= n[:, None, None, None]) & (9 > j) & (i >= j)),
+        {"present=8", "is_causal=1"},
+    ),
+    "lengths of both": (
+        compared(lambda i, j, n: (i < n[:, None, None, None]) & (n[:, None, None, None] > j)),
+        {"present=10"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_masks_by_position(name):
+    """Of more elements than are evaluated, from their equations; and the same in small."""
+    mask, parameters = POSITIONS[name]
+    has_lengths = bool({"present=8", "present=10"} & parameters)
+
+    def fun(number):
+        return lambda q, k, v, *n: attend(
+            q, k, v, lambda s: jnp.where(mask(q.shape[1], k.shape[1], *n), s, number)
+        )
+
+    large = jax.ShapeDtypeStruct((1, 8192, 2, 8), jnp.float32)
+    n = jax.ShapeDtypeStruct((1,), jnp.int32)
+    text = program(fun(LOWEST), *3 * (large,), *has_lengths * (n,))
+    assert not {p for p in parameters if p not in text}
+    lengths = has_lengths * (jnp.array([0, 5], jnp.int32),)
+    for number in (LOWEST, -jnp.inf):
+        assert replacements(fun(number), *BTNH, *lengths) == ATTENTION
+        actual = quake_jax.accelerate(fun(number))(*BTNH, *lengths)
+        np.testing.assert_allclose(actual, fun(number)(*BTNH, *lengths), rtol=1e-5, atol=1e-5)
+
+
 def test_only_and_order():
     def names(**options):
         return replacements(quake_jax.accelerate(attend, **options), *BTNH)

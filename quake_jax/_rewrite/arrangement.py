@@ -50,11 +50,11 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     arrays = _sources(query, key, value)
     labels = _classified(*arrays, logits, keys, shape, repeats)
     sizes = dict(labels.sizes)
-    conditions, window, is_full = masks.conditions(logits.masks, labels)
+    conditions, lengths, window, is_full = masks.conditions(logits.masks, labels)
     as_bias = not (is_full or masks.is_one_selection(logits.masks))
     if as_bias:
         masks.check_as_bias(logits.masks)
-        window = None
+        window, lengths = None, []
         conditions = [masks.viewed(m.value, m.axes, m.is_negated, sizes) for m in logits.masks]
     together = None if repeats else packing.packed(query, key, value, labels)
     plan = Plan(
@@ -63,6 +63,9 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         packed_axis=None if together is None else together[1],
         repeats=repeats,
         masks=tuple((tuple(axes.items()), negated) for _, axes, negated in conditions),
+        lengths=tuple(
+            (None if x.value is None else tuple(x.axes.items()), x.offset) for x in lengths
+        ),
         numbers=tuple((m.number, m.is_added) for m in logits.masks) if as_bias else (),
         biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.biases),
         factors=tuple(tuple(axes.items()) for _, axes in factors),
@@ -79,6 +82,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     inputs = [
         *((x.value for x in arrays) if together is None else together[:1]),
         *(mask for mask, _, _ in conditions),
+        *(x.value for x in lengths if x.value is not None),
         *(bias.value for bias in logits.biases),
         *(factor for factor, _ in factors),
         *((logits.traced_scale,) if plan.is_scale_traced else ()),

@@ -32,6 +32,7 @@ class Plan:
       packed_axis: if they are one array instead: which axis of it has size 3, -3 or -2.
       repeats: (label, n) if query has n times the heads that key and value have, or None.
       masks: the axes of each mask, and whether it is True where a key takes no part.
+      lengths: of keys: the axes of an array, or None for 0, and what is added to it.
       numbers: if the masks are to be one bias: what each puts in a logit's place, or adds to it.
       biases: the axes of each, and its factor.
       factors: the axes of arrays that multiply the result.
@@ -47,6 +48,7 @@ class Plan:
     packed_axis: int | None
     repeats: tuple[int, int] | None
     masks: tuple[tuple[_Axes, bool], ...]
+    lengths: tuple[tuple[_Axes | None, int], ...]
     numbers: tuple[tuple[float, bool], ...]
     biases: tuple[tuple[_Axes, float], ...]
     factors: tuple[_Axes, ...]
@@ -80,6 +82,9 @@ def attend(*arrays, plan: Plan, order):
 
     operands = take(plan.operands if plan.packed_axis is None else (None,))
     kept = _masks(plan, take(plan.masks))
+    lengths = _lengths(
+        plan, [None if axes is None else next(remaining) for axes, _ in plan.lengths]
+    )
     terms = _biases(plan, take(plan.biases))
     factors = take(plan.factors)
     scale = plan.scale
@@ -90,9 +95,9 @@ def attend(*arrays, plan: Plan, order):
     mask = functools.reduce(operator.and_, kept) if kept else None
     bias = _sum(terms)
     keywords = {"scale": scale, "logits_soft_cap": plan.soft_cap, "order": order}
-    out = _kernel(plan, operands, bias, mask, **keywords, **_positions(plan))
+    out = _kernel(plan, operands, bias, mask, **keywords, **lengths, **_positions(plan))
     if plan.nan_rows:
-        is_kept = _kept(plan, mask).any(-1)  # (batch, heads, length)
+        is_kept = _kept(plan, mask, **lengths).any(-1)  # (batch, heads, length)
         out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, jnp.nan)
     for axes, factor in zip(plan.factors, factors, strict=True):
         factor = _arranged(factor, dict(axes), plan.rows, plan.sizes, fill=False)
@@ -184,7 +189,18 @@ def _bias_of_masks(kept, numbers):
     return bias
 
 
-def _kept(plan: Plan, mask):
+def _lengths(plan: Plan, arrays) -> dict:
+    """The keyword argument that says how many keys there are."""
+    lengths, size = [], plan.sizes[plan.labels.keys]
+    for (axes, offset), x in zip(plan.lengths, arrays, strict=True):
+        if axes is None:
+            x, axes, offset = jnp.int32(offset), (), 0
+        x = (jnp.clip(x, -offset, size - offset) + offset).astype(jnp.int32)
+        lengths.append(_arranged(x, dict(axes), [plan.labels.batch], plan.sizes))
+    return {"key_value_seq_lengths": functools.reduce(jnp.minimum, lengths)} if lengths else {}
+
+
+def _kept(plan: Plan, mask, key_value_seq_lengths=None):
     """The keys that each query keeps, as a boolean array that broadcasts to the logits'."""
     queries, keys = plan.labels.size(plan.labels.length), plan.sizes[plan.labels.keys]
     kept = jnp.ones((1, 1, queries, keys), bool) if mask is None else mask
@@ -192,6 +208,8 @@ def _kept(plan: Plan, mask):
         left, right = plan.window
         distance = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
         kept = kept & (distance >= -left) & (distance <= right)
+    if key_value_seq_lengths is not None:
+        kept = kept & (jnp.arange(keys) < key_value_seq_lengths[:, None, None, None])
     return kept
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from quake_jax._rewrite import views
+from quake_jax._rewrite import positions, views
 from quake_jax._rewrite.graph import Value
 from quake_jax._rewrite.labels import Axes, Labels, apart
 from quake_jax._rewrite.match import Reject
@@ -58,17 +58,29 @@ def check_as_bias(masks: list[Mask]) -> None:
 
 
 def conditions(masks, labels: Labels):
-    """(masks that stay arrays, window or None, whether every query keeps some key for sure)."""
+    """(arrays, lengths, window or None, whether every query keeps some key for sure).
+
+    The arrays are the masks that stay arrays, the lengths are of `positions`.
+    """
     sizes = dict(labels.sizes)
-    arrays, bands = [], []
+    arrays, lengths, bands = [], [], []
     is_constant = True
     total = None
     for mask in masks:
         for value, axes, negated in _conjuncts(mask.value, mask.axes, mask.is_negated, sizes):
+            node = value.node
+            limits = None if node is None else positions.limits(node, axes, negated, labels)
+            if limits is not None and not limits.lengths:
+                bands += limits.bands
+                continue
             elements = views.constant(value)
             if elements is None:
                 is_constant = False
-                arrays.append((value, axes, negated))
+                if limits is None:
+                    arrays.append((value, axes, negated))
+                else:
+                    bands += limits.bands
+                    lengths += limits.lengths
                 continue
             elements = elements.astype(bool) ^ negated
             if elements.all():
@@ -82,11 +94,13 @@ def conditions(masks, labels: Labels):
                 is_constant = False
             else:
                 total = matrix if total is None else total & matrix
-    is_full = is_constant and (total is None or bool(total.any(1).all()))
     window = None
     if bands:
         window = (min(b[0] for b in bands), min(b[1] for b in bands))
-    return arrays, window, is_full
+        if total is not None:
+            total = total & _in_band(*total.shape, *window)
+    is_full = is_constant and (total is None or bool(total.any(1).all()))
+    return arrays, lengths, window, is_full
 
 
 def viewed(value: Value, axes, negated: bool, sizes: dict):
@@ -96,19 +110,110 @@ def viewed(value: Value, axes, negated: bool, sizes: dict):
 
 
 def _conjuncts(value: Value, axes, negated: bool, sizes: dict):
-    """The parts of a mask that is a conjunction, each with its axes, and whether it is negated."""
+    """The parts of a mask that is a conjunction, each with its axes, and whether it is negated.
+
+    Numbers are masks too: True where they are not 0.
+    """
     source, axes, _ = viewed(value, axes, negated, sizes)
     node = source.node
     name = None if node is None else node.primitive
     if name == "not":
         return _conjuncts(node.inputs[0], axes, not negated, sizes)
+    parts = None
     if name == ("or" if negated else "and") and str(source.dtype) == "bool":
-        parts = []
-        for inner in node.inputs:
-            own = {i: a for i, a in axes.items() if inner.ndim and inner.shape[a] != 1}
-            parts += _conjuncts(inner, own, negated, sizes)
-        return parts
-    return [(source, axes, negated)]
+        parts = [(inner, negated) for inner in node.inputs]
+    elif name == "select_n" and len(node.inputs) == 3 and str(node.inputs[0].dtype) == "bool":
+        parts = _of_selection(*node.inputs, negated)
+    elif name in ("ne", "eq") and views.uniform(node.inputs[1]) == 0:
+        parts = [(node.inputs[0], negated ^ (name == "eq"))]
+    elif name == "convert_element_type" and "b" in map(views.kind, (source, node.inputs[0])):
+        parts = [(node.inputs[0], negated)]
+    if parts is not None:
+        return [
+            part
+            for inner, is_negated in parts
+            for part in _conjuncts(inner, positions.own(inner, axes), is_negated, sizes)
+        ]
+    two = two_valued(source, axes, sizes)
+    if two is None or two.value is source:
+        return [(source, axes, negated)]
+    results = [bool(x) ^ negated for x in (two.if_false, two.if_true)]
+    if results[0] == results[1]:
+        return [] if results[0] else [(source, axes, negated)]
+    return _conjuncts(two.value, two.axes, results[0], sizes)
+
+
+def _of_selection(which: Value, if_false: Value, if_true: Value, negated: bool):
+    """A selection among masks, negated or not, as a conjunction, or None: jnp.tril(mask)."""
+    for case, other, is_other in ((if_false, if_true, True), (if_true, if_false, False)):
+        known = views.uniform(case)
+        # Where the case that is known is chosen the conjunction has to be False.
+        if known is not None and bool(known) == negated:
+            return [(which, not is_other), (other, negated)]
+    return None
+
+
+@dataclasses.dataclass
+class TwoValued:
+    """where(value, if_true, if_false); the value has boolean elements, or the numbers 0 and 1."""
+
+    value: Value
+    axes: Axes
+    if_false: float
+    if_true: float
+
+
+_COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+_ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+
+
+def two_valued(value: Value, axes: Axes, sizes: dict, depth: int = 12) -> TwoValued | None:
+    """A value that is made of a mask and of constants, as a choice between two numbers."""
+    value, axes, _ = viewed(value, axes, False, sizes)
+    node = value.node
+    name = None if node is None else node.primitive
+    if depth == 0 or views.kind(value) not in "biufV":
+        return None
+    if name == "select_n" and len(node.inputs) == 3 and str(node.inputs[0].dtype) == "bool":
+        which, *cases = node.inputs
+        numbers = [views.uniform(v) for v in cases]
+        if None not in numbers and which.shape == value.shape:
+            return TwoValued(which, axes, *numbers)
+    elif name in ("convert_element_type", "neg", "stop_gradient"):
+        found = two_valued(node.inputs[0], positions.own(node.inputs[0], axes), sizes, depth - 1)
+        return _applied(found, (lambda x: -x) if name == "neg" else (lambda x: x), value.dtype)
+    elif name in (*_COMPARISONS, *_ARITHMETIC) and str(node.inputs[0].dtype) != "bool":
+        function = {**_COMPARISONS, **_ARITHMETIC}[name]
+        a, b = node.inputs
+        numbers = views.uniform(a), views.uniform(b)
+        if numbers[0] is None and numbers[1] is not None:
+            found = two_valued(a, positions.own(a, axes), sizes, depth - 1)
+            return _applied(found, lambda x: function(x, numbers[1]), value.dtype)
+        if numbers[0] is not None and numbers[1] is None:
+            found = two_valued(b, positions.own(b, axes), sizes, depth - 1)
+            return _applied(found, lambda x: function(numbers[0], x), value.dtype)
+    if str(value.dtype) == "bool":
+        return TwoValued(value, axes, 0.0, 1.0)
+    elements = views.constant(value)
+    if elements is not None and bool(((elements == 0) | (elements == 1)).all()):
+        return TwoValued(value, axes, 0.0, 1.0)
+    return None
+
+
+def _applied(found: TwoValued | None, function, dtype) -> TwoValued | None:
+    """What becomes of both numbers, as a dtype has it."""
+    if found is None:
+        return None
+    with np.errstate(all="ignore"):
+        numbers = np.asarray([function(found.if_false), function(found.if_true)]).astype(dtype)
+    return dataclasses.replace(found, if_false=float(numbers[0]), if_true=float(numbers[1]))
 
 
 def _matrix(elements: np.ndarray, axes, labels: Labels) -> np.ndarray | None:
@@ -158,11 +263,12 @@ def _band(matrix: np.ndarray) -> tuple[int, int] | None:
     right = _limit(last - t, last < keys - 1, queries + keys)
     if left is None or right is None or min(left, right) < 0:
         return None
-    s = np.arange(keys)
-    distance = s[None, :] - t[:, None]
-    return (
-        (left, right) if np.array_equal(matrix, (distance >= -left) & (distance <= right)) else None
-    )
+    return (left, right) if np.array_equal(matrix, _in_band(*matrix.shape, left, right)) else None
+
+
+def _in_band(queries: int, keys: int, left: int, right: int) -> np.ndarray:
+    distance = np.arange(keys)[None, :] - np.arange(queries)[:, None]
+    return (distance >= -left) & (distance <= right)
 
 
 def _limit(distances, is_limited, unlimited: int) -> int | None:
