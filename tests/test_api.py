@@ -570,6 +570,22 @@ def test_large_logits_have_no_nan():
             np.testing.assert_array_equal(y, jnp.array([scale, -scale]))
 
 
+@pytest.mark.parametrize("function", [SOFTMAX, LOG_SOFTMAX, LOGSUMEXP], ids=lambda f: f.name)
+def test_the_bound_holds_for_rows_of_millions(function):
+    # Ascending: the maximum rises again and again. Near each other: roundings add up.
+    x = np.linspace(0, 1e-3, 10_000_000, dtype=np.float32)
+    y = function.quake(jnp.asarray(x), order=5)
+    # In NumPy: XLA's own float64 functions take seconds for so many.
+    e = np.exp(x.astype(np.float64))
+    if function is SOFTMAX:
+        np.testing.assert_allclose(y, e / e.sum(), rtol=SOFTMAX.bound(5))
+    elif function is LOG_SOFTMAX:
+        np.testing.assert_allclose(y, x - np.log(e.sum()), atol=LOG_SOFTMAX.bound(5))
+    else:
+        rounding = 2**-22 * np.log(e.sum())
+        np.testing.assert_allclose(y, np.log(e.sum()), atol=LOGSUMEXP.bound(5) + rounding)
+
+
 def test_swish_is_silu():
     assert quake_jax.swish is quake_jax.silu
 
