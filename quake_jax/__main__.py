@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import quake_jax
-from quake_jax._config import DISABLED, ORDERS
-from quake_jax._constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core.config import ORDERS
+from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core.switches import DISABLED
 
 _SHAPE = (128, 1024)
 # Long enough that a clock tick does not matter, short enough for the whole to take seconds.

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
+from quake_jax._core.config import EXACT, Order, resolved_order
+from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
 from quake_jax._rewrite import checked_options
 from quake_jax.linen import _substitutes
 from quake_jax.linen._attention_fn import _attention, _check_others

@@ -1,6 +1,6 @@
-"""Activations: the table of the forms in which programs write them, and what replaces each.
+"""Activations: the forms in which programs write them, and what replaces each.
 
-A new activation is one row of `_table`. The forms are functions of jax.numpy; they are traced and
+The forms are functions of jax.numpy, which the table of functions states; they are traced and
 brought into the normal form of `expressions`, as the program is.
 """
 
@@ -14,8 +14,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quake_jax import _compat, activations, gated
-from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._core import jax_names
+from quake_jax._core.drop_in import KERNEL_DTYPES
+from quake_jax._elementwise import gated, table
 from quake_jax._rewrite import expressions, views
 from quake_jax._rewrite.graph import Graph, Node, Value
 from quake_jax._rewrite.match import Match, Reject, check_unused
@@ -26,7 +27,7 @@ _ALPHA = 0.7310585786300049
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A row of the table.
+    """A row of the table of functions, as the rewriter needs it.
 
     Attributes:
       name: as `only` takes it.
@@ -42,87 +43,23 @@ class Activation:
     gated: Callable | None = None
 
 
-def _gelu_erf(x, *, order):
-    return activations.gelu(x, approximate=False, order=order)
-
-
-def _bias_gelu_erf(x, bias, *, order):
-    return gated.bias_gelu(x, bias, approximate=False, order=order)
-
-
-def _geglu_erf(gate, value=None, *, gate_first=True, order):
-    return gated.geglu(gate, value, approximate=False, gate_first=gate_first, order=order)
-
-
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-
-
-def _cubic(x):
-    return _SQRT_2_OVER_PI * (x + 0.044715 * x**3)
-
-
 @functools.cache
 def _table() -> tuple[Activation, ...]:
-    erf = jax.scipy.special.erf
-    sigmoid = jax.nn.sigmoid
-    return (
-        Activation(
-            "gelu",
-            activations.gelu,
-            (jax.nn.gelu, lambda x: x * sigmoid(2 * _cubic(x))),
-            gated.bias_gelu,
-            gated.geglu,
-        ),
-        Activation(
-            "gelu",
-            _gelu_erf,
-            (
-                lambda x: jax.nn.gelu(x, approximate=False),
-                lambda x: 0.5 * x * (1 + erf(x / 2**0.5)),
-            ),
-            _bias_gelu_erf,
-            _geglu_erf,
-        ),
-        Activation(
-            "silu", activations.silu, (lambda x: x * sigmoid(x),), gated.bias_silu, gated.swiglu
-        ),
-        Activation("quick_gelu", activations.quick_gelu, (lambda x: x * sigmoid(1.702 * x),)),
-        Activation(
-            "sigmoid", activations.sigmoid, (sigmoid, lambda x: 0.5 * (1 + jnp.tanh(x / 2)))
-        ),
-        Activation("tanh", activations.tanh, (jnp.tanh,)),
-        Activation(
-            "softplus",
-            activations.softplus,
-            (
-                jax.nn.softplus,
-                lambda x: jnp.log1p(jnp.exp(x)),
-                lambda x: jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))),
-            ),
-        ),
-        Activation("log_sigmoid", activations.log_sigmoid, (jax.nn.log_sigmoid,)),
-        Activation(
-            "mish",
-            activations.mish,
-            (jax.nn.mish, lambda x: x * jnp.tanh(jnp.log1p(jnp.exp(x)))),
-        ),
-        Activation("selu", activations.selu, (jax.nn.selu,)),
-        Activation("celu", activations.celu, (lambda x: jax.nn.celu(x, 1.0),)),
-        Activation("elu", activations.elu, _elu_forms(1.0)),
-        Activation("elu", activations.elu, _elu_forms(_ALPHA)),
-        Activation("celu", activations.celu, (lambda x: jax.nn.celu(x, _ALPHA),)),
-    )
-
-
-def _elu_forms(alpha):
-    return (
-        lambda x: jax.nn.elu(x, alpha),
-        lambda x: jnp.where(x > 0, x, alpha * jnp.expm1(x)),
-        lambda x: jnp.where(x >= 0, x, alpha * jnp.expm1(x)),
-        lambda x: jnp.where(x > 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))),
-        lambda x: jnp.maximum(x, 0) + alpha * jnp.expm1(jnp.minimum(x, 0)),  # celu, if alpha is 1
-        lambda x: jnp.maximum(x, 0) + jnp.minimum(alpha * jnp.expm1(x), 0),
-    )
+    rows, with_alpha = [], []
+    for row in table.FUNCTIONS.values():
+        if row.on_request:
+            continue
+        name, kernel = row.public.__name__, row.kernel
+        alpha_forms = {
+            alpha: tuple(functools.partial(form, alpha=alpha) for form in kernel.alpha_forms)
+            for alpha in (1.0, _ALPHA)
+        }
+        forms = (row.exact, *kernel.forms, *alpha_forms[1.0])
+        fused = (table.fused(row.name, kind) for kind in ("biased", "gated"))
+        rows.append(Activation(name, row.quake, forms, *(f and f.quake for f in fused)))
+        if kernel.alpha_forms:
+            with_alpha.append(Activation(name, row.quake, alpha_forms[_ALPHA]))
+    return (*rows, *with_alpha)
 
 
 def names() -> set[str]:
@@ -136,7 +73,7 @@ def _known(dtype) -> dict[tuple, list[tuple[tuple[float, ...], Activation]]]:
     x = jax.ShapeDtypeStruct((2,), dtype)
     for row in _table():
         for form in row.forms:
-            with _compat.without_mesh():  # the rows serve every program
+            with jax_names.without_mesh():  # the rows serve every program
                 graph = Graph(jax.make_jaxpr(form)(x))
             root = graph.outputs[0]
             poly, _ = expressions.expression(root, _input_of(graph))
@@ -267,15 +204,11 @@ def _is_coarser(value: Value, dtype) -> bool:
     return value.dtype.itemsize <= dtype.itemsize
 
 
-_PUBLIC = {
-    _gelu_erf: "gelu(approximate=False)",
-    _bias_gelu_erf: "bias_gelu(approximate=False)",
-    _geglu_erf: "geglu(approximate=False)",
-}
-
-
 def _public_name(function: Callable) -> str:
-    return "quake_jax." + _PUBLIC.get(function, function.__name__)
+    if isinstance(function, functools.partial):
+        keywords = ", ".join(f"{name}={value}" for name, value in function.keywords.items())
+        return f"{_public_name(function.func)}({keywords})"
+    return f"quake_jax.{function.__name__}"
 
 
 def _call(*arrays, function, order, alpha=None, **keywords):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import masks, packing, views
 from quake_jax._rewrite.attend import Plan, attend
 from quake_jax._rewrite.graph import Node, Value

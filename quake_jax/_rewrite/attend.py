@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax import attention as public
+from quake_jax._attention import api as public
 from quake_jax._rewrite.labels import SIZE, Labels, apart
 
 # The axes of an array by label, as a tuple so that it can be hashed.

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from quake_jax import _compat
-from quake_jax import activations as public
-from quake_jax._drop_in import KERNEL_DTYPES
-from quake_jax._rewrite import activations, attention, expressions, softmax
+from quake_jax._core import jax_names
+from quake_jax._core.drop_in import KERNEL_DTYPES
+from quake_jax._elementwise.table import FUNCTIONS
+from quake_jax._rewrite import activations, attention, expressions, jaxprs, softmax
 from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Value, Writer
 from quake_jax._rewrite.match import Match, Reject
 from quake_jax._rewrite.options import Options
@@ -44,7 +44,7 @@ _INNER = {
     "custom_vjp_call_jaxpr": ("call_jaxpr", "fun_jaxpr"),
     "custom_vmap_call": ("call",),
 }
-_BARE = {"exp": public.exp, "exp2": public.exp2, "expm1": public.expm1}
+_BARE = {name: row.public for name, row in FUNCTIONS.items() if row.on_request}
 # What the report calls a primitive that stays.
 _NAMES = {"logistic": "sigmoid"}
 
@@ -67,7 +67,7 @@ class Rewriter:
 
         If nothing is replaced it is the jaxpr itself.
         """
-        key = (self._options, _compat.trace_context())
+        key = (self._options, jax_names.trace_context())
         known = _rewritten.setdefault(jaxpr, {})
         if key not in known:
             new, report = self._attempt(jaxpr)
@@ -99,7 +99,7 @@ class Rewriter:
     def rewrite_called(self, jaxpr):
         """A jaxpr with the jaxprs that its equations call rewritten, and nothing else."""
         equations = [self.with_inner(e) for e in jaxpr.eqns]
-        return _compat.with_equations(jaxpr, equations, jaxpr.outvars)
+        return jaxprs.with_equations(jaxpr, equations, jaxpr.outvars)
 
     def with_inner(self, equation):
         """An equation with the jaxprs inside it rewritten; itself if that changes nothing."""
@@ -120,14 +120,14 @@ class Rewriter:
     def trace(self, match: Match):
         """The jaxpr of the function of a match, without constants; None if it has no such."""
         avals = tuple(v.aval for v in match.inputs)
-        with _compat.equation_context(match.root.equation):
+        with jax_names.equation_context(match.root.equation):
             return _traced(
                 match.function,
                 match.static,
                 avals,
                 match.root.output.aval,
                 self._options.order,
-                _compat.trace_context(),
+                jax_names.trace_context(),
             )
 
 
@@ -137,13 +137,13 @@ def _traced(function, static, avals, result, order, context):
     function = functools.partial(function, order=order, **dict(static))
 
     def typed(*arrays):
-        y = _compat.with_weak_type(function(*arrays), result.weak_type)
+        y = jax_names.with_weak_type(function(*arrays), result.weak_type)
         # Under jax.set_mesh an array of no mesh becomes one of it where it meets a constant.
         is_of_no_mesh = jax.typeof(y).sharding.mesh.empty and not result.sharding.mesh.empty
         return jax.sharding.reshard(y, result.sharding.spec) if is_of_no_mesh else y
 
     closed = jax.make_jaxpr(typed)(*avals)
-    inner = _compat.without_constants(closed)
+    inner = jaxprs.without_constants(closed)
     if inner is None or inner.effects or len(inner.outvars) != 1:
         return None
     return inner if inner.outvars[0].aval == result else None
@@ -175,7 +175,7 @@ class _Level:
             return self._jaxpr, self._report
         outputs = [writer.variable(v) for v in self._graph.outputs]
         _check_bound(self._jaxpr, equations, outputs)
-        return _compat.with_equations(self._jaxpr, equations, outputs), self._report
+        return jaxprs.with_equations(self._jaxpr, equations, outputs), self._report
 
     # Finding.
 

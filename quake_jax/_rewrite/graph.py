@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from quake_jax import _compat
+from quake_jax._core import jax_names
+from quake_jax._rewrite import jaxprs
 
 # Calls with more equations are rewritten on their own, once for all places that call them.
 _LARGEST_OPENED = 64
@@ -58,7 +59,7 @@ class Node:
     def __init__(self, equation, inputs, group, index):
         self.equation = equation
         # Nothing happens to the array in some: to patterns these are copies.
-        is_copy = _compat.only_names_mesh(equation)
+        is_copy = jax_names.only_names_mesh(equation)
         self.primitive = "copy" if is_copy else equation.primitive.name
         self.inputs: list[Value] = inputs
         self.outputs: list[Value] = []
@@ -79,7 +80,7 @@ class Node:
     def acts(self) -> bool:
         """Whether it may do more than compute its outputs."""
         # Not all equations that write to references say so.
-        return bool(self.equation.effects) or any(map(_compat.is_reference, self.inputs))
+        return bool(self.equation.effects) or any(map(jax_names.is_reference, self.inputs))
 
 
 class Group:
@@ -110,7 +111,7 @@ class Group:
 
 def _size(jaxpr) -> int:
     """The number of equations that opening a jaxpr shows, or infinity if it must stay closed."""
-    inner = _compat.without_constants(jaxpr)
+    inner = jaxprs.without_constants(jaxpr)
     if inner is None or inner.effects:
         return 1 << 30
     size = len(inner.eqns)
@@ -135,13 +136,13 @@ def _called(equation):
     name, params = equation.primitive.name, equation.params
     if name in JIT:
         plain = (
-            all(map(_compat.is_unspecified, (*params["in_shardings"], *params["out_shardings"])))
+            all(map(jax_names.is_unspecified, (*params["in_shardings"], *params["out_shardings"])))
             and not any(params["donated_invars"])
             and all(x is None for x in (*params["in_layouts"], *params["out_layouts"]))
             and not params["compiler_options_kvs"]
         )
         return params["jaxpr"] if plain else None
-    if name == "custom_jvp_call" and _compat.is_rule_of_jax(params["jvp_jaxpr_fun"]):
+    if name == "custom_jvp_call" and jax_names.is_rule_of_jax(params["jvp_jaxpr_fun"]):
         return params["call_jaxpr"]
     return None
 
@@ -191,13 +192,13 @@ class Graph:
             inputs = [self._value(v, environment) for v in equation.invars]
             called = _called(equation)
             if called is not None and _size(called) <= _LARGEST_OPENED:
-                outputs = self._open(equation, _compat.without_constants(called), inputs, group)
+                outputs = self._open(equation, jaxprs.without_constants(called), inputs, group)
             else:
                 outputs = self._node(equation, inputs, group)
             for variable, value in zip(equation.outvars, outputs, strict=True):
                 environment[variable] = value
                 # The names of the program itself go on; a call may be opened more than once.
-                if group is self.top and not isinstance(variable, _compat.DropVar):
+                if group is self.top and not isinstance(variable, jax_names.DropVar):
                     if value.node is not None and value not in inputs:
                         value.variable = variable
 
@@ -221,7 +222,7 @@ class Graph:
 
 def _is_concrete(const) -> bool:
     return isinstance(const, (np.generic, int, float, bool)) or (
-        isinstance(const, jax.Array) and not isinstance(const, _compat.Tracer)
+        isinstance(const, jax.Array) and not isinstance(const, jax_names.Tracer)
     )
 
 
@@ -274,7 +275,7 @@ class Writer:
     def variable(self, value: Value):
         """The variable or literal that a value is in the new program."""
         if value.variable is None:
-            value.variable = _compat.Var(value.aval)
+            value.variable = jax_names.Var(value.aval)
         return value.variable
 
     def _write(self, group: Group) -> None:
@@ -295,7 +296,7 @@ class Writer:
         bound, seen = [], set()
         for old, value in zip(equation.outvars, values, strict=True):
             is_first = value is not None and id(value) not in seen
-            bound.append(self.variable(value) if is_first else _compat.Var(old.aval))
+            bound.append(self.variable(value) if is_first else jax_names.Var(old.aval))
             seen.add(id(value))
         return bound
 
@@ -329,7 +330,7 @@ class Writer:
             if hasattr(atom, "val"):
                 return atom
             if atom not in names:
-                names[atom] = _compat.Var(atom.aval)
+                names[atom] = jax_names.Var(atom.aval)
             return names[atom]
 
         names[result] = self.variable(node.output)

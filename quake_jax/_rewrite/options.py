@@ -6,7 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
-from quake_jax import _config
+from quake_jax._core import config, switches
+from quake_jax._elementwise.table import FUNCTIONS
 
 # What is replaced by default, and what only on request: their exactness may matter where they
 # stand alone (temperatures, position encodings, losses).
@@ -15,21 +16,11 @@ DEFAULT_NAMES = frozenset(
         "attention",
         "softmax",
         "log_softmax",
-        "gelu",
-        "quick_gelu",
-        "silu",
-        "sigmoid",
-        "log_sigmoid",
-        "softplus",
-        "tanh",
-        "mish",
-        "elu",
-        "celu",
-        "selu",
         "glu",
+        *(row.public.__name__ for row in FUNCTIONS.values() if not row.on_request),
     )
 )
-BARE_NAMES = frozenset(("exp", "exp2", "expm1"))
+BARE_NAMES = frozenset(row.name for row in FUNCTIONS.values() if row.on_request)
 ALL = "all"
 
 
@@ -44,14 +35,14 @@ class Options:
         this package's kernels, sorted.
     """
 
-    order: _config.Order | None = None
+    order: config.Order | None = None
     only: frozenset[str] = DEFAULT_NAMES
     approximations: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
         """The names of what is replaced now, by a kernel or by an approximation."""
-        if _config.DISABLED:
+        if switches.DISABLED:
             return frozenset()
         approximated = frozenset(kind for kind, _ in self.approximations)
         if self._is_exact:
@@ -72,7 +63,7 @@ class Options:
 
     @property
     def _is_exact(self) -> bool:
-        return _config.resolved_order(self.order, "softmax") == _config.EXACT
+        return config.resolved_order(self.order, "softmax") == config.EXACT
 
     def approximation(self, kind: str) -> tuple[str, Callable] | None:
         """The name of the approximation of a kind, and its function, which ignores `order`."""
@@ -102,7 +93,7 @@ def checked_options(
     gelu: str | None = None,
 ) -> Options:
     """Return the Options that arguments mean; raise TypeError or ValueError for others."""
-    order = _config.checked_order(order)
+    order = config.checked_order(order)
     return Options(
         order, _checked_names(only, function), _checked_approximations(function, softmax, gelu)
     )

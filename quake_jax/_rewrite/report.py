@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections import Counter
 
-from quake_jax import _compat
+from quake_jax._core import jax_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ _LIBRARIES = tuple(
 
 def place(source_info) -> str:
     """ "file:line (function)" of the innermost frame that is in no installed library, or ""."""
-    return _innermost(_compat.user_frames(source_info))
+    return _innermost(jax_names.user_frames(source_info))
 
 
 def call_site() -> str:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._drop_in import KERNEL_DTYPES
+from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.match import Match, Reject, check_unused
-from quake_jax.softmax import log_softmax, softmax
+from quake_jax._rows.api import log_softmax, softmax
 
 _EXPONENTIALS = ("exp", "exp2")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax import _axes
+from quake_jax._core.axes import check_axes, check_where, static_axis
 
 
 def _where(function: str) -> str:
@@ -46,10 +46,10 @@ def integer_array(x, function: str, name: str = "x", dtypes=(jnp.int8, jnp.int16
 
 def one_axis(axis, ndim: int, function: str, array: str = "x") -> int:
     """Return `axis`, one integer, counted from the front."""
-    axis = _axes.static_axis(axis, f"approximations.{function}")
+    axis = static_axis(axis, f"approximations.{function}")
     if not isinstance(axis, int):
         raise TypeError(f"{_where(function)}: axis must be one integer; got {axis!r}")
-    _axes.check_axes(axis, ndim, f"approximations.{function}", array)
+    check_axes(axis, ndim, f"approximations.{function}", array)
     return axis % ndim
 
 
@@ -133,4 +133,4 @@ def channels(value, x, axis: int, function: str, name: str) -> jax.Array | None:
 def masks(where, x, function: str) -> None:
     """Raise unless `where` is None or a boolean array that broadcasts with x."""
     if where is not None:
-        _axes.check_where(where, x, f"approximations.{function}")
+        check_where(where, x, f"approximations.{function}")

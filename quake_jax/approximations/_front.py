@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quake_jax import _axes
+from quake_jax._core.axes import check_axes, positive_axes, static_axis
 from quake_jax.approximations import _arguments
 from quake_jax.approximations._derivative import (
     exact_exp,
@@ -65,15 +65,15 @@ def softmax_front(name: str, approximate: Callable) -> Callable:
 
     def call(x, axis, where, *constants, **static):
         x = _arguments.real_array(x, name)
-        axis = _axes.static_axis(axis, f"approximations.{name}")
-        _axes.check_axes(axis, x.ndim, f"approximations.{name}")
+        axis = static_axis(axis, f"approximations.{name}")
+        check_axes(axis, x.ndim, f"approximations.{name}")
         _arguments.masks(where, x, name)
         if where is not None:
             shape = jnp.broadcast_shapes(x.shape, where.shape)
             x, where = jnp.broadcast_to(x, shape), jnp.broadcast_to(where, shape)
         if x.size == 0:
             return x
-        axes = _axes.positive_axes(axis, x.ndim)
+        axes = positive_axes(axis, x.ndim)
         if len(axes) == 1:
             return function((("axis", axes[0]), *static.items()), x, where, *constants)
         # Several axes are brought together, and are then one.

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from quake_jax._config import EXACT, Order, resolved_order
-from quake_jax._drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
-from quake_jax.attention import dot_product_attention
+from quake_jax._attention.api import dot_product_attention
+from quake_jax._core.config import EXACT, Order, resolved_order
+from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
+from quake_jax._rows.api import softmax
 from quake_jax.linen._substitutes import require_flax
-from quake_jax.softmax import softmax
 
 
 def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: bool) -> tuple:

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from quake_jax._compat import make_user_context
-from quake_jax._config import Order
+from quake_jax._core.config import Order
+from quake_jax._core.jax_names import make_user_context
 from quake_jax._rewrite import Options, checked_options, rewrite
 from quake_jax.linen import _substitutes
 from quake_jax.linen._attention_fn import attention_fn

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from quake_jax._compat import jaxpr_as_fun
+from quake_jax._core.jax_names import jaxpr_as_fun
 
 # Leaves of a result that need no tracing; what else is no array may hold tracers.
 _PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, np.dtype, type)

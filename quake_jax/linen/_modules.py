@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from quake_jax import gated
-from quake_jax._config import Order
+from quake_jax._core.config import Order
+from quake_jax._elementwise import gated
 from quake_jax.linen import _substitutes
 from quake_jax.linen._attention_fn import attention_fn
 

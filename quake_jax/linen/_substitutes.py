@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from quake_jax import activations, gated
-from quake_jax._config import EXACT, Order
-from quake_jax.softmax import log_softmax, softmax
+from quake_jax._core.config import EXACT, Order
+from quake_jax._elementwise.gated import glu
+from quake_jax._elementwise.table import FUNCTIONS
+from quake_jax._rows.api import log_softmax, softmax
 
 
 def require_flax(user: str) -> None:
@@ -30,19 +30,14 @@ def require_flax(user: str) -> None:
 
 # By the names that `only` knows them by. These functions take the arguments of what they replace.
 _FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
-    "celu": (jax.nn.celu, activations.celu),
-    "elu": (jax.nn.elu, activations.elu),
-    "gelu": (jax.nn.gelu, activations.gelu),
-    "glu": (jax.nn.glu, gated.glu),
-    "log_sigmoid": (jax.nn.log_sigmoid, activations.log_sigmoid),
+    "glu": (jax.nn.glu, glu),
     "log_softmax": (jax.nn.log_softmax, log_softmax),
-    "mish": (jax.nn.mish, activations.mish),
-    "selu": (jax.nn.selu, activations.selu),
-    "sigmoid": (jax.nn.sigmoid, activations.sigmoid),
-    "silu": (jax.nn.silu, activations.silu),
     "softmax": (jax.nn.softmax, softmax),
-    "softplus": (jax.nn.softplus, activations.softplus),
-    "tanh": (jnp.tanh, activations.tanh),
+    **{
+        row.public.__name__: (row.replaces, row.public)
+        for row in FUNCTIONS.values()
+        if row.replaces is not None and not row.on_request
+    },
 }
 
 

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import quake_jax
-from quake_jax import _accuracy_attention as attention
-from quake_jax._config import ORDERS
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.config import ORDERS
+from quake_jax._core.constants import MAX_REL_ERROR
+from quake_jax.accuracy import attention
 
 # By name, whether the function is increasing.
 FUNCTIONS: dict[str, bool] = _cpu.elementwise_functions()
@@ -328,8 +328,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m quake_jax.accuracy",
         description="Measures the errors of the element-wise functions, and of attention with the "
         "instruction set in use (QUAKE_JAX_ISA), against the exact ones.",
-        epilog="Exit code 1 if a result exceeds its bound (quake_jax._constants.MAX_REL_ERROR), "
-        "is NaN for a number, leaves the function's range or is wrong for a special value.",
+        epilog="Exit code 1 if a result exceeds its bound (MAX_REL_ERROR in "
+        "quake_jax/_core/constants.py), is NaN for a number, leaves the function's range or is wrong for a special value.",
     )
 
     def choice(option: str, choices, kind=str) -> None:
@@ -393,7 +393,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args.function = [function for function in functions if function != attention.NAME]
     for function in args.function:
         if function not in MAX_REL_ERROR:
-            parser.error(f"{function} has no bound in quake_jax._constants.MAX_REL_ERROR")
+            parser.error(f"{function} has no bound in quake_jax._core.constants.MAX_REL_ERROR")
     if args.attention and quake_jax.isa() not in args.isa:
         if attention.NAME in functions:
             parser.error(
@@ -624,8 +624,8 @@ def _elementwise_markdown(results: list[Accuracy], stride: int) -> list[str]:
         "Denormal float32 inputs are taken as 0.",
         "- **ulp**, in parentheses: the same error in units of the last place of the dtype at "
         "wanted.",
-        "- **Bound**: `quake_jax._constants.MAX_REL_ERROR`, for 16-bit types with the rounding of "
-        "the result added.",
+        "- **Bound**: `MAX_REL_ERROR` in quake_jax/_core/constants.py, for 16-bit types with the "
+        "rounding of the result added.",
         "",
     ]
     if failures:
@@ -752,7 +752,3 @@ def main(argv: list[str] | None = None) -> int:
     kernels = f"{count} kernels in {environment['seconds']:.0f} s"
     print(f"accuracy: {f'{len(failures)} failures' if failures else 'ok'}, {kernels}")
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,7 +44,7 @@ def source_digest(root: pathlib.Path) -> str:
 
 def _refuse_stale_build() -> None:
     """Raise ImportError if the package runs from a checkout whose kernels have since changed."""
-    root = pathlib.Path(__file__).resolve().parent.parent
+    root = pathlib.Path(__file__).resolve().parent.parent.parent
     if not (root / "cpu_kernels").is_dir():
         return
     if source_digest(root) != _cpu.source_digest():
@@ -59,7 +59,7 @@ _refuse_stale_build()
 targets = tuple(sorted(_cpu.registrations()))
 for _name, _handler in _cpu.registrations().items():
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
-    # The leading num_batch_dims axes of a call may be split over devices: see _primitives.py.
+    # The leading num_batch_dims axes of a call may be split over devices: see primitive.py.
     jax.ffi.register_ffi_target_as_batch_partitionable(_name)
 
 

@@ -10,21 +10,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from quake_jax import _compat, _primitives
-from quake_jax._config import EXACT
+from quake_jax._core import jax_names
+from quake_jax._core.config import EXACT
 
 _NUMERIC_KINDS = frozenset("biufc")  # of NumPy's own dtypes; bfloat16 is none of these
 # The dtypes that the kernels read and write.
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def differentiable(name: str, tangent: Callable) -> Callable:
-    """Give the kernel `name(*operands, **parameters)` a derivative, in both modes, to any order.
+def differentiable(name: str, kernel: Callable, tangent: Callable) -> Callable:
+    """Give a kernel(*operands, **parameters) a name and a derivative, in both modes, to any order.
 
     `tangent(operands, tangents, y, **parameters)` is the derivative of y = kernel(…). It is itself
     differentiated for higher orders, so it may use differentiable kernels and jax.numpy only.
     """
-    kernel = getattr(_primitives, name)
 
     def call(parameters, *operands):
         return kernel(*operands, **dict(parameters))
@@ -43,14 +42,14 @@ def differentiable(name: str, tangent: Callable) -> Callable:
     return bound
 
 
-def unary(name: str, slope: Callable) -> Callable:
+def unary(name: str, kernel: Callable, slope: Callable) -> Callable:
     """`differentiable` for an element-wise function with dy/dx = slope(x, y, order), in float32."""
 
     def tangent(operands, tangents, y, *, order):
         (x,), (t,) = operands, tangents
         return t * slope(x.astype(jnp.float32), y.astype(jnp.float32), order).astype(y.dtype)
 
-    return differentiable(name, tangent)
+    return differentiable(name, kernel, tangent)
 
 
 def unwrapped(x):
@@ -226,12 +225,12 @@ def drop_in(
         if order == EXACT or result.dtype not in KERNEL_DTYPES:
             return exactly(*operands)
         operands = [x.astype(result.dtype) for x in operands]
-        return _compat.with_weak_type(
+        return jax_names.with_weak_type(
             function(*operands, order=order, **parameters), result.weak_type
         )
 
     call.__name__ = call.__qualname__ = f"quake_{name}"
     # Compiled, so that a call outside jit takes JAX's fast path; inlined, so that inside jit
     # the program shows the kernel and nothing around it.
-    compiled = jax.jit(call, static_argnums=0, static_argnames=parameters, inline=_compat.INLINE)
+    compiled = jax.jit(call, static_argnums=0, static_argnames=parameters, inline=jax_names.INLINE)
     return naming_arguments(name, compiled, {array: k + 1 for k, array in enumerate(arrays)})

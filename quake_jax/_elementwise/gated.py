@@ -1,5 +1,5 @@
-"""Activations fused with what stands beside them in a feed-forward layer: a bias before, or a
-second array that they gate.
+"""Functions of two arrays: activations fused with what stands beside them in a feed-forward layer
+(a bias before, or a second array that they gate), and logaddexp.
 
 Each is one pass over memory in the forward direction. Sums and products are taken in float32, so
 16-bit results are rounded once.
@@ -7,7 +7,6 @@ Each is one pass over memory in the forward direction. Sums and products are tak
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable
@@ -17,28 +16,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from quake_jax import activations, reference
-from quake_jax._config import Order, resolved_order
-from quake_jax._drop_in import differentiable, drop_in, static_bool
-
-_exact_gelu_erf = functools.partial(jax.nn.gelu, approximate=False)
-
-
-def _float32(arrays) -> list[jax.Array]:
-    return [x.astype(jnp.float32) for x in arrays]
-
+from quake_jax._core.config import Order, resolved_order
+from quake_jax._core.drop_in import differentiable, drop_in, static_bool
+from quake_jax._core.exports import defined_in
+from quake_jax._elementwise import derivative, primitive, reference
+from quake_jax._elementwise.derivative import halves
+from quake_jax._elementwise.reference import on_last_axis
+from quake_jax._elementwise.table import FUNCTIONS, FUSED, Fused
 
 # activation(x + bias)
 
 
-def _biased(name: str, kernel: str, slope: Callable, exact: Callable) -> Callable:
-    """Make f(order, x, bias) from a kernel, the activation's slope and the exact activation."""
-
-    def tangent(operands, tangents, y, *, order):
-        rows = (reference.on_last_axis(b, operands[0]) for b in (operands[1], tangents[1]))
-        x, x_tangent, bias, bias_tangent = _float32((operands[0], tangents[0], *rows))
-        slopes = slope(x + bias, y.astype(jnp.float32), order)
-        return (slopes * (x_tangent + bias_tangent)).astype(y.dtype)
+def _biased(name: str, kernel: str, activation: str) -> Callable:
+    """Make f(order, x, bias) from a kernel, which fuses an activation of the table."""
+    row = FUNCTIONS[activation]
 
     def check(x, bias):
         if x.ndim == 0:
@@ -50,48 +41,36 @@ def _biased(name: str, kernel: str, slope: Callable, exact: Callable) -> Callabl
             )
 
     def exactly(x, bias):
-        return exact(x + reference.on_last_axis(bias, x))
+        return row.exact(x + on_last_axis(bias, x))
 
-    function = differentiable(kernel, tangent)
+    bind = primitive.biased(kernel, row.primitive, getattr(reference, kernel))
+    function = differentiable(kernel, bind, derivative.of_biased(row.kernel.slope))
     return drop_in(name, function, exactly, arrays=["x", "bias"], check=check)
 
 
-_bias_silu_call = _biased("bias_silu", "bias_silu", activations.silu_slope, jax.nn.silu)
+_bias_silu_call = _biased("bias_silu", "bias_silu", "silu")
 _bias_gelu_calls = {
-    True: _biased("bias_gelu", "bias_gelu_tanh", activations.gelu_tanh_slope, jax.nn.gelu),
-    False: _biased("bias_gelu", "bias_gelu_erf", activations.gelu_erf_slope, _exact_gelu_erf),
+    True: _biased("bias_gelu", "bias_gelu_tanh", "gelu_tanh"),
+    False: _biased("bias_gelu", "bias_gelu_erf", "gelu_erf"),
 }
 
 
 # activation(gate) · value
 
 
-def _halves(x, gate_first: bool, axis: int = -1):
-    """The gate and the value that are the halves of one axis of x."""
-    first, second = jnp.split(x, 2, axis)
-    return (first, second) if gate_first else (second, first)
-
-
-def _gated(kernel: str, activation: Callable, slope: Callable) -> tuple[Callable, Callable]:
+def _gated(kernel: str, activation: str) -> tuple[Callable, Callable]:
     """Make the differentiable f(gate, value) and f(x), which splits x, from an activation."""
-
-    def pair_tangent(operands, tangents, y, *, order):
-        gate, value, gate_tangent, value_tangent = _float32((*operands, *tangents))
-        a = activation(gate, order=order)
-        from_gate = slope(gate, a, order) * value * gate_tangent
-        return (from_gate + a * value_tangent).astype(y.dtype)
-
-    def split_tangent(operands, tangents, y, *, order, gate_first):
-        halves = (_halves(x, gate_first) for x in (*operands, *tangents))
-        return pair_tangent(*halves, y, order=order)
-
-    pair = differentiable(kernel, pair_tangent)
-    return pair, differentiable(f"{kernel}_split", split_tangent)
+    of_pair, of_split = derivative.of_gated(activation, FUNCTIONS[activation].kernel.slope)
+    pair = primitive.elementwise(kernel, getattr(reference, kernel))
+    both = f"{kernel}_split"
+    split = primitive.split(both, getattr(reference, both))
+    return differentiable(kernel, pair, of_pair), differentiable(both, split, of_split)
 
 
-def _gated_calls(name: str, kernel: str, activation: Callable, slope: Callable, exact: Callable):
+def _gated_calls(name: str, kernel: str, activation: str) -> tuple[Callable, Callable]:
     """Make f(order, gate, value) and f(order, x, gate_first=…)."""
-    pair, split = _gated(kernel, activation, slope)
+    pair, split = _gated(kernel, activation)
+    exact = FUNCTIONS[activation].exact
 
     def check_split(x, gate_first):
         if x.ndim == 0 or x.shape[-1] % 2 != 0:
@@ -104,7 +83,7 @@ def _gated_calls(name: str, kernel: str, activation: Callable, slope: Callable, 
         return exact(gate) * value
 
     def exact_split(x, gate_first):
-        return exact_pair(*_halves(x, gate_first))
+        return exact_pair(*halves(x, gate_first))
 
     def broadcast_pair(gate, value, *, order):
         return pair(*jnp.broadcast_arrays(gate, value), order=order)
@@ -122,26 +101,12 @@ def _gated_calls(name: str, kernel: str, activation: Callable, slope: Callable, 
     )
 
 
-_swiglu_calls = _gated_calls(
-    "swiglu", "swiglu", activations.silu_kernel, activations.silu_slope, jax.nn.silu
-)
+_swiglu_calls = _gated_calls("swiglu", "swiglu", "silu")
 _geglu_calls = {
-    True: _gated_calls(
-        "geglu",
-        "geglu_tanh",
-        activations.gelu_tanh_kernel,
-        activations.gelu_tanh_slope,
-        jax.nn.gelu,
-    ),
-    False: _gated_calls(
-        "geglu",
-        "geglu_erf",
-        activations.gelu_erf_kernel,
-        activations.gelu_erf_slope,
-        _exact_gelu_erf,
-    ),
+    True: _gated_calls("geglu", "geglu_tanh", "gelu_tanh"),
+    False: _gated_calls("geglu", "geglu_erf", "gelu_erf"),
 }
-_glu_pair, _glu_split = _gated("glu", activations.sigmoid_kernel, activations.sigmoid_slope)
+_glu_pair, _glu_split = _gated("glu", "sigmoid")
 
 
 def _glu(x, *, order, axis):
@@ -152,7 +117,7 @@ def _glu(x, *, order, axis):
     if any(entry is not None for entry in spec[axis:]):
         # Axes with explicit sharding cannot be merged, and a split axis has no halves at hand.
         x = jax.sharding.reshard(x, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
-        return _glu_pair(*_halves(x, False, axis), order=order)
+        return _glu_pair(*halves(x, False, axis), order=order)
     # Merged with the axes behind it, the halves of the axis are those of the last one.
     rows = x.reshape(*x.shape[:axis], math.prod(x.shape[axis:]))
     y = _glu_split(rows, order=order, gate_first=False)
@@ -337,3 +302,66 @@ def geglu(
     if value is None:
         return split(order, gate, gate_first=gate_first)
     return pair(order, gate, value)
+
+
+# log(e^x1 + e^x2)
+
+
+_logaddexp_kernel = differentiable(
+    "logaddexp",
+    primitive.elementwise("logaddexp", reference.logaddexp),
+    derivative.logaddexp,
+)
+
+
+def _logaddexp(x1, x2, *, order):
+    return _logaddexp_kernel(*jnp.broadcast_arrays(x1, x2), order=order)
+
+
+# jax.numpy.logaddexp is an object that jax.eval_shape cannot tell from another of its kind.
+_logaddexp_call = drop_in(
+    "logaddexp", _logaddexp, lambda x1, x2: jnp.logaddexp(x1, x2), arrays=["x1", "x2"]
+)
+
+
+def logaddexp(x1: ArrayLike, x2: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
+    """log(e^x1 + e^x2) without overflow: `jax.numpy.logaddexp` with QuAKE (arXiv 2412.00408).
+
+    Args:
+      x1, x2: real arrays that broadcast with each other; integers and bool are promoted as by
+        `jax.numpy.logaddexp`.
+      order: accuracy, as in `exp`. The absolute error is at most half the relative error of `exp`.
+
+    Returns:
+      An array of the broadcast shape and promoted dtype. The derivatives at equal infinities are
+      1/2.
+
+    Raises:
+      TypeError: if an argument is complex or no array.
+      ValueError: if x1 and x2 do not broadcast.
+      TypeError, ValueError: if order is not allowed.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> y = quake_jax.logaddexp(jnp.array([1.0, 2.0]), 0.0)
+    """
+    return _logaddexp_call(resolved_order(order, "logaddexp"), x1, x2)
+
+
+_ERF = {"approximate": False}
+for _row in (
+    Fused("bias_silu", "biased", "silu", bias_silu),
+    Fused("bias_gelu_tanh", "biased", "gelu_tanh", bias_gelu),
+    Fused("bias_gelu_erf", "biased", "gelu_erf", bias_gelu, _ERF),
+    Fused("swiglu", "gated", "silu", swiglu),
+    Fused("swiglu_split", "split", "silu", swiglu),
+    Fused("geglu_tanh", "gated", "gelu_tanh", geglu),
+    Fused("geglu_tanh_split", "split", "gelu_tanh", geglu),
+    Fused("geglu_erf", "gated", "gelu_erf", geglu, _ERF),
+    Fused("geglu_erf_split", "split", "gelu_erf", geglu, _ERF),
+    Fused("glu_split", "split", "sigmoid", glu, gate_first=False),
+):
+    FUSED[_row.name] = _row
+
+
+__all__ = defined_in(globals())

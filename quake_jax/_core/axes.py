@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from quake_jax import _compat, _drop_in
+from quake_jax._core import drop_in, jax_names
 
 
 def static_axis(axis, function: str):
@@ -82,8 +82,8 @@ def check_broadcast(name: str, other, x, function: str, array: str = "x") -> Non
 
 def promoted(x, function: str, array: str = "x") -> jax.Array:
     """Return x in the floating-point dtype that jax.nn computes it in, without a weak type."""
-    _drop_in.refuse_other_than_numbers(x, function, array)
-    (x,) = _compat.promote_args_inexact(function, x)
+    drop_in.refuse_other_than_numbers(x, function, array)
+    (x,) = jax_names.promote_args_inexact(function, x)
     return x.astype(x.dtype)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from quake_jax import _compat, _rewrite
-from quake_jax._config import Order
-from quake_jax._rewrite import Options, Report
+from quake_jax import _rewrite
+from quake_jax._core import jax_names
+from quake_jax._core.config import Order
+from quake_jax._rewrite import Options, Report, jaxprs
 
 _ATTRIBUTE = "__quake_jax__"
 
@@ -57,7 +58,7 @@ _ARRAY = _Array()
 def _is_array(x) -> bool:
     if isinstance(x, (np.ndarray, np.generic)):
         return x.dtype.kind in "biufcV"
-    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) or _compat.is_reference(x)
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) or jax_names.is_reference(x)
 
 
 def _split(args, kwargs) -> tuple[list, _Static]:
@@ -80,7 +81,7 @@ def _traced(fun: Callable, static: _Static, arrays):
         args, kwargs = _joined(arrays, static)
         return fun(*args, **kwargs)
 
-    flat = _compat.name_like(flat, fun)
+    flat = jaxprs.name_like(flat, fun)
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
     return closed, jax.tree.structure(shapes)
 
@@ -163,7 +164,7 @@ def accelerate(
     def accelerated(*args, **kwargs):
         return programs.call(*_split(args, kwargs))
 
-    _compat.name_like(accelerated, fun)
+    jaxprs.name_like(accelerated, fun)
     setattr(accelerated, _ATTRIBUTE, (accelerated, fun, options))
     return accelerated
 
@@ -181,11 +182,11 @@ class _Programs:
         def call(static, *arrays):
             closed, tree = _traced(self._fun, static, arrays)
             new, _ = _rewrite.rewrite(closed, options)
-            return jax.tree.unflatten(tree, _compat.jaxpr_as_fun(new)(*arrays))
+            return jax.tree.unflatten(tree, jax_names.jaxpr_as_fun(new)(*arrays))
 
-        self._call = _compat.name_like(call, fun)
+        self._call = jaxprs.name_like(call, fun)
         # jit's cache knows everything that a program depends on, the default order among it.
-        self._compiled = jax.jit(self._call, static_argnums=0, inline=_compat.INLINE)
+        self._compiled = jax.jit(self._call, static_argnums=0, inline=jax_names.INLINE)
 
     def call(self, arrays, static: _Static):
         if not static.is_hashable():
@@ -207,7 +208,7 @@ class _Programs:
         if not self._options.does_nothing:
             # What is called is the same object in every call, and so is its rewritten form.
             closed = _rewrite.rewrite_called(closed, self._options)
-        return jax.tree.unflatten(tree, _compat.jaxpr_as_fun(closed)(*arrays))
+        return jax.tree.unflatten(tree, jax_names.jaxpr_as_fun(closed)(*arrays))
 
 
 def explain(fun: Callable, /, *args, **kwargs) -> Report:

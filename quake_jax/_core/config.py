@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
 
 import numpy as np
 
-from quake_jax._compat import make_user_context
+from quake_jax._core import switches
+from quake_jax._core.jax_names import make_user_context
 
 EXACT = "exact"
 ORDERS = (1, 2, 3, 4, 5)
@@ -20,25 +20,10 @@ Order = int | str
 
 # Its error (1e-4) is below what bfloat16 can represent (4e-3).
 DEFAULT_ORDER = 3
-# Functions with another default: the highest order that the operator benchmark shows within 5 % of
-# the time of order 3.
-DEFAULT_ORDERS: dict[str, Order] = {"dot_product_attention": 5, "mish": 4}
+# Functions with another default, which they state where they are defined.
+DEFAULT_ORDERS: dict[str, Order] = {}
 
 _default_order = make_user_context(None)
-
-
-def _environment_switch(name: str) -> bool:
-    value = os.environ.get(name, "")
-    if value.lower() in ("1", "true"):
-        return True
-    if value.lower() in ("", "0", "false"):
-        return False
-    raise ValueError(f"{name} must be 1 or true (on), 0, false or empty (off); got {value!r}")
-
-
-# Read once, so that one process never mixes the two.
-DISABLED = _environment_switch("QUAKE_JAX_DISABLE")
-VERSION_WARNING_SILENCED = _environment_switch("QUAKE_JAX_SILENCE_VERSION_WARNING")
 
 
 def checked_order(order, argument: str = "order") -> Order | None:
@@ -71,7 +56,7 @@ def resolved_order(order, function: str) -> Order:
     another default is in force than where its primal was.
     """
     order = checked_order(order)
-    if DISABLED:
+    if switches.DISABLED:
         return EXACT
     if order is None:
         order = _default_order.value

@@ -11,6 +11,8 @@ import warnings
 
 import jax
 
+from quake_jax._core import switches
+
 # The build takes jaxlib's headers from this version: see CONTRIBUTING.md.
 OLDEST = "0.10.2"
 NEWEST_TESTED = "0.12.0.1"
@@ -44,9 +46,7 @@ def lacking(error: ImportError | AttributeError) -> ImportError:
 
 def warn_of_newer() -> None:
     """Warn if JAX is newer than the newest that quake_jax has been tested with."""
-    from quake_jax._config import VERSION_WARNING_SILENCED  # needs a JAX that is not too old
-
-    if VERSION_WARNING_SILENCED or release(jax.__version__) <= release(NEWEST_TESTED):
+    if switches.VERSION_WARNING_SILENCED or release(jax.__version__) <= release(NEWEST_TESTED):
         return
     warnings.warn(
         f"quake_jax has not been tested with jax {jax.__version__}, only with {TESTED}. It uses "
@@ -54,6 +54,6 @@ def warn_of_newer() -> None:
         f"run `pip install 'jax<={NEWEST_TESTED}'`. QUAKE_JAX_SILENCE_VERSION_WARNING=1 in the "
         "environment silences this warning",
         UserWarning,
-        # The line that imports quake_jax, whose __init__ imports _compat, which calls this.
+        # The line that imports quake_jax, whose __init__ imports jax_names, which calls this.
         stacklevel=4,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import quake_jax
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 from quake_jax.reference import MASKED_LOGIT
 
 NAME = "dot_product_attention"

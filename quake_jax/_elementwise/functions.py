@@ -1,140 +1,42 @@
-"""Element-wise functions with the signatures of those in jax.numpy and jax.nn that they replace.
+"""THE table of element-wise functions, which have the signatures of those in jax.numpy and jax.nn
+that they replace: a row is a public function, with what there is to know of it above it.
 
-Each is one kernel call in the forward direction. Derivatives are those of the exact function,
-written with the approximate outputs, to any order and in both modes.
+Each is one kernel call in the forward direction. A new function is one more here, one in
+cpu_kernels/elementwise, and its error bounds in tools/derive_constants.py.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from quake_jax._config import Order, resolved_order
-from quake_jax._drop_in import drop_in, static_bool, unary
-from quake_jax.reference import SELU_ALPHA, SELU_SCALE
+from quake_jax._core.config import Order, resolved_order
+from quake_jax._core.drop_in import drop_in, static_bool
+from quake_jax._core.exports import defined_in
+from quake_jax._elementwise import derivative
+from quake_jax._elementwise.reference import SELU_ALPHA, SELU_SCALE
+from quake_jax._elementwise.table import FUNCTIONS, Kernel, apply, elementwise
 
+_INF = math.inf
 _LN2 = math.log(2)
-_SQRT_8_OVER_PI = math.sqrt(8 / math.pi)
-_ONE_OVER_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-
-# Each derivative below is finite wherever the function's is: a factor that vanishes meets an
-# argument clipped to where it has already vanished, never inf. The order of a nested call is the
-# one resolved for the primal, whatever default is in force when the rule is traced.
 
 
-def sigmoid_slope(x, y, order):
-    return y * (1 - y)
+def _log1p_of_exp(m, x):
+    return m.where(x > 0, x, 0) + m.log1p(m.exp(-abs(x)))
 
 
-def silu_slope(x, y, order):
-    s = sigmoid_kernel(x, order=order)
-    return s + jnp.clip(x, -104.0, 104.0) * (s * (1 - s))
+def _elu_formula(m, x, alpha=1):
+    return m.where(x > 0, x, alpha * m.expm1(m.where(x > 0, 0, x)))
 
 
-def gelu_tanh_slope(x, y, order):
-    # y = x·σ(v) with v = √(8/π)·(x + 0.044715·x³); σ(v)·(1 - σ(v)) is 0 in float32 for |x| > 12.
-    x = jnp.clip(x, -12.0, 12.0)
-    s = sigmoid_kernel(_SQRT_8_OVER_PI * (x + 0.044715 * x**3), order=order)
-    return s + x * (s * (1 - s)) * (_SQRT_8_OVER_PI * (1 + 3 * 0.044715 * x**2))
-
-
-def _normal_density(x, order):
-    return _ONE_OVER_SQRT_2PI * exp_kernel(-0.5 * x * x, order=order)
-
-
-# Φ as a function of its own, because differentiating gelu(x) / x cancels near 0; Φ' = φ does not.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _normal_cdf(x, gelu_of_x, order):
-    quotient = gelu_of_x / jnp.where(x == 0, 1.0, x)
-    # Where x has been clipped it no longer fits gelu(x); Φ is 1 in float32 long before.
-    return jnp.where(x == 0, 0.5, jnp.where(x >= 14, 1.0, quotient))
-
-
-@_normal_cdf.defjvp
-def _normal_cdf_jvp(order, primals, tangents):
-    x, gelu_of_x = primals
-    return _normal_cdf(x, gelu_of_x, order), tangents[0] * _normal_density(x, order)
-
-
-def gelu_erf_slope(x, y, order):
-    x = jnp.clip(x, -14.0, 14.0)  # there φ(x) is 0 in float32, and Φ(x) is 0 or 1
-    return _normal_cdf(x, y, order) + x * _normal_density(x, order)
-
-
-def _mish_slope(x, y, order):
-    # y = x·T with T = tanh(softplus(x)); 1 - T² is 0 in float32 for x > 10.
-    t = _tanh(_softplus(x, order=order), order=order)
-    s = sigmoid_kernel(x, order=order)
-    return t + jnp.clip(x, -104.0, 104.0) * ((1 - t) * (1 + t) * s)
-
-
-def _quick_gelu_slope(x, y, order):
-    s = sigmoid_kernel(1.702 * x, order=order)
-    return s + jnp.clip(1.702 * x, -104.0, 104.0) * (s * (1 - s))
-
-
-exp_kernel = unary("exp", lambda x, y, order: y)
-_exp2 = unary("exp2", lambda x, y, order: _LN2 * y)
-_expm1 = unary("expm1", lambda x, y, order: y + 1)
-_tanh = unary("tanh", lambda x, y, order: (1 - y) * (1 + y))
-sigmoid_kernel = unary("sigmoid", sigmoid_slope)
-_log_sigmoid = unary("log_sigmoid", lambda x, y, order: sigmoid_kernel(-x, order=order))
-_softplus = unary("softplus", lambda x, y, order: sigmoid_kernel(x, order=order))
-silu_kernel = unary("silu", silu_slope)
-_mish = unary("mish", _mish_slope)
-_quick_gelu = unary("quick_gelu", _quick_gelu_slope)
-_elu = unary("elu", lambda x, y, order: jnp.where(x > 0, 1.0, y + 1))
-_selu = unary("selu", lambda x, y, order: jnp.where(x > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA))
-gelu_tanh_kernel = unary("gelu_tanh", gelu_tanh_slope)
-gelu_erf_kernel = unary("gelu_erf", gelu_erf_slope)
-
-
-def _elu_of_any_alpha(x, alpha, *, order):
-    x, alpha, dtype = x.astype(jnp.float32), alpha.astype(jnp.float32), x.dtype
-    # The kernel sees no large x, whose result would be inf and its derivative inf · 0.
-    low = _expm1(jnp.where(x > 0, 0.0, x), order=order)
-    return jnp.where(x > 0, x, alpha * low).astype(dtype)
-
-
-def _celu_of_any_alpha(x, alpha, *, order):
-    x, alpha, dtype = x.astype(jnp.float32), alpha.astype(jnp.float32), x.dtype
-    low = _expm1(jnp.where(x > 0, 0.0, x) / alpha, order=order)
-    return jnp.where(x > 0, x, alpha * low).astype(dtype)
-
-
-def _exact_quick_gelu(x):
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _exact_gelu_erf(x):
-    return jax.nn.gelu(x, approximate=False)
-
-
-_exp_call = drop_in("exp", exp_kernel, jnp.exp)
-_exp2_call = drop_in("exp2", _exp2, jnp.exp2)
-_expm1_call = drop_in("expm1", _expm1, jnp.expm1)
-_sigmoid_call = drop_in("sigmoid", sigmoid_kernel, jax.nn.sigmoid)
-_log_sigmoid_call = drop_in("log_sigmoid", _log_sigmoid, jax.nn.log_sigmoid)
-_softplus_call = drop_in("softplus", _softplus, jax.nn.softplus)
-_silu_call = drop_in("silu", silu_kernel, jax.nn.silu)
-_mish_call = drop_in("mish", _mish, jax.nn.mish)
-_quick_gelu_call = drop_in("quick_gelu", _quick_gelu, _exact_quick_gelu)
-_elu_call = drop_in("elu", _elu, jax.nn.elu)
-_elu_alpha_call = drop_in("elu", _elu_of_any_alpha, jax.nn.elu, arrays=["x", "alpha"])
-_celu_call = drop_in("celu", _elu, jax.nn.celu)
-_celu_alpha_call = drop_in("celu", _celu_of_any_alpha, jax.nn.celu, arrays=["x", "alpha"])
-_selu_call = drop_in("selu", _selu, jax.nn.selu)
-_tanh_call = drop_in("tanh", _tanh, jnp.tanh)
-_gelu_calls = {
-    True: drop_in("gelu", gelu_tanh_kernel, jax.nn.gelu),
-    False: drop_in("gelu", gelu_erf_kernel, _exact_gelu_erf),
-}
-
-
+@elementwise(
+    Kernel(lambda m, x: m.exp(x), (1, _INF, 0), lambda x, y, order: y),
+    replaces=jnp.exp,
+    on_request=True,
+)
 def exp(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
     """Exponential, e^x: `jax.numpy.exp` with QuAKE (arXiv 2412.00408).
 
@@ -156,9 +58,14 @@ def exp(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.exp(jnp.array([0.0, 1.0]), order=5)
     """
-    return _exp_call(resolved_order(order, "exp"), x)
+    return apply("exp", order, x)
 
 
+@elementwise(
+    Kernel(lambda m, x: 2.0**x, (1, _INF, 0), lambda x, y, order: _LN2 * y),
+    replaces=jnp.exp2,
+    on_request=True,
+)
 def exp2(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
     """Power of two, 2^x: `jax.numpy.exp2` with QuAKE (arXiv 2412.00408).
 
@@ -177,9 +84,14 @@ def exp2(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.exp2(jnp.array([0.0, 0.5, 1.0]))
     """
-    return _exp2_call(resolved_order(order, "exp2"), x)
+    return apply("exp2", order, x)
 
 
+@elementwise(
+    Kernel(lambda m, x: m.expm1(x), (0, _INF, -1), lambda x, y, order: y + 1),
+    replaces=jnp.expm1,
+    on_request=True,
+)
 def expm1(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
     """e^x - 1, accurate near 0 too: `jax.numpy.expm1` with QuAKE (arXiv 2412.00408).
 
@@ -198,9 +110,18 @@ def expm1(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.expm1(jnp.array([1e-6, 1.0]))
     """
-    return _expm1_call(resolved_order(order, "expm1"), x)
+    return apply("expm1", order, x)
 
 
+@elementwise(
+    Kernel(
+        lambda m, x: 1 / (1 + m.exp(-x)),
+        (0.5, 1, 0),
+        derivative.sigmoid,
+        forms=(lambda x: 0.5 * (1 + jnp.tanh(x / 2)),),
+    ),
+    replaces=jax.nn.sigmoid,
+)
 def sigmoid(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """Logistic function, 1 / (1 + e^-x): `jax.nn.sigmoid` with QuAKE (arXiv 2412.00408).
 
@@ -219,9 +140,17 @@ def sigmoid(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.sigmoid(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _sigmoid_call(resolved_order(order, "sigmoid"), x)
+    return apply("sigmoid", order, x)
 
 
+@elementwise(
+    Kernel(
+        lambda m, x: -_log1p_of_exp(m, -x),
+        (-_LN2, 0, -_INF),
+        lambda x, y, order: derivative.KERNELS["sigmoid"](-x, order=order),
+    ),
+    replaces=jax.nn.log_sigmoid,
+)
 def log_sigmoid(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """log(sigmoid(x)) = -log(1 + e^-x): `jax.nn.log_sigmoid` with QuAKE (arXiv 2412.00408).
 
@@ -240,9 +169,21 @@ def log_sigmoid(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.log_sigmoid(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _log_sigmoid_call(resolved_order(order, "log_sigmoid"), x)
+    return apply("log_sigmoid", order, x)
 
 
+@elementwise(
+    Kernel(
+        _log1p_of_exp,
+        (_LN2, _INF, 0),
+        lambda x, y, order: derivative.KERNELS["sigmoid"](x, order=order),
+        forms=(
+            lambda x: jnp.log1p(jnp.exp(x)),
+            lambda x: jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))),
+        ),
+    ),
+    replaces=jax.nn.softplus,
+)
 def softplus(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """log(1 + e^x): `jax.nn.softplus` with QuAKE (arXiv 2412.00408).
 
@@ -261,9 +202,18 @@ def softplus(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.softplus(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _softplus_call(resolved_order(order, "softplus"), x)
+    return apply("softplus", order, x)
 
 
+@elementwise(
+    Kernel(
+        lambda m, x: x / (1 + m.exp(-x)),
+        (0, _INF, 0),
+        derivative.silu,
+        forms=(lambda x: x * jax.nn.sigmoid(x),),
+    ),
+    replaces=jax.nn.silu,
+)
 def silu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """SiLU or swish, x · sigmoid(x): `jax.nn.silu` with QuAKE (arXiv 2412.00408).
 
@@ -282,12 +232,22 @@ def silu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.silu(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _silu_call(resolved_order(order, "silu"), x)
+    return apply("silu", order, x)
 
 
 swish = silu
 
 
+@elementwise(
+    Kernel(
+        lambda m, x: x * m.tanh(_log1p_of_exp(m, x)),
+        (0, _INF, 0),
+        derivative.mish,
+        forms=(lambda x: x * jnp.tanh(jnp.log1p(jnp.exp(x))),),
+    ),
+    replaces=jax.nn.mish,
+    default_order=4,
+)
 def mish(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """Mish, x · tanh(softplus(x)): `jax.nn.mish` with QuAKE (arXiv 2412.00408).
 
@@ -308,9 +268,17 @@ def mish(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.mish(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _mish_call(resolved_order(order, "mish"), x)
+    return apply("mish", order, x)
 
 
+@elementwise(
+    Kernel(
+        lambda m, x: x / (1 + m.exp(-1.702 * x)),
+        (0, _INF, 0),
+        derivative.quick_gelu,
+        exact=lambda x: x * jax.nn.sigmoid(1.702 * x),
+    ),
+)
 def quick_gelu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """GELU's sigmoid form, x · sigmoid(1.702 x), with QuAKE (arXiv 2412.00408).
 
@@ -331,7 +299,7 @@ def quick_gelu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.quick_gelu(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _quick_gelu_call(resolved_order(order, "quick_gelu"), x)
+    return apply("quick_gelu", order, x)
 
 
 def _is_one(alpha) -> bool:
@@ -339,6 +307,23 @@ def _is_one(alpha) -> bool:
     return isinstance(alpha, (int, float)) and alpha == 1
 
 
+@elementwise(
+    Kernel(
+        _elu_formula,
+        (0, _INF, -1),
+        lambda x, y, order: jnp.where(x > 0, 1.0, y + 1),
+        alpha_forms=(
+            jax.nn.elu,
+            lambda x, alpha: jnp.where(x > 0, x, alpha * jnp.expm1(x)),
+            lambda x, alpha: jnp.where(x >= 0, x, alpha * jnp.expm1(x)),
+            lambda x, alpha: jnp.where(x > 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))),
+            # celu, if alpha is 1
+            lambda x, alpha: jnp.maximum(x, 0) + alpha * jnp.expm1(jnp.minimum(x, 0)),
+            lambda x, alpha: jnp.maximum(x, 0) + jnp.minimum(alpha * jnp.expm1(x), 0),
+        ),
+    ),
+    replaces=jax.nn.elu,
+)
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, order: Order | None = None) -> jax.Array:
     """Exponential linear unit, x or alpha · (e^x - 1): `jax.nn.elu` with QuAKE (arXiv 2412.00408).
 
@@ -362,10 +347,15 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, order: Order | None = None) -> 
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.elu(jnp.array([-1.0, 0.0, 1.0]), 0.5)
     """
-    order = resolved_order(order, "elu")
-    return _elu_call(order, x) if _is_one(alpha) else _elu_alpha_call(order, x, alpha)
+    if _is_one(alpha):
+        return apply("elu", order, x)
+    return _elu_alpha_call(resolved_order(order, "elu"), x, alpha)
 
 
+@elementwise(
+    Kernel(_elu_formula, (0, _INF, -1), alpha_forms=(jax.nn.celu,), shares="elu"),
+    replaces=jax.nn.celu,
+)
 def celu(x: ArrayLike, alpha: ArrayLike = 1.0, *, order: Order | None = None) -> jax.Array:
     """max(x, 0) + alpha · (e^(min(x, 0)/alpha) - 1): `jax.nn.celu` with QuAKE (arXiv 2412.00408).
 
@@ -389,10 +379,36 @@ def celu(x: ArrayLike, alpha: ArrayLike = 1.0, *, order: Order | None = None) ->
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.celu(jnp.array([-1.0, 0.0, 1.0]), 0.5)
     """
-    order = resolved_order(order, "celu")
-    return _celu_call(order, x) if _is_one(alpha) else _celu_alpha_call(order, x, alpha)
+    if _is_one(alpha):
+        return apply("celu", order, x)
+    return _celu_alpha_call(resolved_order(order, "celu"), x, alpha)
 
 
+def _elu_of_any_alpha(x, alpha, *, order):
+    x, alpha, dtype = x.astype(jnp.float32), alpha.astype(jnp.float32), x.dtype
+    # The kernel sees no large x, whose result would be inf and its derivative inf · 0.
+    low = FUNCTIONS["expm1"].differentiable(jnp.where(x > 0, 0.0, x), order=order)
+    return jnp.where(x > 0, x, alpha * low).astype(dtype)
+
+
+def _celu_of_any_alpha(x, alpha, *, order):
+    x, alpha, dtype = x.astype(jnp.float32), alpha.astype(jnp.float32), x.dtype
+    low = FUNCTIONS["expm1"].differentiable(jnp.where(x > 0, 0.0, x) / alpha, order=order)
+    return jnp.where(x > 0, x, alpha * low).astype(dtype)
+
+
+_elu_alpha_call = drop_in("elu", _elu_of_any_alpha, jax.nn.elu, arrays=["x", "alpha"])
+_celu_alpha_call = drop_in("celu", _celu_of_any_alpha, jax.nn.celu, arrays=["x", "alpha"])
+
+
+@elementwise(
+    Kernel(
+        lambda m, x: SELU_SCALE * _elu_formula(m, x, SELU_ALPHA),
+        (0, _INF, -SELU_SCALE * SELU_ALPHA),
+        lambda x, y, order: jnp.where(x > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA),
+    ),
+    replaces=jax.nn.selu,
+)
 def selu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
     """Scaled exponential linear unit: `jax.nn.selu` with QuAKE (arXiv 2412.00408).
 
@@ -413,9 +429,13 @@ def selu(x: ArrayLike, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.selu(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _selu_call(resolved_order(order, "selu"), x)
+    return apply("selu", order, x)
 
 
+@elementwise(
+    Kernel(lambda m, x: m.tanh(x), (0, 1, -1), lambda x, y, order: (1 - y) * (1 + y)),
+    replaces=jnp.tanh,
+)
 def tanh(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
     """Hyperbolic tangent: `jax.numpy.tanh` with QuAKE (arXiv 2412.00408).
 
@@ -434,9 +454,29 @@ def tanh(x: ArrayLike, /, *, order: Order | None = None) -> jax.Array:
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.tanh(jnp.array([-1.0, 0.0, 1.0]))
     """
-    return _tanh_call(resolved_order(order, "tanh"), x)
+    return apply("tanh", order, x)
 
 
+@elementwise(
+    Kernel(
+        # 1 + tanh(v) is 2·sigmoid(2v), which does not cancel in the left tail.
+        lambda m, x: x / (1 + m.exp(-m.sqrt(8 / m.pi) * (x + 0.044715 * x**3))),
+        (0, _INF, 0),
+        derivative.gelu_tanh,
+        forms=(lambda x: x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),),
+        name="gelu_tanh",
+    ),
+    Kernel(
+        lambda m, x: x * m.erfc(-x / m.sqrt(2)) / 2,
+        (0, _INF, 0),
+        derivative.gelu_erf,
+        forms=(lambda x: 0.5 * x * (1 + jax.scipy.special.erf(x / 2**0.5)),),
+        name="gelu_erf",
+        keywords={"approximate": False},
+        exact=lambda x: jax.nn.gelu(x, approximate=False),
+    ),
+    replaces=jax.nn.gelu,
+)
 def gelu(x: ArrayLike, approximate: bool = True, *, order: Order | None = None) -> jax.Array:
     """Gaussian error linear unit: `jax.nn.gelu` with QuAKE (arXiv 2412.00408).
 
@@ -457,5 +497,8 @@ def gelu(x: ArrayLike, approximate: bool = True, *, order: Order | None = None) 
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.gelu(jnp.array([-1.0, 0.0, 1.0]), approximate=False)
     """
-    call = _gelu_calls[static_bool(approximate, "gelu", "approximate")]
-    return call(resolved_order(order, "gelu"), x)
+    approximate = static_bool(approximate, "gelu", "approximate")
+    return apply("gelu_tanh" if approximate else "gelu_erf", order, x)
+
+
+__all__ = defined_in(globals())

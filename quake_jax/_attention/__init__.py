@@ -1,0 +1,1 @@
+"""Fused attention: its arguments, derivative, primitive and reference."""

@@ -1,0 +1,98 @@
+"""The attention call: which arrays it has, in which order, along which axes, and its limits.
+
+The public functions make a call; derivative, primitive and reference read it, and so does
+cpu_kernels/attention. Its operands are query (B, T, N, H), key (B, S, K, H) and value (B, S, K, V),
+or one array of all three, of shape (B, T, 3, N, H) or (B, T, N, 3, H); then those that `Present`
+names. Its results are (B, T, N, V) in the operands' dtype and the log-sum-exp of the logits
+(B, T, N) in float32.
+
+What jax.vmap maps has one more axis in front, of operands and then of both results. Whether it
+becomes part of the batch is decided at the end, when it is known what is split over devices.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+# The kernel's tiles are cut for sizes of heads up to this one.
+LARGEST_HEAD = 512
+# Positions are int32, and a window is added to them.
+LONGEST = 2**30
+# A window without a limit on one side.
+NO_LIMIT = -1
+
+
+class Present(enum.IntFlag):
+    """Which of the optional operands a call has, in this order."""
+
+    BIAS = 1  # (B, N, T, S) or with axes of size 1
+    MASK = 2  # the same
+    QUERY_LENGTHS = 4  # int32 (B,)
+    KEY_LENGTHS = 8  # int32 (B,)
+
+
+class Operands(NamedTuple):
+    """The arrays of a call by name; None for what it has not."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    key_lengths: jax.Array | None = None
+
+    @property
+    def optional(self) -> tuple[jax.Array | None, ...]:
+        return self[3:]
+
+    @property
+    def present(self) -> int:
+        return sum(flag for flag, x in zip(Present, self.optional, strict=True) if x is not None)
+
+
+def count_of_arrays(packed_axis: int) -> int:
+    """How many operands hold query, key and value."""
+    return 1 if packed_axis else 3
+
+
+def parts_of_packed(packed: jax.Array, packed_axis: int) -> list[jax.Array]:
+    """Query, key and value of the array that holds them along axis 2 or 3."""
+    return [lax.index_in_dim(packed, i, packed_axis, keepdims=False) for i in range(3)]
+
+
+def by_name(operands: Sequence[jax.Array], packed_axis: int, present: int) -> Operands:
+    """The operands of the primitive, which takes only what there is, by name.
+
+    Args:
+      operands: those of the primitive.
+      packed_axis: 2 or 3, of the one operand that holds query, key and value; or 0.
+      present: a sum of `Present`.
+    """
+    arrays = parts_of_packed(operands[0], packed_axis) if packed_axis else operands[:3]
+    rest = iter(operands[count_of_arrays(packed_axis) :])
+    return Operands(*arrays, *(next(rest) if present & flag else None for flag in Present))
+
+
+def axes_of(ranks: Sequence[int], packed_axis: int, present: int) -> tuple[list, list]:
+    """Along which axes a call may be split, of operands of these ranks and of the results.
+
+    Each is "map" (that of `jax.vmap`), "batch" or "heads", or None where it must be whole.
+    """
+    of_query, of_logits = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    packed = {2: ("batch", None, None, "heads", None), 3: ("batch", None, "heads", None, None)}
+    operands = [packed[packed_axis]] if packed_axis else [of_query] * 3
+    optional = (of_logits, of_logits, ("batch",), ("batch",))
+    operands += [axes for flag, axes in zip(Present, optional, strict=True) if present & flag]
+    operands = [
+        axes if rank == len(axes) else ("map", *axes)
+        for rank, axes in zip(ranks, operands, strict=True)
+    ]
+    if any(axes[0] == "map" for axes in operands):
+        of_query = ("map", *of_query)
+    return operands, [of_query, of_query[:-1]]

@@ -1,0 +1,1 @@
+"""What the families of kernels share; it imports nothing of quake_jax outside itself."""

@@ -1,0 +1,1 @@
+"""Element-wise functions: the table of them, their derivatives, primitives and references."""

@@ -1,0 +1,1 @@
+"""Softmax, log-softmax and log-sum-exp: functions of the rows of an array."""

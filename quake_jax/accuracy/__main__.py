@@ -1,0 +1,7 @@
+"""`python -m quake_jax.accuracy`."""
+
+import sys
+
+from quake_jax.accuracy import main
+
+sys.exit(main())
