@@ -2,11 +2,13 @@
 accelerated function behaves under the transformations of JAX.
 """
 
+import enum
 import functools
 import gc
 import math
 import pathlib
 import re
+import weakref
 
 import conftest
 import jax
@@ -635,6 +637,160 @@ def test_unhashable_static_arguments():
 
     fast = quake_jax.accelerate(lambda x, o: jax.nn.softmax(x, o.axis))
     assert_close(fast(inputs(), Options()), jax.nn.softmax(inputs(), 0))
+
+
+class Layer:
+    """Compares by identity, and its weights change."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def apply(self, x):
+        return jax.nn.gelu(x * self.factor)
+
+    @quake_jax.accelerate
+    def method(self, x):
+        return self.apply(x)
+
+
+def _bound(layer):
+    return layer.apply
+
+
+def _partial(layer):
+    return functools.partial(Layer.apply, layer)
+
+
+@pytest.mark.parametrize(
+    ("fun", "argument"),
+    [
+        (Layer.method, lambda layer: layer),
+        (quake_jax.accelerate(lambda layers, x: layers["one"][0].apply(x)), lambda m: {"one": [m]}),
+        (quake_jax.accelerate(lambda apply, x: apply(x)), _bound),
+        (quake_jax.accelerate(lambda apply, x: apply(x)), _partial),
+    ],
+    ids=["method", "argument", "bound", "partial"],
+)
+def test_objects_are_read_anew_in_every_call(fun, argument):
+    layer, x = Layer(jnp.float32(1)), inputs()
+    given = argument(layer)
+    for factor in (1, 3):
+        layer.factor = jnp.float32(factor)
+        assert "quake_gelu_tanh" in primitives(jax.make_jaxpr(lambda x: fun(given, x))(x))
+        for call in (fun, lambda m, x: jax.jit(lambda x: fun(m, x))(x)):
+            assert_close(call(given, x), layer.apply(x))
+
+
+def test_nnx_models_are_read_anew_in_every_call():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.float32(1))
+
+        def __call__(self, x):
+            return jax.nn.gelu(x * self.weight[...])
+
+    class Leaf(Model, pytree=False):
+        pass
+
+    fast, x = quake_jax.accelerate(lambda model, x: model(x)), inputs()
+    for model in (Model(), Leaf()):
+        for factor in (1, 3):
+            model.weight[...] = jnp.float32(factor)
+            assert_close(fast(model, x), model(x))
+
+
+class Choice(enum.Enum):
+    ONE = 1
+
+
+CONSTANTS = [
+    *(
+        None,
+        True,
+        1,
+        1.5,
+        "text",
+        b"text",
+        frozenset((1,)),
+        ...,
+        Choice.ONE,
+        np.add,
+        np.dtype("f4"),
+    ),
+    *(jnp.float32, float, jnp, jax.nn.gelu, jax.nn.silu, jax.nn.relu, jnp.add, len, lambda x: x),
+    *(jax.lax.Precision.HIGHEST, jax.sharding.PartitionSpec("x"), jax.devices()[0], Layer.apply),
+    functools.partial(jax.nn.gelu, approximate=False),
+]
+
+
+@pytest.mark.parametrize("value", CONSTANTS, ids=str)
+def test_constants_among_the_arguments_are_traced_once(value):
+    count = 0
+
+    def fun(x, value):
+        nonlocal count
+        count += 1
+        return jax.nn.gelu(x)
+
+    fast = quake_jax.accelerate(fun)
+    for _ in range(3):
+        fast(inputs(), value)
+    assert count == 1
+
+
+def test_linen_modules_among_the_arguments_are_traced_once():
+    linen = pytest.importorskip("flax.linen")
+    count, x = 0, inputs()
+
+    def fun(module, variables, x):
+        nonlocal count
+        count += 1
+        return jax.nn.gelu(module.apply(variables, x))
+
+    fast = quake_jax.accelerate(fun)
+    variables = linen.Dense(8).init(jax.random.key(0), x)
+    for _ in range(2):
+        fast(linen.Dense(8), variables, x)
+    assert count == 1
+
+
+def test_programs_are_those_of_the_function_and_options(caplog):
+    def fun(x):
+        return jax.nn.gelu(x)
+
+    x = inputs()
+
+    def call(fun, **options):
+        return compilations(caplog, lambda: quake_jax.accelerate(fun, **options)(x))
+
+    jitted = jax.jit(fun)
+    for f in (fun, jitted):
+        assert call(f) > 0
+        assert call(f) == 0
+        for options in ({"only": {"gelu"}}, {"order": 5}, {"gelu": "shiftgelu"}):
+            assert call(f, **options) > 0
+            assert call(f, **options) == 0
+    layer = Layer(1.0)
+    call(layer.apply)
+    layer.factor = 3.0
+    assert_close(quake_jax.accelerate(layer.apply)(x), layer.apply(x))
+
+
+def test_programs_are_forgotten_with_their_function():
+    def one(factor):
+        def fun(x):
+            return jax.nn.gelu(x) * factor
+
+        for f in (fun, jax.jit(fun), jax.jit(fun, donate_argnums=0)):
+            quake_jax.accelerate(f)(inputs() + 0)
+            jax.jit(quake_jax.accelerate(f))(inputs() + 0)
+        return weakref.ref(fun)
+
+    functions = [one(factor) for factor in (1.0, 2.0)]
+    gc.collect()
+    assert [f() for f in functions] == [None, None]
 
 
 def test_weak_types_are_kept():

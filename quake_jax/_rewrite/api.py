@@ -5,7 +5,10 @@ Both trace the function, as jax.jit does, and rewrite the program that comes out
 
 from __future__ import annotations
 
+import enum
 import functools
+import types
+import weakref
 from collections.abc import Callable
 
 import jax
@@ -17,6 +20,17 @@ from quake_jax._core.config import Order
 from quake_jax._rewrite import Options, Report, jaxprs
 
 _ATTRIBUTE = "__quake_jax__"
+# What compares by identity and yet has nothing in it that a program could read and that changes
+# (for functions: nothing that jax.jit would not take for a constant too).
+_CONSTANT_TYPES = (
+    enum.Enum,
+    type,
+    types.BuiltinFunctionType,
+    types.EllipsisType,
+    types.FunctionType,
+    types.ModuleType,
+    np.ufunc,
+)
 
 
 class _Static:
@@ -37,12 +51,9 @@ class _Static:
     def __eq__(self, other):
         return isinstance(other, _Static) and self._key == other._key
 
-    def is_hashable(self) -> bool:
-        try:
-            hash(self)
-        except TypeError:
-            return False
-        return True
+    def is_key(self) -> bool:
+        """Whether calls with an equal one have the same program."""
+        return _is_hashable(self) and all(map(_is_constant, self.leaves))
 
 
 class _Array:
@@ -53,6 +64,30 @@ class _Array:
 
 
 _ARRAY = _Array()
+
+
+def _is_hashable(x) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_constant(x) -> bool:
+    """Whether something hashable that is no array means the same as long as it is equal.
+
+    An object that compares by identity stays equal when its attributes change: what a program
+    reads of it may be old in the next call. One with an equality of its own is taken at its word.
+    """
+    if isinstance(x, functools.partial):
+        parts = (x.func, *x.args, *x.keywords.values())
+        return all(_is_hashable(part) and _is_constant(part) for part in parts)
+    if isinstance(x, (types.MethodType, types.BuiltinFunctionType)):
+        return _is_hashable(x.__self__) and _is_constant(x.__self__)
+    if type(x).__eq__ is not object.__eq__ or isinstance(x, _CONSTANT_TYPES):
+        return True
+    return type(x) is _Array or type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 def _is_array(x) -> bool:
@@ -133,10 +168,13 @@ def accelerate(
       A function with the signature and name of `fun`. It composes with jit, grad, vmap, shard_map
       and scan; its derivatives are those of the functions of `quake_jax`, but where `fun` has a
       custom_jvp or custom_vjp of its own, whose rule stays. Arguments that are no arrays are
-      static: each value of a Python number gives a program of its own; what cannot be hashed is
-      traced anew in every call. Called outside jit it compiles, once for each set of shapes,
-      dtypes and static arguments, as jax.jit does. As there, what `fun` reads besides its arguments
-      (a mutable model, say) is a constant of the program.
+      static: each value of a Python number gives a program of its own. What cannot be hashed, or
+      compares by identity and may change (an object with weights that is no pytree, as is the
+      `self` of a decorated method), has `fun` traced anew in every call: put jax.jit around the
+      whole step. Otherwise, called outside jit, it compiles, once for each set of shapes, dtypes
+      and static arguments, as jax.jit does, and shares what it has compiled with other calls of
+      `accelerate` for the same function and options. As there, what `fun` reads besides its
+      arguments (a mutable model, say) is a constant of the program.
 
       Results agree to the order's error. Where the original overflows on its way to a finite
       result (e^x / Σ e^x without a maximum, log(1 + e^x)) the replacement gives that result.
@@ -158,29 +196,54 @@ def accelerate(
     """
     _checked(fun, "accelerate")
     options = _rewrite.checked_options(order, only, softmax=softmax, gelu=gelu)
-    programs = _Programs(fun, options)
+    programs = _programs_of(fun, options)
 
     @functools.wraps(fun)
     def accelerated(*args, **kwargs):
         return programs.call(*_split(args, kwargs))
 
+<<<<<<< HEAD:quake_jax/_rewrite/api.py
     jaxprs.name_like(accelerated, fun)
+=======
+    jaxprs.name_like(accelerated, fun)
+    # This also keeps fun, which its programs do not.
+>>>>>>> api:quake_jax/accelerate.py
     setattr(accelerated, _ATTRIBUTE, (accelerated, fun, options))
     return accelerated
 
 
+# By function, as long as that exists, and options.
+_programs: weakref.WeakKeyDictionary[Callable, dict[Options, _Programs]]
+_programs = weakref.WeakKeyDictionary()
+
+
+def _programs_of(fun: Callable, options: Options) -> _Programs:
+    """The programs of a function, the same ones for the same function and options."""
+    # Not so for methods and other objects, which may be equal and read other things.
+    if not (isinstance(fun, types.FunctionType) or _is_jitted(fun)):
+        return _Programs(fun, options)
+    by_options = _programs.setdefault(fun, {})
+    if options not in by_options:
+        by_options[options] = _Programs(fun, options)
+    return by_options[options]
+
+
 class _Programs:
-    """The rewritten programs of one function."""
+    """The rewritten programs of one function, which somebody else keeps alive."""
 
     def __init__(self, fun: Callable, options: Options):
-        self._fun = fun
+        try:
+            self._function = weakref.ref(fun)
+        except TypeError:
+            self._function = lambda: fun
+        self._is_jitted = _is_jitted(fun)
         self._options = options
         # Whether a jitted function gives arguments away, by what is not an array in the call:
         # an argument that may be None is given away only where it is an array.
         self._donates: dict[_Static, bool] = {}
 
         def call(static, *arrays):
-            closed, tree = _traced(self._fun, static, arrays)
+            closed, tree = _traced(self._function(), static, arrays)
             new, _ = _rewrite.rewrite(closed, options)
             return jax.tree.unflatten(tree, jax_names.jaxpr_as_fun(new)(*arrays))
 
@@ -189,22 +252,22 @@ class _Programs:
         self._compiled = jax.jit(self._call, static_argnums=0, inline=jax_names.INLINE)
 
     def call(self, arrays, static: _Static):
-        if not static.is_hashable():
+        if not static.is_key():
             return self._call(static, *arrays)
-        if _is_jitted(self._fun) and self._donates_in(arrays, static):
+        if self._is_jitted and self._donates_in(arrays, static):
             return self._call_jitted(arrays, static)
         return self._compiled(static, *arrays)
 
     def _donates_in(self, arrays, static: _Static) -> bool:
         if static not in self._donates:
-            closed, _ = _traced(self._fun, static, arrays)
+            closed, _ = _traced(self._function(), static, arrays)
             donated = any(any(e.params.get("donated_invars", ())) for e in closed.eqns)
             self._donates[static] = donated
         return self._donates[static]
 
     def _call_jitted(self, arrays, static: _Static):
         """Run a jitted function in no other jit, which would not give its arguments away."""
-        closed, tree = _traced(self._fun, static, arrays)
+        closed, tree = _traced(self._function(), static, arrays)
         if not self._options.does_nothing:
             # What is called is the same object in every call, and so is its rewritten form.
             closed = _rewrite.rewrite_called(closed, self._options)
