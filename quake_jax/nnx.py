@@ -50,8 +50,9 @@ def attention_fn(
     """Attention for NNX: `flax.nnx.dot_product_attention` with QuAKE (arXiv 2412.00408).
 
     It calls `quake_jax.dot_product_attention`, which never holds all the weights. Where they are
-    needed (dropout, `module`, a bias or mask that gives the result more axes), it computes as Flax
-    does, with `quake_jax.softmax`.
+    needed (dropout, `module`, a bias or mask that gives the result more axes), or another library
+    has changed JAX's products (qwix, in a model that it has quantised), it computes as Flax does,
+    with `quake_jax.softmax`.
 
     Args:
       query: array of shape [batch..., queries, heads, depth], with any number of batch axes.

@@ -1,5 +1,8 @@
 """What the tests of the Flax side share."""
 
+import contextlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +63,36 @@ def assert_close(actual, expected, tolerance: float) -> None:
 
 def assert_identical(actual, expected) -> None:
     assert_close(actual, expected, 0.0)
+
+
+def rounding(einsum, equation, *operands, **keywords):
+    """A product of rounded operands, as a quantised one."""
+    return einsum(equation, *(jnp.round(256 * x) / 256 for x in operands), **keywords)
+
+
+def passing(einsum, *args, **keywords):
+    return einsum(*args, **keywords)
+
+
+_EINSUM = types.FunctionType(jnp.einsum.__code__, jnp.einsum.__globals__, "einsum")
+_EINSUM.__defaults__, _EINSUM.__kwdefaults__ = jnp.einsum.__defaults__, jnp.einsum.__kwdefaults__
+
+
+@contextlib.contextmanager
+def changed_einsum(change, how: str):
+    """`jnp.einsum` becomes `change`: as an attribute, or, as qwix does, by its code."""
+    global _change
+    _change = change
+    owner, name = (jnp, "einsum") if how == "attribute" else (jnp.einsum, "__code__")
+    before = getattr(owner, name)
+    setattr(owner, name, _changed if how == "attribute" else _changed.__code__)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _changed(*args, **keywords):
+    import flax_models
+
+    return flax_models._change(flax_models._EINSUM, *args, **keywords)

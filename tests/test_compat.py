@@ -1,6 +1,8 @@
-"""Models of other libraries on the kernels: Equinox, Haiku and the Flax models of transformers.
+"""Models of other libraries on the kernels: Equinox, Haiku, the Flax models of transformers, and
+one that qwix has quantised.
 
-These libraries come with the `compat` extra; a test whose library is missing is skipped.
+These libraries, but for qwix, come with the `compat` extra; a test whose library is missing is
+skipped.
 """
 
 import warnings
@@ -45,6 +47,27 @@ def check_accelerated(fun, kernels: dict[str, int], *args) -> jax.Array:
     expected = jax.jit(fun)(*args)
     np.testing.assert_allclose(jax.jit(fast)(*args), expected, TOLERANCE, TOLERANCE)
     return expected
+
+
+@pytest.mark.parametrize("path, kernel", ((".*", "softmax"), ("mlp", "dot_product_attention")))
+def test_qwix(path, kernel):
+    """What qwix has quantised stays so; attention that it has not is fused."""
+    qwix, nn = pytest.importorskip("qwix"), pytest.importorskip("flax.linen")
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.MultiHeadDotProductAttention(HEADS)(x)
+            return nn.gelu(nn.Dense(WIDTH, name="mlp")(x))
+
+    rule = qwix.QuantizationRule(module_path=path, weight_qtype="int8", act_qtype="int8")
+    model = qwix.quantize_model(Block(), qwix.PtqProvider([rule]))
+    x = inputs(2, LENGTH, WIDTH)
+    variables = model.init(jax.random.key(0), x)
+    expected = str(jax.make_jaxpr(model.apply)(variables, x)).count(":i32")
+    with quake_jax.linen.substitute(5):
+        check(primitives(model.apply, variables, x), {kernel: 1, "bias_gelu_tanh": 1})
+        assert str(jax.make_jaxpr(model.apply)(variables, x)).count(":i32") == expected
 
 
 def test_equinox():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_python
+from flax_models import changed_einsum, primitives, rounding
 
 import quake_jax
 import quake_jax.linen
@@ -269,6 +270,18 @@ def test_linen_custom_einsums_and_dot_general(fused_calls):
         LINEN.quake(*operands, qk_attn_weights_einsum=einsum)
     with pytest.raises(ValueError, match="precision or einsum_dot_general"):
         LINEN.quake(*operands, **both_einsums, precision="highest")
+
+
+@both
+@pytest.mark.parametrize("how", ("attribute", "code"))
+def test_products_that_another_library_has_changed_stay_so(library, how, fused_calls):
+    with changed_einsum(rounding, how):
+        expected = library.flax(*arrays(), deterministic=True)
+        # NNX rounds the query before it is scaled.
+        assert_close(library.accurate(*arrays()), expected, 0.02)
+        assert primitives(library.accurate, *arrays())["round"] == 4
+    assert not fused_calls
+    assert "round" not in primitives(library.accurate, *arrays()) and fused_calls
 
 
 def test_nnx_promotes_with_the_given_function():

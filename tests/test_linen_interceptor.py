@@ -6,6 +6,7 @@ import functools
 import pickle
 import threading
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ import pytest
 from flax_models import (
     assert_close,
     assert_identical,
+    changed_einsum,
     exponentials,
     key,
+    passing,
     primitives,
+    rounding,
     variables_of,
 )
 
@@ -288,6 +292,29 @@ def test_attention_modules_keep_the_meaning_of_their_arguments():
         with quake_jax.linen.substitute(5):
             assert_close(jax.jit(apply)(variables, x), expected, TOLERANCE)
             assert primitives(apply, variables, x)[f"quake_{kernel}"] == 1
+
+
+class Changed(nn.Module):
+    """Attention in which another library has changed the products, as qwix does."""
+
+    change: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        with changed_einsum(self.change, "code"):
+            return nn.MultiHeadDotProductAttention(HEADS)(x)
+
+
+@pytest.mark.parametrize("change", (rounding, passing))
+def test_products_that_another_library_has_changed_stay_so(change):
+    layer, x = Changed(change), inputs()
+    variables = variables_of(layer.init, key(0), x)
+    expected = primitives(layer.apply, variables, x)
+    with quake_jax.linen.substitute(5):
+        counts = primitives(layer.apply, variables, x)
+    kernel = "softmax" if change is rounding else "dot_product_attention"
+    assert counts[f"quake_{kernel}"] == 1
+    assert counts.get("round") == expected.get("round") == (4 if change is rounding else None)
 
 
 def test_decoding_with_a_cache():

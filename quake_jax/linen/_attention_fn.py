@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.typing import ArrayLike
 
 from quake_jax._attention.api import dot_product_attention
@@ -19,6 +20,24 @@ from quake_jax._core.config import EXACT, Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
 from quake_jax._rows.api import softmax
 from quake_jax.linen._substitutes import require_flax
+
+
+def _products() -> list:
+    """What computes the products of Flax's attention at present."""
+    functions = (jnp.einsum, jax.lax.dot_general, Primitive.bind)
+    return [getattr(function, "__code__", function) for function in functions]
+
+
+_PRODUCTS_OF_JAX = _products()
+
+
+def products_are_changed() -> bool:
+    """Whether another library has put something in the place of JAX's products.
+
+    qwix exchanges these functions or their code while a model runs that it has quantised. Fused
+    attention would pass the products by, and undo that.
+    """
+    return _products() != _PRODUCTS_OF_JAX
 
 
 def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: bool) -> tuple:
@@ -194,7 +213,8 @@ def _attention(
     extends = any(
         jnp.broadcast_shapes(shape, x.shape) != shape for x in (bias, mask) if x is not None
     )
-    if use_weights or extends or dot_general is not None or einsums is not None:
+    own_products = dot_general is not None or einsums is not None or products_are_changed()
+    if use_weights or extends or own_products:
         if einsums is None:
             einsum = functools.partial(
                 jnp.einsum, precision=precision, _dot_general=dot_general or jax.lax.dot_general
@@ -244,7 +264,8 @@ def attention_fn(
 
     It calls `quake_jax.dot_product_attention`, which never holds all the weights. Where they are
     needed (dropout, `module`, an einsum or dot_general of one's own, a bias or mask that gives the
-    result more axes), it computes as Flax does, with `quake_jax.softmax`.
+    result more axes), or another library has changed JAX's products (qwix, in a model that it has
+    quantised), it computes as Flax does, with `quake_jax.softmax`.
 
     Args:
       query: array of shape [batch..., queries, heads, depth], with any number of batch axes.

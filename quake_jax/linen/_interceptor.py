@@ -16,7 +16,7 @@ from quake_jax._core.config import Order
 from quake_jax._core.jax_names import make_user_context
 from quake_jax._rewrite import Options, checked_options, rewrite
 from quake_jax.linen import _substitutes
-from quake_jax.linen._attention_fn import attention_fn
+from quake_jax.linen._attention_fn import attention_fn, products_are_changed
 
 # Part of JAX's jit cache key: what a program was substituted by, and whether it was traced inside
 # a module call that is being rewritten as a whole.
@@ -30,12 +30,25 @@ class _Local(threading.local):
 _local = _Local()
 
 
+@functools.wraps(attention_fn)
+def _attention_in_program(*args, order: Order | None = None, **kwargs) -> jax.Array:
+    """`attention_fn`, or Flax's own function if its products may be another library's.
+
+    The rewriter finds attention in the program then if the products are JAX's after all.
+    """
+    import flax.linen
+
+    if products_are_changed():
+        return flax.linen.dot_product_attention(*args, **kwargs)
+    return attention_fn(*args, order=order, **kwargs)
+
+
 @functools.cache
-def _functions(names: frozenset[str]) -> dict[Callable, Callable]:
+def _functions(names: frozenset[str], attention: Callable) -> dict[Callable, Callable]:
     """What is replaced where a field holds it."""
     import flax.linen
 
-    return _substitutes.table({flax.linen.dot_product_attention: attention_fn}, names)
+    return _substitutes.table({flax.linen.dot_product_attention: attention}, names)
 
 
 @contextlib.contextmanager
@@ -105,10 +118,10 @@ class Interceptor:
     def _attention_of(self, module):
         # Attention first, because its dropout and its sown weights have a meaning here that the
         # program has lost; the activations in the program, with the biases beside them.
-        return self._fields_of(module, self.options.kernels & {"attention"})
+        return self._fields_of(module, self.options.kernels & {"attention"}, _attention_in_program)
 
-    def _fields_of(self, module, names: frozenset[str]):
-        return _substituted_fields(module, _functions(names), self.options.order)
+    def _fields_of(self, module, names: frozenset[str], attention: Callable = attention_fn):
+        return _substituted_fields(module, _functions(names, attention), self.options.order)
 
     def _trace_context(self, state: str):
         return _trace_context((self, state))
