@@ -1,18 +1,23 @@
-"""The command line, `python -m benchmarks SUBCOMMAND`; each subcommand is a module of this package.
+"""The command line, `python -m benchmarks SUBCOMMAND`; each subcommand is a folder of this package.
 
 To add one, write a module with `HELP`, `add_arguments(parser)` and `run(args)`, and name it in
-`SUBCOMMANDS`. Its heavy imports belong inside `run`: the process is pinned before JAX starts.
+`SUBCOMMANDS`. It does not import JAX: the process is pinned before that starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from typing import NoReturn
 
-from benchmarks import approximations, attention, build, devices, models, ops, quality
-from benchmarks.errors import BenchmarkError
+from benchmarks import build
+from benchmarks.approximations import command as approximations
+from benchmarks.attention import command as attention
+from benchmarks.devices import command as devices
+from benchmarks.harness.errors import BenchmarkError, require
+from benchmarks.models import command as models
+from benchmarks.ops import command as ops
+from benchmarks.quality import command as quality
 
 SUBCOMMANDS = {
     "ops": ops,
@@ -54,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; the exit status is 2 for an error, and never depends on the figures."""
     args = parse(argv)
     try:
-        if importlib.util.find_spec("rich") is None:
-            raise BenchmarkError("rich is not installed: pip install '.[bench]'")
+        require("rich")
         args.module.run(args)
     except BenchmarkError as error:
         print(f"python -m benchmarks {args.subcommand}: error: {error}", file=sys.stderr)

@@ -15,9 +15,10 @@ import time
 import zipfile
 from pathlib import Path
 
-from benchmarks import environment
-from benchmarks.errors import BenchmarkError, check_files
+from benchmarks.harness import environment
+from benchmarks.harness.errors import BenchmarkError, check_files
 
+DESCRIBED = ("date", "cpu", "platform", "python", "commit", "uncommitted_changes")
 HELP = "time to build the wheel, and its size"
 
 
@@ -61,20 +62,9 @@ def measure(build_isolation: bool = True) -> dict:
         BenchmarkError: The build fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-cache-dir",
-            "--wheel-dir",
-            folder,
-            str(environment.ROOT),
-        ]
-        if not build_isolation:
-            command.insert(4, "--no-build-isolation")
+        command = [sys.executable, "-m", "pip", "wheel", str(environment.ROOT)]
+        command += ["--quiet", "--no-deps", "--no-cache-dir", "--wheel-dir", folder]
+        command += [] if build_isolation else ["--no-build-isolation"]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - start
@@ -88,13 +78,8 @@ def measure(build_isolation: bool = True) -> dict:
         return {
             "benchmark": "build",
             "environment": {
-                "date": described["date"],
-                "cpu": described["cpu"],
+                **{name: described[name] for name in DESCRIBED},
                 "cores": os.cpu_count(),
-                "platform": described["platform"],
-                "python": described["python"],
-                "commit": described["commit"],
-                "uncommitted_changes": described["uncommitted_changes"],
             },
             "seconds": seconds,
             "wheel": wheels[0].name,

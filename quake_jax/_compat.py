@@ -7,6 +7,7 @@ asks what JAX has: when a new JAX moves something, this file alone changes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ except ImportError as error:
 _versions.refuse_older(jaxlib_version)
 try:
     from jax import make_user_context
-    from jax._src import source_info_util
+    from jax._src import checkify, source_info_util
     from jax._src.config import _check_vma, trace_context, use_shardy_partitioner
     from jax._src.core import auto_insert_reshard, extend_axis_env_nd
     from jax._src.dispatch import apply_primitive
@@ -42,6 +43,8 @@ try:
     _SHARE = xla_client.OpSharding.Type.REPLICATED
     _USED_LATER = (
         batching.primitive_batchers,
+        checkify.error_checks,
+        checkify.nan_error_check,
         mlir.ir,
         mlir.lower_fun,
         mlir.register_lowering,
@@ -63,6 +66,7 @@ __all__ = [
     "batching",
     "broadcasting_sharding_rule",
     "can_split_along_axes",
+    "check_for_nan",
     "equation_context",
     "has_unreduced_axes",
     "in_current_mesh",
@@ -95,6 +99,11 @@ INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 def has_unreduced_axes(aval) -> bool:
     """Whether an abstract value is a partial sum, still to be added up over some mesh axes."""
     return bool(aval.sharding.spec.unreduced) or bool(aval.manual_axis_type.unreduced)
+
+
+def check_for_nan(primitive) -> None:
+    """Let the float checks of jax.experimental.checkify see a NaN that a primitive makes."""
+    checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
 
 
 def without_mesh():

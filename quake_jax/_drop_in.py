@@ -53,6 +53,15 @@ def unary(name: str, slope: Callable) -> Callable:
     return differentiable(name, tangent)
 
 
+def unwrapped(x):
+    """x, or the array that it stands for by its `__jax_array__`, as flax.nnx.Param does.
+
+    jax.jit takes no such object, or takes it apart if it is a pytree.
+    """
+    make_array = None if isinstance(x, type) else getattr(x, "__jax_array__", None)
+    return x if make_array is None else make_array()
+
+
 def is_numeric(x) -> bool:
     """Whether x is a number or an array of numbers or truth values, as far as JAX knows any."""
     dtype = None if isinstance(x, type) else getattr(x, "dtype", None)
@@ -86,6 +95,7 @@ def refuse_other_than_numbers(x, function: str, array: str) -> None:
 def as_array(x, function: str, name: str):
     """x if it is an array, else the array that it makes; raise TypeError if it makes none."""
     try:
+        x = unwrapped(x)
         array = x if hasattr(x, "dtype") and not isinstance(x, type) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"quake_jax.{function}: {name} must be an array; got {x!r}") from error
@@ -102,17 +112,18 @@ def optional_array(x, function: str, name: str):
 
 
 def naming_arguments(name: str, call: Callable, arrays: dict[str, int]) -> Callable:
-    """`call`, whose errors about an argument that is no array of numbers name that argument.
+    """`call`, given arrays for what stands for them, whose errors name the argument at fault.
 
     Args:
       name: the public function's.
-      call: a compiled function, whose own errors would come from within JAX. Nothing is looked at
-        before it raises one.
+      call: a compiled function, whose own errors would come from within JAX. Whether arguments
+        are numbers is not looked at before it raises one.
       arrays: positions of its array arguments by name; None is left to `call`.
     """
 
     @functools.wraps(call)
     def checked(*arguments, **parameters):
+        arguments = [unwrapped(x) for x in arguments]
         try:
             return call(*arguments, **parameters)
         except (TypeError, OverflowError) as error:

@@ -61,6 +61,7 @@ def _primitive(
     target = f"quake_jax_{name}"
     assert target in _extension.targets, target
     batching.primitive_batchers[primitive] = functools.partial(batch, bind)
+    _compat.check_for_nan(primitive)
     mlir.register_lowering(primitive, functools.partial(lower, target=target), platform="cpu")
     elsewhere = elsewhere or getattr(reference, name)
     mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=multiple_results))
@@ -264,6 +265,7 @@ def _biased(name: str, activation: Callable) -> Callable:
     """The kernel `name`, which is activation(x + bias, order=…)."""
 
     def in_two_steps(x, bias, *, order):
+        bias = reference.on_last_axis(bias, x)
         total = x.astype(jnp.float32) + bias.astype(jnp.float32)
         return activation(total, order=order).astype(x.dtype)
 

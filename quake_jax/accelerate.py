@@ -238,4 +238,7 @@ def explain(fun: Callable, /, *args, **kwargs) -> Report:
         options = Options()
     arrays, static = _split(args, kwargs)
     closed, _ = _traced(fun, static, arrays)
-    return _rewrite.rewrite(closed, options)[1]
+    report = Report()
+    # JAX knows no frames outside the function that it traces.
+    report.update(_rewrite.rewrite(closed, options)[1], _rewrite.call_site())
+    return report

@@ -28,6 +28,7 @@ from quake_jax._drop_in import (
     optional_array,
     refuse_complex,
     static_bool,
+    unwrapped,
 )
 
 # The kernel's tiles are cut for sizes of heads up to this one.
@@ -183,7 +184,7 @@ def _tangent_of_tile(
         s, ds = logits(), None
     kept = reference.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **masks)
     if kept is not None:
-        kept = reference.grouped(kept.reshape((1,) * (4 - kept.ndim) + kept.shape), kv_heads)
+        kept = reference.grouped(kept, kv_heads)
         s = jnp.where(kept, s, reference.MASKED_LOGIT)
         ds = None if ds is None else jnp.where(kept, ds, 0)
     lse = lse.transpose(0, 2, 1).reshape(batch, kv_heads, heads // kv_heads, length)
@@ -199,7 +200,7 @@ def _tangent_of_tile(
         out = out + jnp.einsum("bkgts,bskh->btkgh", dp, value)
     out = out.reshape(batch, length, heads, size)
     if query_lengths is not None:
-        valid = positions < query_lengths[:, None]
+        valid = positions[None, :] < query_lengths[:, None]
         out = jnp.where(valid[:, :, None, None], out, 0)
     return out
 
@@ -479,6 +480,7 @@ def _static_arguments(
 ) -> tuple[dict, jax.Array | None]:
     """The keyword arguments as `_attend` takes them, and the scale if it is traced."""
     order = resolved_order(order, "dot_product_attention")
+    scale, soft_cap = unwrapped(scale), unwrapped(soft_cap)
 
     def refuse(error, name, expected, value):
         raise error(f"quake_jax.{function}: {name} must be {expected}; got {value!r}")

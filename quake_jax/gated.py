@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from quake_jax import activations
+from quake_jax import activations, reference
 from quake_jax._config import Order, resolved_order
 from quake_jax._drop_in import differentiable, drop_in, static_bool
 
@@ -35,7 +35,8 @@ def _biased(name: str, kernel: str, slope: Callable, exact: Callable) -> Callabl
     """Make f(order, x, bias) from a kernel, the activation's slope and the exact activation."""
 
     def tangent(operands, tangents, y, *, order):
-        x, bias, x_tangent, bias_tangent = _float32((*operands, *tangents))
+        rows = (reference.on_last_axis(b, operands[0]) for b in (operands[1], tangents[1]))
+        x, x_tangent, bias, bias_tangent = _float32((operands[0], tangents[0], *rows))
         slopes = slope(x + bias, y.astype(jnp.float32), order)
         return (slopes * (x_tangent + bias_tangent)).astype(y.dtype)
 
@@ -48,10 +49,11 @@ def _biased(name: str, kernel: str, slope: Callable, exact: Callable) -> Callabl
                 f"shape {x.shape}; got {bias.shape}"
             )
 
+    def exactly(x, bias):
+        return exact(x + reference.on_last_axis(bias, x))
+
     function = differentiable(kernel, tangent)
-    return drop_in(
-        name, function, lambda x, bias: exact(x + bias), arrays=["x", "bias"], check=check
-    )
+    return drop_in(name, function, exactly, arrays=["x", "bias"], check=check)
 
 
 _bias_silu_call = _biased("bias_silu", "bias_silu", activations.silu_slope, jax.nn.silu)

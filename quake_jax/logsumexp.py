@@ -30,7 +30,7 @@ def _logsumexp_tangent(operands, tangents, y, *, order, axis):
     x, t = operands[0].astype(jnp.float32), tangents[0].astype(jnp.float32)
     row = jnp.expand_dims(y, axis)
     # softmax(x), but where the result is infinite: 1 at +inf, and 0 in a row of -inf.
-    limit = (operands[0] == row) & (row > 0)
+    limit = ((operands[0] == row) & (row > 0)).astype(jnp.float32)
     weights = jnp.where(jnp.isinf(row), limit, softmax_kernel(x, order=order, axis=axis))
     return jnp.sum(weights * t, axis).astype(y.dtype)
 
@@ -124,7 +124,8 @@ def quake_logsumexp(a, b, where, axis, keepdims, return_sign, order):
         return y
     if b is None:
         # The sum is positive, or NaN, or 0 = e^-inf.
-        sign = jax.lax.stop_gradient(jnp.where(jnp.isnan(y), y, y > -jnp.inf)).astype(y.dtype)
+        sign = jnp.where(jnp.isnan(y), y, (y > -jnp.inf).astype(y.dtype))
+        sign = jax.lax.stop_gradient(sign)
     elif keepdims:
         sign = jnp.expand_dims(sign, axes)
     return y, sign

@@ -363,22 +363,28 @@ geglu_tanh_split = _split(geglu_tanh)
 geglu_erf_split = _split(geglu_erf)
 
 
+def on_last_axis(bias: jax.Array, x: jax.Array) -> jax.Array:
+    """A bias of shape (n,) with the axes that x, of shape (…, n), has in front."""
+    # Not by broadcasting, which jax_numpy_rank_promotion="raise" refuses.
+    return lax.expand_dims(bias, range(x.ndim - 1))
+
+
 @_in_float32
 def bias_silu(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
     """silu(x + bias) with bias on the last axis; the sum is not rounded to a 16-bit dtype."""
-    return _silu(x + bias, order)
+    return _silu(x + on_last_axis(bias, x), order)
 
 
 @_in_float32
 def bias_gelu_tanh(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
     """GELU in its tanh form of x + bias, as `bias_silu`."""
-    return _gelu_tanh(x + bias, order)
+    return _gelu_tanh(x + on_last_axis(bias, x), order)
 
 
 @_in_float32
 def bias_gelu_erf(x: jax.Array, bias: jax.Array, *, order: int) -> jax.Array:
     """GELU of x + bias, as `bias_silu`."""
-    return _gelu_erf(x + bias, order)
+    return _gelu_erf(x + on_last_axis(bias, x), order)
 
 
 # Functions of rows. Where a row is `where` alone, the rest of it may be anything, NaN too.
@@ -468,7 +474,8 @@ def kept_keys(
     mask broadcasts to (B, N, T, S) and so does the result; lengths have shape (B,), and a window
     of -1 has no limit.
     """
-    t, s = queries[:, None], jnp.arange(keys)[None, :]
+    # All of four axes, as jax_numpy_rank_promotion="raise" demands.
+    t, s = queries[None, None, :, None], jnp.arange(keys)[None, None, None, :]
     kept = [] if mask is None else [mask]
     if is_causal:
         kept.append(s <= t)
@@ -499,7 +506,7 @@ def attention_logits(
     """
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     query = query.astype(dtype).reshape(batch, length, kv_heads, heads // kv_heads, size)
     logits = scale * jnp.einsum("btkgh,bskh->bkgts", query, key.astype(dtype))
     if soft_cap:
@@ -539,14 +546,14 @@ def unfused_attention(
         window_right=window_right,
     )
     if kept is not None:
-        kept = grouped(kept.reshape((1,) * (4 - kept.ndim) + kept.shape), kv_heads)
+        kept = grouped(kept, kv_heads)
         logits = jnp.where(kept, logits, MASKED_LOGIT)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(logits.dtype))
     out = out.reshape(batch, length, heads, size)
     if query_lengths is not None:
-        valid = jnp.arange(length) < query_lengths[:, None]
+        valid = jnp.arange(length)[None, :] < query_lengths[:, None]
         out = jnp.where(valid[:, :, None, None], out, 0)
     lse = lse.reshape(batch, heads, length).transpose(0, 2, 1)
     return out.astype(query.dtype), lse

@@ -344,3 +344,29 @@ def run_python(code: str, folder, check: bool = True, **environment) -> subproce
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# benchmarks is not installed; at the end of the path, the folder hides nothing that is.
+sys.path.append(str(ROOT))
+
+
+@pytest.fixture
+def run_benchmarks() -> Callable[..., subprocess.CompletedProcess]:
+    """A function that runs `python -m benchmarks ARGUMENTS`."""
+
+    def run(subcommand: str, *arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        if subcommand in ("quality", "approximations"):
+            # The models that they try compile for longer than they run.
+            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks", subcommand, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,  # against hangs only
+        )
+
+    return run

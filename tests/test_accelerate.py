@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 from jax.sharding import PartitionSpec
 
 import quake_jax
-from quake_jax import _config, _rewrite
+from quake_jax import _compat, _config, _rewrite
 from quake_jax._rewrite import engine
+from quake_jax._rewrite import report as report_module
 from quake_jax._rewrite.options import BARE_NAMES, DEFAULT_NAMES
 
 ROWS, COLUMNS = 16, 128
@@ -438,6 +440,24 @@ def test_explain_names_places_in_the_source():
     assert "nothing" in str(quake_jax.explain(jnp.sin, inputs()))
 
 
+def test_places_of_what_libraries_make():
+    x = inputs()
+    here = "test_accelerate.py"
+    # JAX knows of no frames in the user's source: the line that calls explain counts.
+    for fun in (jax.nn.softmax, jax.jit(jax.nn.softmax), linen.softmax, jnp.exp):
+        report = quake_jax.explain(fun, x)
+        (record,) = report.replaced or report.left
+        assert here in record.where and "test_places" in record.where
+    # Inside calls it is the line that calls.
+    with_call = lambda x: jax.lax.map(jax.nn.softmax, x[:, None, None].repeat(8, 1))  # noqa: E731
+    for fun in (with_call, lambda x: jax.jit(jax.nn.silu)(x)):
+        (record,) = quake_jax.explain(fun, x).replaced
+        assert here in record.where and "<lambda>" in record.where
+    # A file beside the package is the user's.
+    beside = pathlib.Path(quake_jax.__file__).parent.with_name("quake_jax_user.py")
+    assert not str(beside).startswith(report_module._LIBRARIES)
+
+
 def test_a_wrapper_of_an_accelerated_function_is_another_function():
     fast = quake_jax.accelerate(jax.nn.softmax, only={"gelu"})
 
@@ -811,6 +831,20 @@ def test_debug_output_and_mutable_arrays_are_kept(capfd):
     assert_close(ref[...], jax.nn.softmax(inputs()))
 
 
+def test_equations_that_write_without_saying_so_are_kept():
+    def write(ref, x):
+        ref[...] = x + 1
+        return jax.nn.gelu(x)
+
+    # As of jax.lax.scan with jax_scan3.
+    closed = jax.make_jaxpr(write)(jax.new_ref(jnp.zeros((ROWS, COLUMNS))), inputs())
+    silent = [e.replace(effects=frozenset()) for e in closed.eqns]
+    closed = _compat.with_equations(closed, silent, closed.jaxpr.outvars)
+    new, report = _rewrite.rewrite(closed, _rewrite.checked_options(None, None))
+    assert report.replaced
+    assert [n for n in primitives(new) if n in ("add", "swap")] == ["add", "swap"]
+
+
 def test_failures_leave_the_program_as_it_is(monkeypatch):
     monkeypatch.setattr(engine, "RAISE_FAILURES", False)
 
@@ -824,6 +858,78 @@ def test_failures_leave_the_program_as_it_is(monkeypatch):
         quake_jax.accelerate(lambda x: jax.nn.softmax(x))(x), jax.jit(jax.nn.softmax)(x)
     )
     assert replacements(jax.nn.gelu, x) == ["gelu"]
+
+
+def test_a_failure_after_the_search_leaves_the_program_as_it_is(monkeypatch):
+    monkeypatch.setattr(engine, "RAISE_FAILURES", False)
+    # A program that reads what it does not compute.
+    monkeypatch.setattr(engine, "_hiding", lambda match: set())
+
+    def fun(x, b):
+        y = jax.nn.gelu(x) + bias_in_a_call(x, b)
+        return jax.lax.map(lambda row: bias_in_a_call(row, b), y[:, None])
+
+    x, b = inputs((ROWS, 1024)), inputs((1024,), seed=1)
+    with pytest.warns(UserWarning, match=r"test_accelerate\.py.*please report it") as warned:
+        result = quake_jax.accelerate(fun)(x, b)
+    assert len(warned) == 1
+    np.testing.assert_array_equal(result, jax.jit(fun)(x, b))
+    with pytest.warns(UserWarning, match="please report it"):
+        report = quake_jax.explain(fun, x, b)
+    assert not report.replaced
+    (record,) = report.left
+    assert record.name == "program" and "ValueError" in record.reason and record.where
+
+
+def broadcast_bias(b, shape):
+    return jax.jit(lambda b: jnp.broadcast_to(2 * b, shape))(b)
+
+
+def bias_in_a_call(x, b):
+    return jax.nn.gelu(x + broadcast_bias(b, x.shape))
+
+
+def gate_of_split(x):
+    gate, value = jax.jit(lambda x: jnp.split(3 * x, 2, axis=-1))(x)
+    return jax.nn.silu(gate) * value
+
+
+def with_a_softmax_inside(x, b):
+    def helper(b):
+        # The broadcast hides the softmax, which is replaced too, in the call that is opened.
+        return jax.jit(lambda y: jnp.broadcast_to(y, x.shape))(jax.nn.softmax(b))
+
+    return jax.nn.gelu(x + jax.jit(helper)(b))
+
+
+# Jitted helpers that make an input of a match: it lies inside the call, before a broadcast or such.
+HELPERS = {
+    "bias": (bias_in_a_call, ["bias_gelu"]),
+    "bias, all in a call": (jax.jit(bias_in_a_call), ["bias_gelu"]),
+    "gate": (lambda x, b: gate_of_split(x + b), ["swiglu"]),
+    "softmax inside": (with_a_softmax_inside, ["bias_gelu", "softmax"]),
+    "a result that is used otherwise": (
+        lambda x, b: (lambda y: jax.nn.gelu(x + y) + y)(broadcast_bias(b, x.shape)),
+        ["bias_gelu"],
+    ),
+    "in a loop": (
+        lambda x, b: jax.lax.map(lambda row: bias_in_a_call(row, b), x[:, None]),
+        ["bias_gelu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_inputs_that_a_jitted_helper_makes(name):
+    fun, found = HELPERS[name]
+    x, b = inputs((ROWS, 1024)), inputs((1024,), seed=1)
+    assert replacements(fun, x, b) == found
+    assert_close(quake_jax.accelerate(fun)(x, b), fun(x, b), 64)
+    actual, expected = (
+        jax.grad(lambda b: f(x, b).sum())(b)  # noqa: B023
+        for f in (quake_jax.accelerate(fun), fun)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=0.1)
 
 
 # Transformations.
@@ -856,6 +962,14 @@ def with_own_vjp(x):
 
 with_own_vjp.defvjp(lambda x: (with_own_vjp(x), x), lambda x, g: (2 * g,))
 
+
+@jax.custom_batching.custom_vmap
+def with_own_vmap(x):
+    return block(x)
+
+
+with_own_vmap.def_vmap(lambda size, batched, x: (with_own_vmap(x), batched[0]))
+
 NESTED = {
     "jit": (jax.jit(block), 3),
     "jit in jit": (lambda x: jax.jit(lambda y: jax.jit(block)(y) + 1)(x), 3),
@@ -866,6 +980,8 @@ NESTED = {
     "checkpoint": (jax.checkpoint(block), 3),
     "custom_jvp": (straight_through, 1),
     "custom_vjp": (with_own_vjp, 3),
+    "custom_vmap": (with_own_vmap, 3),
+    "vmap of custom_vmap": (jax.vmap(lambda x: with_own_vmap(x) + 1), 3),
     "map": (lambda x: jax.lax.map(block, x.reshape(2, 8, 128)), 3),
     "vmap": (jax.vmap(lambda r: jax.nn.softmax(r)), 1),
     "vmap of scan": (jax.vmap(in_scan), 3),
@@ -885,6 +1001,21 @@ def test_programs_inside_programs(name):
     actual, expected = quake_jax.accelerate(fun)(x), fun(x)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_custom_rule_of_vmap_is_kept():
+    @jax.custom_batching.custom_vmap
+    def doubled_if_mapped(x):
+        return jax.nn.gelu(x)
+
+    doubled_if_mapped.def_vmap(lambda size, batched, x: (2 * jax.nn.gelu(x), batched[0]))
+    fast = quake_jax.accelerate(doubled_if_mapped)
+    x = inputs()
+    assert replacements(fast, x) == ["gelu"]
+    np.testing.assert_allclose(jax.vmap(fast)(x), jax.vmap(doubled_if_mapped)(x), 1e-5, 1e-5)
+    actual, expected = (jax.jvp(f, (x,), (x,)) for f in (fast, doubled_if_mapped))
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b, 8)
 
 
 def test_rules_of_custom_derivatives_are_kept():

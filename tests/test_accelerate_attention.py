@@ -43,6 +43,7 @@ CAUSAL = jnp.tril(jnp.ones((T, T), bool))
 # Masks that are arguments; the first query of the first has no key, no query of the second.
 MASK = (normal(B, 1, T, T, seed=5) > -0.5).at[0, 0, 0].set(False)
 PADDING = (jnp.arange(T) >= jnp.array([[0], [5]]))[:, None, None, :]
+COUNTS = PADDING[:, 0, 0].astype(jnp.int32)
 BIAS = normal(1, N, T, T, seed=7)
 
 
@@ -190,6 +191,16 @@ def softmax_of_base_2(q, k, v):
     s = jnp.einsum("bthd,bshd->bhts", q, k) * 0.3 + BIAS
     e = jnp.exp2(s - s.max(-1, keepdims=True))
     return jnp.einsum("bhts,bshd->bthd", e / e.sum(-1, keepdims=True), v)
+
+
+@jax.jit
+def jitted_heads_first(x):
+    return x.reshape(B, T, N, H).transpose(0, 2, 1, 3)
+
+
+@jax.jit
+def jitted_padding(counts):
+    return (counts > 0)[:, None, None, :]
 
 
 def jax_attention(*operands, **keywords):
@@ -502,6 +513,55 @@ CASES = {
         (normal(T, B, 3 * N * H),),
         ATTENTION,
         set(),
+    ),
+    # Jitted helpers that make its inputs.
+    "jitted split of heads": (
+        lambda q, k, v: attend_heads_first(*map(jitted_heads_first, (q, k, v))),
+        tuple(x.reshape(B, T, N * H) for x in BTNH),
+        ATTENTION,
+        {"f32[2,16,4,8]"},
+    ),
+    "jitted padding": (
+        changed(lambda s, m: jnp.where(jitted_padding(m), s, LOWEST)),
+        (*BTNH, COUNTS),
+        ATTENTION,
+        {"present=2", "bool[2,1,1,16]"},
+    ),
+    "jitted padding and causal": (
+        changed(
+            lambda s, m: jnp.where(
+                jax.jit(lambda m: jitted_padding(m) & jnp.tril(jnp.ones((T, T), bool)))(m),
+                s,
+                LOWEST,
+            )
+        ),
+        (*BTNH, COUNTS),
+        ATTENTION,
+        {"is_causal=1", "bool[2,1,1,16]"},
+    ),
+    "jitted negation": (
+        changed(lambda s, m: jnp.where(jax.jit(lambda m: ~jitted_padding(m))(m), LOWEST, s)),
+        (*BTNH, COUNTS),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "jitted bias": (
+        changed(lambda s, b: s + jax.jit(lambda b: jnp.broadcast_to(2 * b, s.shape))(b)),
+        (*BTNH, BIAS[:1, :1]),
+        ATTENTION,
+        {"present=1"},
+    ),
+    "jitted repeat": (
+        repeated(lambda x, n: jax.jit(lambda x: jnp.repeat(2 * x, n, axis=2))(x)),
+        GROUPED,
+        ATTENTION,
+        {"f32[2,16,2,8]"},
+    ),
+    "jitted head mask": (
+        lambda q, k, v, f: head_mask(q, k, v, jax.jit(lambda f: (f * f).reshape(N))(f)),
+        (*BTNH, jnp.array([[1.0, 0.0], [1.0, 2.0]])),
+        ATTENTION,
+        {"present=0"},
     ),
     "packed with another order": (
         lambda x: attend(x[:, :, 1], x[:, :, 0], x[:, :, 2]),

@@ -10,6 +10,7 @@ from conftest import (
     BIASED,
     DTYPES,
     ELEMENTWISE,
+    FUNCTIONS,
     GLU,
     LOG_SOFTMAX,
     LOGADDEXP,
@@ -28,6 +29,7 @@ from conftest import (
     orders_in,
     parametrize_functions,
 )
+from flax import nnx
 
 import quake_jax
 
@@ -87,6 +89,70 @@ def test_orders_differ_and_the_exact_one_is_the_replaced_function(function):
         jax.jit(lambda *x: function.quake(*x, order="exact"))(*operands),
         jax.jit(function.exact)(*operands),
     )
+
+
+class _Variable:
+    """Stands for an array, as keras.Variable does: no pytree, and its dtype is a string."""
+
+    def __init__(self, value):
+        self._value = value
+        self.shape, self.dtype = value.shape, str(value.dtype)
+
+    def __jax_array__(self):
+        return self._value
+
+
+def _attention(q, bias, mask, lengths, scale):
+    return quake_jax.dot_product_attention(
+        q, q, q, bias, mask, key_value_seq_lengths=lengths, scale=scale
+    )
+
+
+# Functions with everything in them that may be an array; the first operand has a gradient.
+WITH_ARRAYS = {
+    **{f.name: (f.quake, f.inputs((3, 8))) for f in FUNCTIONS},
+    "elu": (quake_jax.elu, (inputs((2, 3)), jnp.float32(2))),
+    "celu": (quake_jax.celu, (inputs((2, 3)), jnp.float32(2))),
+    "softmax_where": (
+        lambda x, where: quake_jax.softmax(x, where=where),
+        (inputs((3, 8)), jnp.arange(8) % 3 > 0),
+    ),
+    "logsumexp_where": (
+        lambda a, b, where: quake_jax.logsumexp(a, b=b, where=where),
+        (inputs((3, 8)), inputs((3, 8)) + 9, jnp.arange(8) % 3 > 0),
+    ),
+    "dot_product_attention": (
+        _attention,
+        (
+            inputs((1, 4, 2, 8)) / 8,
+            inputs((1, 2, 4, 4)),
+            jnp.ones((1, 1, 1, 4), bool),
+            jnp.ones(1, jnp.int32),
+            jnp.float32(0.5),
+        ),
+    ),
+    "packed_dot_product_attention": (
+        quake_jax.packed_dot_product_attention,
+        (inputs((1, 4, 3, 2, 8)) / 8,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ARRAYS)
+def test_what_stands_for_an_array_is_one(name):
+    quake, x = WITH_ARRAYS[name]
+    expected = quake(*x)
+    for wrap in (nnx.Param, _Variable):
+        np.testing.assert_array_equal(quake(*map(wrap, x)), expected)
+    parameters = [nnx.Param(v) for v in x]
+    np.testing.assert_allclose(nnx.jit(quake)(*parameters), expected, rtol=1e-6)
+
+    def total(first, *rest):
+        return quake(first, *rest).sum()
+
+    gradient = jax.grad(total)(*x)
+    np.testing.assert_array_equal(jax.grad(total)(*parameters)[...], gradient)
+    np.testing.assert_array_equal(nnx.grad(total)(*parameters)[...], gradient)
 
 
 SCALARS = [2.0, 2, True, np.float32(2), np.float64(2), np.int8(2), np.bool_(True)]
@@ -502,6 +568,22 @@ def test_large_logits_have_no_nan():
             np.testing.assert_allclose(y[1], -np.log(3), atol=LOG_SOFTMAX.bound(order))
             y = jax.jit(lambda a, n=order: quake_jax.logsumexp(a * 1.0, 1, order=n))(x)
             np.testing.assert_array_equal(y, jnp.array([scale, -scale]))
+
+
+@pytest.mark.parametrize("function", [SOFTMAX, LOG_SOFTMAX, LOGSUMEXP], ids=lambda f: f.name)
+def test_the_bound_holds_for_rows_of_millions(function):
+    # Ascending: the maximum rises again and again. Near each other: roundings add up.
+    x = np.linspace(0, 1e-3, 10_000_000, dtype=np.float32)
+    y = function.quake(jnp.asarray(x), order=5)
+    # In NumPy: XLA's own float64 functions take seconds for so many.
+    e = np.exp(x.astype(np.float64))
+    if function is SOFTMAX:
+        np.testing.assert_allclose(y, e / e.sum(), rtol=SOFTMAX.bound(5))
+    elif function is LOG_SOFTMAX:
+        np.testing.assert_allclose(y, x - np.log(e.sum()), atol=LOG_SOFTMAX.bound(5))
+    else:
+        rounding = 2**-22 * np.log(e.sum())
+        np.testing.assert_allclose(y, np.log(e.sum()), atol=LOGSUMEXP.bound(5) + rounding)
 
 
 def test_swish_is_silu():

@@ -674,8 +674,9 @@ def test_lookup_table_is_the_network():
 
 # Largest error with 16 entries; with twice as many it is a quarter. Segments that share the error
 # have (∫ √|f''| / N)² / 16, relative errors the same of f'' / f: 9.8e-4 (and the forced tail),
-# 2.35e-2, 1.61e-2, 2.2e-3 (and two tails).
-NN_LUT_ERRORS = {"exp": 1.25e-3, "reciprocal": 2.45e-2, "rsqrt": 1.68e-2, "gelu": 3e-3}
+# 2.35e-2, 1.61e-2, 2.2e-3 (and two tails). The fit magnifies rounding errors, which differ between
+# CPUs: 1.17 to 1.20e-3, 2.38 to 2.46e-2, 1.58 to 1.65e-2, 2.6 to 3.0e-3 were seen.
+NN_LUT_ERRORS = {"exp": 1.3e-3, "reciprocal": 2.6e-2, "rsqrt": 1.75e-2, "gelu": 3.3e-3}
 NN_LUT_FUNCTIONS = {
     "exp": (math.exp, -256, 0, False),
     "reciprocal": (lambda x: 1 / x, 1, 1024, True),
@@ -722,7 +723,7 @@ def test_nn_lut_of_floats():
     expected = e * approximations.nn_lut_table("reciprocal")(e.sum(-1, keepdims=True))
     y = approximations.nn_lut_softmax(x)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(np.sum(y, -1), 1, atol=0.0245)
+    np.testing.assert_allclose(np.sum(y, -1), 1, atol=NN_LUT_ERRORS["reciprocal"])
     # Sums above the table's range.
     np.testing.assert_allclose(approximations.nn_lut_softmax(jnp.zeros(3000)), 1 / 3000, rtol=0.03)
     gelu = approximations.nn_lut_table("gelu")(x)
@@ -731,7 +732,8 @@ def test_nn_lut_of_floats():
         values = factor * x
         exact = (values - values.mean(-1, keepdims=True)) / values.std(-1, keepdims=True)
         y = approximations.nn_lut_layernorm(values, epsilon=0)
-        bound = 1.2 if factor == 1e4 else 0.017  # variances above 1e6 are out of its range
+        # Variances above 1e6 are out of its range.
+        bound = 1.2 if factor == 1e4 else NN_LUT_ERRORS["rsqrt"]
         np.testing.assert_allclose(y, exact, atol=1e-5, rtol=bound * (30 if factor == 1e4 else 1))
 
 

@@ -3,12 +3,11 @@
 //
 // Per row: maximum; exponentials and their sum; the result. The maximum is taken of the given values, so
 // logits of any size subtract to at most 0 and no finite row gives NaN. A NaN in a row, an infinite maximum
-// and a row of
-// -inf make the subtraction or the sum NaN, and with it the whole row, as in jax.nn.softmax.
+// and a row of -inf make the subtraction or the sum NaN, and with it the whole row, as in jax.nn.softmax.
 
 constexpr float kInfinity = __builtin_inff();
-// A running sum is flushed into a second one after this many elements, so that the rounding error of a row
-// of a million elements stays below the exponential's own.
+// The rounding error of a sum stays below the exponential's own, whatever its length: a running sum is flushed
+// into a second one after kSumBlock elements, and that into one in double precision after kTile.
 constexpr std::size_t kSumBlock = 256 * kLanes;
 // Where the exponentials of a batch of rows wait for their sum: float32 rows of whole vectors in the output
 // itself; others in a tile in L1 whose rows are aligned and padded to whole vectors, since 16-bit types would
@@ -155,16 +154,16 @@ QUAKE_INLINE vf finish_row(const Value* values, T* y, const T* next, std::size_t
 // Rows longer than the tile are read in pieces of its length, the maximum and the exponentials of a piece from
 // L1. The sums of the pieces, each relative to its own maximum, are combined.
 struct LongSum {
-  float maximum = -0x1.fffffep127f;  // not -inf, from which nothing can be subtracted
-  float sum = 0;
+  double maximum = -0x1.fffffep127;  // not -inf, from which nothing can be subtracted
+  double sum = 0;
 
   QUAKE_INLINE_MEMBER void add(float piece_maximum, float piece_sum) {
     if (piece_maximum > maximum) {
-      sum *= __builtin_expf(maximum - piece_maximum);
+      sum *= __builtin_exp(maximum - piece_maximum);
       maximum = piece_maximum;
       sum += piece_sum;
     } else {
-      sum += piece_sum * __builtin_expf(piece_maximum - maximum);
+      sum += piece_sum * __builtin_exp(piece_maximum - maximum);
     }
   }
 };
@@ -202,15 +201,16 @@ template <Reduction R, int Order, class T>
     if (keep) maxima[piece] = maximum[0];
     total.add(maximum[0], sum);
   }
-  const vf last = factor_or_log_sum<R>(total.sum);
+  const float largest = static_cast<float>(total.maximum);
+  const vf last = factor_or_log_sum<R>(static_cast<float>(total.sum));
   for (std::size_t begin = 0, piece = 0; begin < columns; begin += kTile, ++piece) {
     const std::size_t length = columns - begin < kTile ? columns - begin : kTile;
     if (keep) {
-      const vf factor = last * __builtin_expf(maxima[piece] - total.maximum);
+      const vf factor = last * __builtin_expf(maxima[piece] - largest);
       long_piece<T>(reinterpret_cast<float*>(y) + begin, y + begin, length, streamed,
                     [&](vf e) { return e * factor; });
     } else {
-      const vf maximum = set1(total.maximum);
+      const vf maximum = set1(largest);
       long_piece<T>(x + begin, y + begin, length, streamed, [&](vf v) {
         if constexpr (R == Reduction::kSoftmax) return weight<R, Order>(v - maximum) * last;
         return last_step<R>(v, maximum, last);
@@ -348,6 +348,17 @@ void reduce_rows(const void* in, void* out, std::size_t rows, std::size_t column
   if (streamed) stream_fence();
 }
 
+// The sum of the exponentials of a row of any length.
+template <int Order, class T>
+QUAKE_INLINE float log_sum_exp_sum(const T* x, std::size_t columns, vf maximum) {
+  double sum = 0;
+  for (std::size_t begin = 0; begin < columns; begin += kTile) {
+    const std::size_t length = columns - begin < kTile ? columns - begin : kTile;
+    sum += row_exp<Reduction::kLogSumExp, Order>(x + begin, nullptr, length, maximum, x + begin);
+  }
+  return static_cast<float>(sum);
+}
+
 // maximum + log(sum). An infinite maximum is not subtracted: the exponentials are then 0 or inf, and the
 // logarithm gives what it should.
 template <class T, int Order>
@@ -362,9 +373,7 @@ void log_sum_exp_rows(const void* in, void* out, std::size_t rows, std::size_t c
       maximum[r] = finite_or_zero(row_maximum(x + r * columns, columns));
     }
     for (std::size_t r = 0; r < n; ++r) {
-      const T* row_begin = x + r * columns;
-      const float sum =
-          row_exp<Reduction::kLogSumExp, Order>(row_begin, nullptr, columns, maximum[r], row_begin);
+      const float sum = log_sum_exp_sum<Order>(x + r * columns, columns, maximum[r]);
       result = maximum[r] + set1(__builtin_logf(sum));
       store_partial(y + row + r, result, 1);
     }

@@ -2,9 +2,9 @@
 // Neighbouring columns are processed side by side, one in each lane, so nothing is transposed and no lane is
 // reduced. Included inside an instruction set's namespace, after softmax.h.
 
-// The sum of step(p) over the rows p, in blocks as in kSumBlock.
+// The sum of step(p) over at most kTile rows p, in blocks as in kSumBlock.
 template <class T, class Step>
-QUAKE_INLINE vf sum_down(const T* p, std::size_t length, std::size_t stride, const Step& step) {
+QUAKE_INLINE vf piece_down(const T* p, std::size_t length, std::size_t stride, const Step& step) {
   vf total = vf{};
   for (std::size_t begin = 0; begin < length;) {
     const std::size_t end = length - begin < 64 ? length : begin + 64;
@@ -12,6 +12,21 @@ QUAKE_INLINE vf sum_down(const T* p, std::size_t length, std::size_t stride, con
     for (; begin < end; ++begin, p += stride) sum += step(p);
     total += sum;
   }
+  return total;
+}
+
+// The same of any number of rows: the sums of pieces are added in double precision.
+template <class T, class Step>
+QUAKE_INLINE vf sum_down(const T* p, std::size_t length, std::size_t stride, const Step& step) {
+  double totals[kLanes] = {};
+  for (std::size_t begin = 0; begin < length; begin += kTile) {
+    const std::size_t piece = length - begin < kTile ? length - begin : kTile;
+    const vf sum = piece_down(p + begin * stride, piece, stride, step);
+    if (piece == length) return sum;
+    for (int lane = 0; lane < kLanes; ++lane) totals[lane] += sum[lane];
+  }
+  vf total = vf{};
+  for (int lane = 0; lane < kLanes; ++lane) total[lane] = static_cast<float>(totals[lane]);
   return total;
 }
 

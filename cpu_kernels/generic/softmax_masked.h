@@ -24,18 +24,23 @@ void reduce_masked_rows(const void* in, const unsigned char* masks, const std::s
       m = max_skip_nan(m, load_kept(x + i, mask + i, up_to(i), -kInfinity));
     }
     const vf maximum = set1(reduce_max(m));
-    vf total = vf{};
+    double total = 0;
     constexpr std::size_t kBlock = kSumBlock / 4;  // there is one sum here, not four
-    for (std::size_t begin = 0; begin < columns; begin += kBlock) {
-      const std::size_t end = columns - begin < kBlock ? columns : begin + kBlock;
-      vf sum = vf{};
-      for (std::size_t i = begin; i < end; i += kLanes) {
-        const vf kept = load_kept(x + i, mask + i, up_to(i), -kInfinity);
-        sum += keep_where(weight<R, Order>(kept - maximum), mask + i, up_to(i), 0.0f);
+    for (std::size_t piece = 0; piece < columns; piece += kTile) {
+      const std::size_t piece_end = columns - piece < kTile ? columns : piece + kTile;
+      vf piece_sum = vf{};
+      for (std::size_t begin = piece; begin < piece_end; begin += kBlock) {
+        const std::size_t end = piece_end - begin < kBlock ? piece_end : begin + kBlock;
+        vf sum = vf{};
+        for (std::size_t i = begin; i < end; i += kLanes) {
+          const vf kept = load_kept(x + i, mask + i, up_to(i), -kInfinity);
+          sum += keep_where(weight<R, Order>(kept - maximum), mask + i, up_to(i), 0.0f);
+        }
+        piece_sum += sum;
       }
-      total += sum;
+      total += reduce_add(piece_sum);
     }
-    const vf last = factor_or_log_sum<R>(reduce_add(total));
+    const vf last = factor_or_log_sum<R>(static_cast<float>(total));
     for (std::size_t i = 0; i < columns; i += kLanes) {
       vf v = load_kept(x + i, mask + i, up_to(i), -kInfinity);
       if constexpr (R == Reduction::kSoftmax) v = weight<R, Order>(v - maximum);

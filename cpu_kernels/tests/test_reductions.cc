@@ -103,11 +103,31 @@ void test_rows(const KernelTable& table) {
       }
     }
   }
-  // The sum over a million elements keeps the exponential's error.
+}
+
+// The sum of millions of elements keeps the exponential's error, whichever way they lie.
+void test_long_sums(const KernelTable& table) {
+  constexpr int kOrder = kMaxOrder;  // has the tightest bound
+  constexpr std::size_t kLength = 10'000'000;
+  const Storage& storage = kStorage[0];
+  // Ascending, so that the maximum rises again and again; near each other, so that roundings add up.
+  std::vector<char> input(kLength * storage.size);
+  for (std::size_t i = 0; i < kLength; ++i) storage.put(input.data(), i, 1e-10f * static_cast<float>(i));
+  std::vector<char> output(input.size());
+  std::vector<unsigned char> mask(kLength);
+  for (std::size_t i = 0; i < kLength; ++i) mask[i] = i % 3 != 0;
   for (const Reduction reduction : kReductions) {
-    for (int order = 3; order <= kMaxOrder && !thin; ++order) {
-      check_rows(table, reduction, kStorage[0], order, 1, 1 << 20, random, false);
-    }
+    const int r = static_cast<int>(reduction);
+    const std::string name = describe(table, kNames[r], storage, kOrder, 1, kLength);
+    const Line x = {storage, input.data(), 0, kLength, 1}, y = {storage, output.data(), 0, kLength, 1};
+    rows_kernel(table, reduction, storage, kOrder)(x.data, output.data(), 1, kLength, Stores::kCached);
+    check_line(reduction, kOrder, x, y, name);
+    table.columns[r][0][kOrder - 1](x.data, output.data(), kLength, 1, 1);
+    check_line(reduction, kOrder, x, y, name + " columns");
+    if (reduction == Reduction::kLogSumExp) continue;
+    const std::size_t offset = 0;
+    table.masked_rows[r][0][kOrder - 1](x.data, mask.data(), &offset, output.data(), 1, kLength);
+    check_line(reduction, kOrder, {storage, input.data(), 0, kLength, 1, mask.data()}, y, name + " masked");
   }
 }
 
@@ -287,6 +307,7 @@ int main(int argc, char** argv) {
   thin = has_option(argc, argv, "--thin");
   return run_all([](const quake::KernelTable& table) {
     test_rows(table);
+    if (!thin) test_long_sums(table);
     test_columns(table);
     test_masked_rows(table);
     test_softmax_special_rows(table);

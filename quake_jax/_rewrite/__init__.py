@@ -22,12 +22,13 @@ and `report` are what goes in and comes out.
 from quake_jax._rewrite import views
 from quake_jax._rewrite.engine import Rewriter
 from quake_jax._rewrite.options import Options, checked_options
-from quake_jax._rewrite.report import Record, Report
+from quake_jax._rewrite.report import Record, Report, call_site
 
 __all__ = [
     "Options",
     "Record",
     "Report",
+    "call_site",
     "checked_options",
     "rewrite",
     "rewrite_called",

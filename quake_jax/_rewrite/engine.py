@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from quake_jax import _compat
 from quake_jax import activations as public
 from quake_jax._drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import activations, attention, expressions, softmax
-from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Writer
+from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Value, Writer
 from quake_jax._rewrite.match import Match, Reject
 from quake_jax._rewrite.options import Options
 from quake_jax._rewrite.report import Report, place
@@ -24,11 +25,13 @@ from quake_jax._rewrite.report import Report, place
 SMALLEST_ARRAY = 1024
 
 # Whether a failure of a pattern on a program that it does not understand is raised: for tests.
-# Otherwise the program stays as it is there, and the report says so.
+# Otherwise the program stays as it is there, and the report says so; if it fails when patterns have
+# been found, a warning too.
 RAISE_FAILURES = False
 
 # The parameters of a primitive that hold jaxprs which may be rewritten. A custom derivative rule
 # stays: its primal computation alone is rewritten, which is what runs when nothing differentiates.
+# So does a custom rule of vmap.
 _INNER = {
     **dict.fromkeys(
         (*JIT, "closed_call", "core_call", "remat", "remat2", "checkpoint", "scan"), ("jaxpr",)
@@ -39,6 +42,7 @@ _INNER = {
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
     "custom_vjp_call_jaxpr": ("call_jaxpr", "fun_jaxpr"),
+    "custom_vmap_call": ("call",),
 }
 _BARE = {"exp": public.exp, "exp2": public.exp2, "expm1": public.expm1}
 # What the report calls a primitive that stays.
@@ -56,6 +60,7 @@ class Rewriter:
 
     def __init__(self, options: Options):
         self._options = options
+        self._has_warned = False
 
     def rewrite(self, jaxpr) -> tuple[object, Report]:
         """The rewritten jaxpr, of the same kind and types, and what was done.
@@ -65,10 +70,31 @@ class Rewriter:
         key = (self._options, _compat.trace_context())
         known = _rewritten.setdefault(jaxpr, {})
         if key not in known:
-            new, report = _Level(self, jaxpr).result()
+            new, report = self._attempt(jaxpr)
             known[key] = (None if new is jaxpr else new, report)
         new, report = known[key]
         return jaxpr if new is None else new, report
+
+    def _attempt(self, jaxpr) -> tuple[object, Report]:
+        """As `rewrite`; a jaxpr for which this fails in an unforeseen way stays as it is."""
+        try:
+            return _Level(self, jaxpr).result()
+        except Exception as error:
+            if RAISE_FAILURES:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            where = next((place(e.source_info) for e in jaxpr.eqns), "")
+            if not self._has_warned:
+                self._has_warned = True
+                at = where or "a program"
+                warnings.warn(
+                    f"quake_jax cannot rewrite what begins at {at} ({reason}) and leaves it as it "
+                    "is. This is a fault of quake_jax: please report it with this message",
+                    stacklevel=2,
+                )
+            report = Report()
+            report.add("program", None, f"it is not understood: {reason}", where)
+            return jaxpr, report
 
     def rewrite_called(self, jaxpr):
         """A jaxpr with the jaxprs that its equations call rewritten, and nothing else."""
@@ -148,6 +174,7 @@ class _Level:
         if not self._matches and not self._changed_inside:
             return self._jaxpr, self._report
         outputs = [writer.variable(v) for v in self._graph.outputs]
+        _check_bound(self._jaxpr, equations, outputs)
         return _compat.with_equations(self._jaxpr, equations, outputs), self._report
 
     # Finding.
@@ -260,10 +287,20 @@ class _Level:
     # Calls that were opened.
 
     def _decide_calls(self) -> None:
-        touched = {g for m in self._matches for n in m.nodes for g in _around(n)}
+        hidden: set[Group] = set()
+        while True:
+            self._open_calls(hidden)
+            more = {g for m in self._matches for g in _hiding(m)} - hidden
+            if not more:
+                return
+            hidden |= more
+
+    def _open_calls(self, hidden: set[Group]) -> None:
+        """Open the calls that a match goes across, and those that hide an input of one."""
+        touched = {g for m in self._matches for n in m.nodes for g in _around(n)} | hidden
         for group in sorted(touched, key=lambda g: len(list(_around_group(g)))):
             if group.parent is not None and group.parent.is_open:
-                group.is_open = group.keeps_rule or not self._stays_a_call(group)
+                group.is_open = group.keeps_rule or group in hidden or not self._stays_a_call(group)
 
     def _stays_a_call(self, group: Group) -> bool:
         """Whether everything that is replaced inside can be so by rewriting what is called."""
@@ -287,7 +324,7 @@ class _Level:
     def _add_records(self) -> None:
         consumed = {n for m in self._matches for n in m.nodes}
         for match in sorted(self._matches, key=lambda m: m.root.index):
-            where = place(match.root.equation.source_info)
+            where = _place(match.root)
             self._report.add(match.name, match.replacement, "", where)
         for node in self._graph.nodes:
             if node in consumed or not node.outputs:
@@ -298,7 +335,7 @@ class _Level:
                     continue
                 name, reason = node.primitive, self._why_bare(node)
             if reason:
-                where = place(node.equation.source_info)
+                where = _place(node)
                 self._report.add(_NAMES.get(name, name), None, reason, where)
 
     def _why_bare(self, node: Node) -> str:
@@ -321,7 +358,8 @@ class _Level:
                 self._report.add(name, None, "what is inside it stays", where)
             for name in names or ():
                 for inner in _jaxprs(equation.params.get(name)):
-                    self._report.update(self._rewriter.rewrite(inner)[1])
+                    where = place(equation.source_info)
+                    self._report.update(self._rewriter.rewrite(inner)[1], where)
 
 
 def _jaxprs(parameter) -> list:
@@ -331,6 +369,12 @@ def _jaxprs(parameter) -> list:
 
 def _is_scalar(node: Node) -> bool:
     return all(isinstance(n, int) and n == 1 for n in node.output.shape)
+
+
+def _place(node: Node) -> str:
+    """Where the user's source makes a node, or calls what does."""
+    calls = (g.equation for g in _around(node) if g.equation is not None)
+    return next(filter(None, (place(e.source_info) for e in (node.equation, *calls))), "")
 
 
 def _around(node: Node) -> Iterator[Group]:
@@ -350,7 +394,36 @@ def _approximated(match: Match, name: str, function: Callable) -> Match:
 
 
 def _rules_around(match: Match) -> set[Group]:
-    return {g for n in match.nodes for g in _around(n) if g.keeps_rule}
+    groups = {g for n in match.nodes for g in _around(n)}
+    groups.update(g for v in match.inputs for g in _inside(v))
+    return {g for g in groups if g.keeps_rule}
+
+
+def _inside(value: Value) -> list[Group]:
+    """The calls that a value does not leave."""
+    around = () if value.node is None else _around(value.node)
+    return [g for g in around if g.parent is not None and all(v is not value for v in g.outputs)]
+
+
+def _hiding(match: Match) -> set[Group]:
+    """The calls that have yet to be opened so that a match has its inputs."""
+    if not all(g.is_open for g in _around(match.root)):
+        return set()  # it is replaced where the call's own program is rewritten
+    return {g for v in match.inputs for g in _inside(v) if not g.is_open}
+
+
+def _check_bound(jaxpr, equations, outputs) -> None:
+    """Raise ValueError if a program reads what none of its equations computes."""
+    known = {*jaxpr.invars, *jaxpr.constvars}
+    for equation in equations:
+        _check_known(equation.primitive, equation.invars, known)
+        known.update(equation.outvars)
+    _check_known("the result", outputs, known)
+
+
+def _check_known(reader, atoms, known: set) -> None:
+    if any(not hasattr(v, "val") and v not in known for v in atoms):
+        raise ValueError(f"{reader} of the new program reads what nothing computes")
 
 
 def _bare(node: Node) -> Match | None:

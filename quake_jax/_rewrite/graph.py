@@ -75,6 +75,12 @@ class Node:
     def output(self) -> Value:
         return self.outputs[0]
 
+    @property
+    def acts(self) -> bool:
+        """Whether it may do more than compute its outputs."""
+        # Not all equations that write to references say so.
+        return bool(self.equation.effects) or any(map(_compat.is_reference, self.inputs))
+
 
 class Group:
     """The equations of the program (without a parent) or of a call that has been opened."""
@@ -167,7 +173,7 @@ class Graph:
         """Drop the nodes whose results nothing needs, so that they do not count as uses."""
         used = []
         for node in reversed(self.nodes):
-            if node.equation.effects or any(v.uses or v.is_output for v in node.outputs):
+            if node.acts or any(v.uses or v.is_output for v in node.outputs):
                 used.append(node)
             else:
                 node.removed = True
@@ -252,13 +258,13 @@ class Writer:
         return self._equations
 
     def _find_used(self) -> set[int]:
-        """The indices of nodes whose results are used, or that have effects."""
+        """The indices of nodes whose results are used, or that act otherwise."""
         used = set()
         wanted = {id(v) for v in self._graph.outputs}
         for node in reversed(self._graph.nodes):
             if node.removed:
                 continue
-            if node.equation.effects or any(id(v) in wanted for v in node.outputs):
+            if node.acts or any(id(v) in wanted for v in node.outputs):
                 used.add(node.index)
                 inputs = node.inputs if node.match is None else node.match.inputs
                 wanted.update(map(id, inputs))

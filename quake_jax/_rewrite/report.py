@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import site
+import sys
 import sysconfig
 from collections import Counter
 
@@ -19,7 +20,7 @@ class Record:
       name: what it is, one of the names that `only` takes, or a primitive of JAX.
       replacement: the public function that it was replaced by, or None if it was left.
       reason: why it was left, or "".
-      where: "file:line (function)" in the user's source, or "" if JAX does not know.
+      where: "file:line (function)" in the user's source: what made it, or called what did.
       count: how many times it was found there.
     """
 
@@ -44,8 +45,11 @@ class Report:
     def add(self, name: str, replacement: str | None, reason: str, where: str) -> None:
         self._records[Record(name, replacement, reason, where)] += 1
 
-    def update(self, other: Report) -> None:
-        self._records.update(other._records)
+    def update(self, other: Report, where: str) -> None:
+        """Add the records of a program that is called at `where`."""
+        for record, count in other._records.items():
+            known = record if record.where else dataclasses.replace(record, where=where)
+            self._records[known] += count
 
     def _listed(self, is_replaced: bool) -> list[Record]:
         return [
@@ -84,7 +88,7 @@ class Report:
 
 
 _LIBRARIES = tuple(
-    os.path.realpath(path)
+    os.path.join(os.path.realpath(path), "")
     for path in {
         *site.getsitepackages(),
         sysconfig.get_paths()["stdlib"],
@@ -94,10 +98,19 @@ _LIBRARIES = tuple(
 
 
 def place(source_info) -> str:
-    """ "file:line (function)" of the innermost frame that is in no installed library."""
-    frames = _compat.user_frames(source_info)
-    if not frames:
-        return ""
+    """ "file:line (function)" of the innermost frame that is in no installed library, or ""."""
+    return _innermost(_compat.user_frames(source_info))
+
+
+def call_site() -> str:
+    """The same of the frames that are running."""
+    frame, frames = sys._getframe(1), []
+    while frame is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname))
+        frame = frame.f_back
+    return _innermost(frames)
+
+
+def _innermost(frames) -> str:
     own = (f for f in frames if not os.path.realpath(f[0]).startswith(_LIBRARIES))
-    file, line, function = next(own, frames[0])
-    return f"{file}:{line} ({function})"
+    return next((f"{file}:{line} ({function})" for file, line, function in own), "")

@@ -173,7 +173,7 @@ def same(a: Value, b: Value, depth: int = 12) -> bool:
     if a.node is None or b.node is None or depth == 0:
         return False
     m, n = a.node, b.node
-    if m.primitive != n.primitive or m.equation.effects or len(m.inputs) != len(n.inputs):
+    if m.primitive != n.primitive or m.acts or len(m.inputs) != len(n.inputs):
         return False
     if m.outputs.index(a) != n.outputs.index(b) or m.params != n.params:
         return False
@@ -313,7 +313,7 @@ def _evaluate(value: Value) -> np.ndarray | None:
         whole = getattr(value.const, "is_fully_addressable", True)
         return np.asarray(value.const) if whole else None
     node = value.node
-    if node is None or len(node.outputs) != 1 or node.equation.effects:
+    if node is None or len(node.outputs) != 1 or node.acts:
         return None
     if node.primitive == "iota":
         d = node.params["dimension"]

@@ -32,7 +32,7 @@ def _log_int_softmax(x, keep, scale, *, axis, bits):
     n = jnp.minimum(jnp.round(total / jnp.maximum(e, 1e-30)), largest)
     mantissa, exponent = jnp.frexp(n)
     # n = 2^f (2 mantissa), and n - 2^f >= 2^(f-1) means mantissa >= 3/4.
-    f = exponent - 1 + (mantissa >= 0.75)
+    f = exponent - 1 + (mantissa >= 0.75).astype(exponent.dtype)
     return f, f < 2**bits
 
 
@@ -222,6 +222,7 @@ def _ptf_layernorm(x, s, scale, bias, output_scale, *, axis, epsilon):
 
 def _ptf_layernorm_of_floats(x, scale, bias, output_scale, *, axis, epsilon, input_bit, output_bit):
     alpha, s, zero_point = power_of_two_factors(x, axis=axis, input_bit=input_bit)
+    zero_point = zero_point.astype(s.dtype)
     limit = 2**input_bit - 1
     units = jnp.clip(jnp.round(x / jnp.ldexp(s, alpha) + zero_point), 0, limit) - zero_point
     units = jnp.ldexp(units, alpha)

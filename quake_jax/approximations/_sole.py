@@ -75,7 +75,7 @@ def _e2softmax(x, keep, *, axis, fraction_bits, rounding, online):
     k, total = shifts(x, keep, axis, fraction_bits, rounding)
     top = jnp.maximum(_leading_one(total), 0)
     # s >= 0.5: the bit below the leading one.
-    half = (total >> jnp.maximum(top - 1, 0)) & (top > 0)
+    half = (total >> jnp.maximum(top - 1, 0)) & (top > 0).astype(total.dtype)
     c = jnp.where(half == 1, 0.568, 0.818).astype(jnp.float32)
     return jnp.ldexp(c, -(k + top - _LARGEST_SHIFT))
 

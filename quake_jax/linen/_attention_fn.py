@@ -118,7 +118,7 @@ def _unfused(
     if bias is not None:
         logits = logits + bias
     if is_causal:
-        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        causal = jnp.tril(jnp.ones((1,) * (logits.ndim - 2) + logits.shape[-2:], bool))
         mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
         # Not -inf: a row that is masked as a whole has uniform weights, in the kernel as well.

@@ -1,0 +1,127 @@
+"""Who is compared: for each kind the exact function, QuAKE's orders, and the published ones.
+
+Importing this module imports JAX: `environment.prepare` comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.ops.operators import OPERATORS
+
+EXACT_NAME = "exact"
+LAYERNORM_EPSILON = 1e-6
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer normalisation of the last axis, without scale and bias."""
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + LAYERNORM_EPSILON)
+
+
+# Of each kind the operator; layer normalisation has no kernels.
+OPERATOR_OF = {"softmax": "softmax", "gelu": "gelu_erf", "exp": "exp", "sigmoid": "sigmoid"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One of those compared.
+
+    Attributes:
+        kind: A kind of `quake_jax.approximations`.
+        name: Of the row: "exact", "QuAKE 1" to "QuAKE 5", or the registered name.
+        function: f(x) of a float32 array, over the last axis where there is one.
+        order: QuAKE's, or None.
+        entry: The `quake_jax.approximations.Approximation`, or None.
+    """
+
+    kind: str
+    name: str
+    function: Callable[[jax.Array], jax.Array]
+    order: int | None = None
+    entry: Any = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.order is None and self.entry is None
+
+    def description(self) -> dict:
+        """What a result says of it.
+
+        `runs_as` is "XLA" (jax.numpy as it stands), "kernel" (ours), or "emulation" (a method for
+        integers or tables, whose time here says nothing about the method).
+        """
+        described = {"name": self.name, "order": self.order, "derived": False}
+        if self.entry is None:
+            return described | {"runs_as": "XLA" if self.is_exact else "kernel"}
+        return described | {
+            "runs_as": "emulation" if self.entry.emulated else "XLA",
+            "derived": self.entry.derived,
+            "paper": self.entry.paper,
+            "year": self.entry.year,
+        }
+
+
+def choose(
+    kinds: Sequence[str], orders: Sequence[int], names: Sequence[str] | None
+) -> dict[str, list[Candidate]]:
+    """List the candidates of each kind.
+
+    Args:
+        kinds: Kinds of the registry.
+        orders: QuAKE's.
+        names: Registered names, or None for all.
+
+    Returns:
+        By kind the exact function, then QuAKE's orders, then the registered approximations.
+
+    Raises:
+        BenchmarkError: A name is registered in none of the kinds.
+    """
+    from quake_jax import approximations
+
+    entries = {kind: approximations.registry(kind) for kind in kinds}
+    known = list(dict.fromkeys(entry.name for of_kind in entries.values() for entry in of_kind))
+    for name in names or ():
+        if name not in known:
+            raise BenchmarkError(f"argument --name: {name!r} is none of {', '.join(known)}")
+    return {
+        kind: [
+            Candidate(kind, EXACT_NAME, exact(kind)),
+            *_ours(kind, orders),
+            *(
+                Candidate(kind, entry.name, _float_call(entry), entry=entry)
+                for entry in entries[kind]
+                if names is None or entry.name in names
+            ),
+        ]
+        for kind in kinds
+    }
+
+
+def exact(kind: str) -> Callable[[jax.Array], jax.Array]:
+    """The exact function in jax.numpy; GELU is the one with erf."""
+    return layer_norm if kind == "layernorm" else OPERATORS[OPERATOR_OF[kind]].jax_nn
+
+
+def _ours(kind: str, orders: Sequence[int]) -> list[Candidate]:
+    if kind not in OPERATOR_OF:
+        return []
+    operator = OPERATORS[OPERATOR_OF[kind]]
+    return [
+        Candidate(kind, f"QuAKE {order}", operator.of_quake_jax(order), order=order)
+        for order in orders
+    ]
+
+
+def _float_call(entry) -> Callable[[jax.Array], jax.Array]:
+    if entry.kind == "layernorm":
+        return partial(entry.function, epsilon=LAYERNORM_EPSILON)
+    return entry.function

@@ -1,0 +1,30 @@
+"""`python -m benchmarks approximations`: the published approximations beside QuAKE."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.harness import frame
+from benchmarks.quality.command import ORDERS
+
+HELP = "published approximations of softmax, GELU, LayerNorm, exp and sigmoid beside QuAKE"
+KINDS = ("softmax", "gelu", "layernorm", "exp", "sigmoid")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this subcommand."""
+    frame.add_repeatable(parser, "--kind", KINDS)
+    parser.add_argument(
+        "--name",
+        action="append",
+        help="of an approximation, as quake_jax.approximations lists them; repeatable; all by "
+        "default",
+    )
+    frame.add_repeatable(parser, "--order", ORDERS)
+    frame.add_checkpoint(parser)
+    frame.add_files(parser, quick="few samples, short readings")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the options ask for, print it, and write the files asked for."""
+    frame.run(args, "benchmarks.approximations")

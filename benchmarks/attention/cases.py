@@ -1,0 +1,161 @@
+"""Which shapes, masks and dtypes of attention are measured, and the work that each one needs.
+
+A shape is written `B,T,N,H`: batch, length, heads and head size; `1-4096` for T is one query
+against 4096 keys, and `32/8` for N is 32 query heads that share 8 key/value heads.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# "causal array" is the causal mask as an array of booleans.
+MASKS = ("none", "causal", "padding", "bias", "causal array")
+# No float16: jax.nn.dot_product_attention refuses it on CPU.
+DTYPES = ("float32", "bfloat16")
+ORDERS = (1, 2, 3, 4, 5)
+DEFAULT_ORDERS = (3, 5)
+SUBJECT_ORDER = 5  # the default, which tables and bars are about
+
+ROUNDS = 9
+# Above this much work one call is a reading: at 300 GFLOP/s it takes at least 7 ms.
+LONG_FLOPS = 2e9
+# XLA takes seconds for one call of this much: see `rounds`.
+HUGE_FLOPS, HUGE_ROUNDS = 2e10, 3
+MOST_GFLOPS = 300  # no core is faster: gives the shortest time that a call can take
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The lengths of one attention, as in `jax.nn.dot_product_attention` (BTNH, BSKH)."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read `B,T,N,H`, `B,T-S,N,H` or `B,T,N/K,H`.
+
+        Raises:
+            ValueError: The text is none of these, a number is 0, or K does not divide N.
+        """
+        found = re.fullmatch(r"(\d+),(\d+)(?:-(\d+))?,(\d+)(?:/(\d+))?,(\d+)", text)
+        if not found:
+            raise ValueError(text)
+        batch, queries, keys, heads, kv_heads, head_size = found.groups()
+        numbers = batch, queries, keys or queries, heads, kv_heads or heads, head_size
+        shape = cls(*map(int, numbers))
+        if min(map(int, numbers)) < 1 or shape.heads % shape.kv_heads:
+            raise ValueError(text)
+        return shape
+
+    @property
+    def text(self) -> str:
+        keys = f"-{self.keys}" if self.keys != self.queries else ""
+        shared = f"/{self.kv_heads}" if self.kv_heads != self.heads else ""
+        return f"{self.batch},{self.queries}{keys},{self.heads}{shared},{self.head_size}"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether reading the keys and values is the work."""
+        return self.queries == 1
+
+    @property
+    def query_shape(self) -> tuple[int, ...]:
+        return self.batch, self.queries, self.heads, self.head_size
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        return self.batch, self.keys, self.kv_heads, self.head_size
+
+    @property
+    def flops(self) -> float:
+        """Additions and multiplications of both products, without a mask."""
+        pairs = self.batch * self.heads * self.queries * self.keys
+        return 4.0 * pairs * self.head_size
+
+
+VIT, VIT_BATCH = Shape.parse("1,197,12,64"), Shape.parse("8,197,12,64")
+BERT = Shape.parse("8,384,12,64")
+GPT, LONG = Shape.parse("1,1024,12,64"), Shape.parse("1,4096,12,64")
+SMALL = Shape.parse("32,128,12,32")
+GROUPED = Shape.parse("1,2048,32/8,128")
+DECODE = Shape.parse("1,1-4096,12,64")
+SHAPES = (VIT, VIT_BATCH, BERT, GPT, LONG, SMALL, GROUPED, DECODE)
+QUICK_SHAPE = Shape.parse("2,48,4/2,32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention at one shape with one kind of mask."""
+
+    shape: Shape
+    mask: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shape.text} {self.dtype} {self.mask}"
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """With padding, how many keys count in each row of the batch: from half to all of them."""
+        keys, batch = self.shape.keys, self.shape.batch
+        if batch == 1:
+            return [max(1, 3 * keys // 4)]
+        return [max(1, keys // 2 + (keys - keys // 2) * b // (batch - 1)) for b in range(batch)]
+
+    @property
+    def flops(self) -> float:
+        """Additions and multiplications of the products that the mask leaves."""
+        shape = self.shape
+        if self.mask == "padding":
+            pairs = shape.queries * sum(self.key_lengths)
+        elif self.mask.startswith("causal"):
+            pairs = shape.batch * sum(min(t + 1, shape.keys) for t in range(shape.queries))
+        else:
+            pairs = shape.batch * shape.queries * shape.keys
+        return 4.0 * shape.heads * shape.head_size * pairs
+
+    @property
+    def bytes_read(self) -> float:
+        """Bytes of the keys and values."""
+        shape = self.shape
+        size = 4 if self.dtype == "float32" else 2
+        rows = sum(self.key_lengths) if self.mask == "padding" else shape.batch * shape.keys
+        return 2.0 * size * rows * shape.kv_heads * shape.head_size
+
+    @property
+    def references(self) -> dict[str, Case]:
+        """The cases to whose time that of this one is compared, by the key in the result."""
+        found = {}
+        if self.mask != "none":
+            found["none"] = Case(self.shape, "none", self.dtype)
+        if self.mask == "causal array":
+            found["causal"] = Case(self.shape, "causal", self.dtype)
+        if self.dtype != "float32":
+            found["float32"] = Case(self.shape, self.mask, "float32")
+        return found
+
+
+def masks(shape: Shape) -> tuple[str, ...]:
+    """The masks measured by default: with one query, causal would leave it the first key alone."""
+    if shape.decodes:
+        return tuple(mask for mask in MASKS if not mask.startswith("causal"))
+    # What an array costs over is_causal is asked of the long ones.
+    return MASKS if shape in (GPT, LONG) else MASKS[:-1]
+
+
+def choose(shape: Shape, dtypes: list[str], wanted: list[str] | None) -> list[Case]:
+    """The cases of one shape, which are measured in the same rounds."""
+    chosen = wanted or masks(shape)
+    dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
+    return [Case(shape, mask, d) for d in dtypes for mask in MASKS if mask in chosen]
+
+
+def rounds(shape: Shape) -> int:
+    """The number of interleaved rounds by default."""
+    return HUGE_ROUNDS if shape.flops > HUGE_FLOPS else ROUNDS

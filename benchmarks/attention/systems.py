@@ -1,0 +1,171 @@
+"""The memory that the contestants of one attention share, and the contestants themselves.
+
+Importing this module imports JAX: `environment.prepare` comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.attention.cases import Case, Shape
+from benchmarks.harness import buffers, peers
+from benchmarks.harness.errors import quake_jax
+from benchmarks.harness.peers import TORCH
+from benchmarks.harness.timing import Contestant
+
+XLA = "XLA"
+# Results are checked on so many queries, spread over the first row of the batch.
+CHECKED_QUERIES = 9
+OVERHEAD_SHAPE = Shape(1, 1, 1, 1, 1, 16)
+
+
+class Buffers(buffers.Buffers):
+    """Query, key, value, what the mask needs, and the output of one case."""
+
+    def __init__(self, case: Case, shared: dict[str, tuple[jax.Array, ...]] | None = None):
+        self.case = case
+        shared = {} if shared is None else shared
+        if case.dtype not in shared:  # the masks of a dtype have the same query, key and value
+            shared[case.dtype] = tuple(jnp.array(x, case.dtype) for x in _inputs(case.shape))
+        operands = (*shared[case.dtype], *map(jnp.array, _mask_operand(case)))
+        super().__init__(operands, case.shape.query_shape, case.dtype)
+
+    def error_of(self, contestant: Contestant) -> float:
+        """Run a contestant once.
+
+        Returns:
+            The largest error of some rows of its result, relative to their largest element.
+        """
+        contestant.run(1)
+        # torch's result is an array of its own.
+        result = getattr(contestant.run, "result", lambda: self.target)()
+        queries, wanted = self._exact
+        written = result[0, queries].astype(np.float64)
+        return float(np.max(np.abs(written - wanted)) / np.max(np.abs(wanted)))
+
+    @functools.cached_property
+    def _exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of queries, and their results in float64: (queries, heads, head size)."""
+        case, shape = self.case, self.case.shape
+        queries = np.unique(np.linspace(0, shape.queries - 1, CHECKED_QUERIES).astype(int))
+        query, key, value = (x[0].astype(np.float64) for x in self.sources[:3])
+        # The query heads of a group read the same key/value head.
+        key, value = (np.repeat(x, shape.heads // shape.kv_heads, axis=1) for x in (key, value))
+        logits = np.einsum("tnh,snh->tns", query[queries], key) / np.sqrt(shape.head_size)
+        keys = np.arange(shape.keys)
+        if case.mask == "bias":
+            logits += self.sources[3][0, 0, queries].astype(np.float64)[:, None]
+        elif case.mask == "padding":
+            logits = np.where(keys < case.key_lengths[0], logits, -np.inf)
+        elif case.mask.startswith("causal"):
+            logits = np.where(keys <= queries[:, None, None], logits, -np.inf)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return queries, np.einsum("tns,snh->tnh", weights, value)
+
+
+def _inputs(shape: Shape) -> list[np.ndarray]:
+    """Independent N(0, 1), so that the logits are N(0, 1) too."""
+    random = np.random.default_rng(0)
+    shapes = shape.query_shape, shape.key_shape, shape.key_shape
+    return [random.standard_normal(s, dtype=np.float32) for s in shapes]
+
+
+def _mask_operand(case: Case) -> list[np.ndarray]:
+    """The array that the case's mask is given by, if any; bias and mask are shared by all heads."""
+    shape = case.shape
+    if case.mask == "bias":
+        drawn = np.random.default_rng(1).standard_normal(
+            (1, 1, shape.queries, shape.keys), dtype=np.float32
+        )
+        return [drawn.astype(jnp.dtype(case.dtype))]
+    if case.mask == "padding":
+        return [np.array(case.key_lengths, np.int32)]
+    if case.mask == "causal array":
+        return [np.tri(shape.queries, shape.keys, dtype=bool)[None, None]]
+    return []
+
+
+def _in_jax(function: Callable[..., jax.Array], mask: str) -> Callable[..., jax.Array]:
+    """`jax.nn.dot_product_attention` or a drop-in of it, as a function of the case's operands."""
+    return {
+        "none": function,
+        "causal": partial(function, is_causal=True),
+        "padding": lambda q, k, v, lengths: function(q, k, v, key_value_seq_lengths=lengths),
+        "bias": lambda q, k, v, bias: function(q, k, v, bias=bias),
+        "causal array": lambda q, k, v, kept: function(q, k, v, mask=kept),
+    }[mask]
+
+
+def quake(buffers: Buffers, order: int) -> Contestant:
+    """quake_jax at one order."""
+    function = partial(quake_jax("dot_product_attention").dot_product_attention, order=order)
+    return Contestant(f"order {order}", buffers.runner(_in_jax(function, buffers.case.mask)))
+
+
+def xla(buffers: Buffers) -> Contestant:
+    """XLA's attention: two products and a softmax."""
+    function = partial(jax.nn.dot_product_attention, implementation="xla")
+    return Contestant(XLA, buffers.runner(_in_jax(function, buffers.case.mask)))
+
+
+class Torch:
+    """Makes torch's contestants; each has its own layout (BNTH) and allocates its output."""
+
+    def __init__(self, threads: int):
+        peers.torch(threads)
+        self._threads = threads
+        self._overheads: dict[str, float] = {}
+
+    def contestant(self, buffers: Buffers, target: float) -> Contestant:
+        """Make the contestant of one case.
+
+        Args:
+            buffers: The memory of the case.
+            target: Length of the readings for the cost of a call, seconds.
+
+        Returns:
+            The contestant, whose overhead is a call from Python with one query and one key.
+        """
+        dtype = buffers.case.dtype
+        if dtype not in self._overheads:
+            small = Buffers(Case(OVERHEAD_SHAPE, "none", dtype))
+            call = _torch_run(small)
+            self._overheads[dtype] = peers.call_seconds(call, target, self._threads)
+        settle = peers.settle(TORCH, self._threads)
+        return Contestant(TORCH, _torch_run(buffers), self._overheads[dtype], settle)
+
+
+def _torch_run(buffers: Buffers) -> Callable[[int], None]:
+    import torch
+
+    case, shape = buffers.case, buffers.case.shape
+    query, key, value, *given = map(peers.torch_tensor, buffers.sources)
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    mask = given[0] if given else None
+    if case.mask == "padding":
+        mask = torch.arange(shape.keys) < mask[:, None, None, None]  # a mask is all that it takes
+    call = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        *(query, key, value),
+        attn_mask=mask,
+        is_causal=case.mask == "causal",
+        enable_gqa=shape.heads != shape.kv_heads,
+    )
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            out = call()
+        run.out = out
+
+    def result() -> np.ndarray:
+        return run.out.transpose(1, 2).float().numpy()
+
+    run.result = result
+    return run

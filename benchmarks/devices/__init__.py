@@ -1,0 +1,1 @@
+"""Two cores as threads, devices and processes."""

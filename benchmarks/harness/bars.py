@@ -1,0 +1,128 @@
+"""The speeds that the project set itself as a goal, and whether a run reaches them.
+
+Which ones is for each subject to say, in its module `goals`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness.pages import Table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the figure of a bar is.
+
+    Attributes:
+        what: The words for it.
+        unit: Its unit.
+        figure: Takes it from the entry of the result and the bar's subject; None if it was not
+            measured.
+        at_least: Whether the threshold is the least or the largest.
+        entries: Which of a result's lists has the entry.
+    """
+
+    what: str
+    unit: str
+    figure: Callable[[dict, str], float | None]
+    at_least: bool = True
+    entries: str = "cases"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit for one figure of one case.
+
+    Attributes:
+        kind: What the figure is.
+        case: The case of the subject; as text it is what the bar is called.
+        threshold: The least figure, or the largest where the kind says so.
+        subject: Whose figure it is, such as "order 3".
+        isa: The instruction set for which it holds, and for the extensions of it that begin
+            with its name: avx512bf16 is avx512 with other bfloat16 kernels.
+        threads: The number of threads for which it holds.
+    """
+
+    kind: Kind
+    case: Any
+    threshold: float
+    subject: str
+    isa: str = "avx512"
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}, {self.kind.what.format(subject=self.subject)}"
+
+    def holds(self, environment: dict) -> bool:
+        """Whether a run under these conditions is judged by it."""
+        isa = environment["isa"] or ""
+        return environment["threads"] == self.threads and isa.startswith(self.isa)
+
+
+def figures(
+    bars: Iterable[Bar], result: dict, case_of: Callable[[dict], Any]
+) -> list[tuple[Bar, float]]:
+    """The figures of a run that bars are about.
+
+    Args:
+        bars: The bars.
+        result: The run's result.
+        case_of: The case of an entry of the result.
+
+    Returns:
+        The bars that hold for the run and whose figure it measured, each with the figure.
+    """
+    entries = {
+        name: [(case_of(entry), entry) for entry in result[name]]
+        for name in {bar.kind.entries for bar in bars}
+    }
+    return [
+        (bar, figure)
+        for bar in bars
+        if bar.holds(result["environment"])
+        for case, entry in entries[bar.kind.entries]
+        if case == bar.case and (figure := bar.kind.figure(entry, bar.subject)) is not None
+    ]
+
+
+def verdicts(found: Iterable[tuple[Bar, float]]) -> list[dict]:
+    """Compare figures with their bars: a dictionary for each, as `verdict` makes it."""
+    return [
+        verdict(bar.name, figure, bar.threshold, bar.kind.unit, bar.kind.at_least)
+        for bar, figure in found
+    ]
+
+
+def verdict(name: str, figure: float, threshold: float, unit: str, at_least: bool) -> dict:
+    """What a result says of one bar."""
+    return {
+        "name": name,
+        "figure": figure,
+        "threshold": threshold,
+        "unit": unit,
+        "at_least": at_least,
+        "met": figure >= threshold if at_least else figure <= threshold,
+    }
+
+
+def tables(result: dict) -> list[Table]:
+    """The table of the bars, or none where a run is not judged."""
+    if not result["bars"]:
+        return []
+    rows = [["bar", "figure", "wanted", ""]]
+    for bar in sorted(result["bars"], key=lambda bar: bar["met"]):  # the missed ones first
+        sign = "≥" if bar["at_least"] else "≤"
+        rows.append(
+            [
+                bar["name"],
+                f"{bar['figure']:.2f} {bar['unit']}",
+                f"{sign} {bar['threshold']:.2f} {bar['unit']}",
+                "met" if bar["met"] else "MISSED",
+            ]
+        )
+    missed = sum(not bar["met"] for bar in result["bars"])
+    return [(f"Bars ({missed} of {len(result['bars'])} missed)", rows)]

@@ -1,0 +1,259 @@
+"""The frame of a run: the options that subcommands share, the settings that follow from them, the
+progress on the terminal, and the files that a result is written to.
+
+Nothing here imports JAX before `run` has pinned the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.harness import environment, timing
+from benchmarks.harness.errors import check_files
+from benchmarks.harness.timing import Contestant, Series
+
+T = TypeVar("T")
+
+
+# --- Options
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Declare the number of cores and of threads of every library."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="cores and threads of each library",
+    )
+
+
+def add_repeatable(
+    parser: argparse.ArgumentParser, name: str, choices: Iterable[Any], default: str = "all"
+) -> None:
+    """Declare an option that chooses from a list of names or numbers, and may be repeated."""
+    choices = tuple(choices)
+    parser.add_argument(
+        name,
+        action="append",
+        type=type(choices[0]),
+        choices=choices,
+        help=f"repeatable; {default} by default",
+    )
+
+
+def add_timing(
+    parser: argparse.ArgumentParser, rounds: int, few: str, fresh_pages: str = ""
+) -> None:
+    """Declare how readings are taken: `--rounds`, `--allocator`.
+
+    Args:
+        parser: The parser of a subcommand.
+        rounds: The rounds by default.
+        few: When there are fewer.
+        fresh_pages: What it means to leave the allocator as users have it; empty for a subcommand
+            without that choice.
+    """
+    parser.add_argument("--rounds", type=positive, help=f"interleaved rounds ({rounds}; {few})")
+    if fresh_pages:
+        parser.add_argument(
+            "--allocator",
+            choices=("keep", "system"),
+            default="keep",
+            help="keep: freed pages stay mapped, no page faults inside readings (default); "
+            f"system: as users have it, {fresh_pages}",
+        )
+
+
+def add_peers(parser: argparse.ArgumentParser, peers: str) -> None:
+    """Declare whether other libraries take part."""
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=f"compare with {peers} where installed",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Declare the checkpoint of the search."""
+    parser.add_argument(
+        "--embedding-checkpoint",
+        metavar="DIR",
+        help="folder, or id on the Hugging Face hub, of a BERT that embeds sentences, such as "
+        "all-MiniLM-L6-v2; without it there is no search",
+    )
+
+
+def add_files(parser: argparse.ArgumentParser, quick: str, plot: bool = True) -> None:
+    """Declare `--quick` (`quick` says what it does) and the files that a run may write."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"{quick}: a try, no result")
+    add("--json", type=Path, metavar="PATH", help="write the result as JSON")
+    add("--markdown", type=Path, metavar="PATH", help="write or replace the section of this run")
+    if plot:
+        add("--plot", type=Path, metavar="DIR", help="write plots as PNG files")
+
+
+def positive(text: str) -> int:
+    """Read a number from 1 up, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+# --- A run
+
+
+def run(args: argparse.Namespace, package: str, pinned: bool = True) -> None:
+    """Measure what the options ask for, print it, and write the files asked for.
+
+    Args:
+        args: The options of a subcommand.
+        package: Its folder, `benchmarks.NAME`, with `measure.measure(args)`, with `heading`,
+            `tables` and `remarks` of a result in `report`, and with `plots.figures` of it.
+        pinned: Whether to measure in this process.
+    """
+    check_files(args.json, args.markdown)
+    if pinned:
+        keep_pages = getattr(args, "allocator", "keep") == "keep"
+        environment.prepare(getattr(args, "threads", 1), keep_pages)
+    measure = importlib.import_module(f"{package}.measure").measure
+
+    from benchmarks.harness import pages
+
+    result = measure(args)
+    report = importlib.import_module(f"{package}.report")
+    page = pages.Page(report.heading(result), report.tables(result), report.remarks(result))
+    pages.to_terminal(result, page)
+    if args.json:
+        pages.to_json(result, args.json)
+    if args.markdown:
+        pages.to_markdown(result, page, args.markdown)
+    if getattr(args, "plot", None):
+        from benchmarks.harness import plots
+
+        for path in plots.draw(result, importlib.import_module(f"{package}.plots"), args.plot):
+            print(path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the readings of a run are taken.
+
+    Attributes:
+        rounds: Interleaved rounds, or None for as many as a case has by default.
+        reading_seconds: Least length of a reading.
+        allocator: "keep", or "system" where page faults are part of the times.
+        quick: Whether it is a try.
+        threads: Number of threads in use.
+    """
+
+    rounds: int | None
+    reading_seconds: float
+    allocator: str = "keep"
+    quick: bool = False
+    threads: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        args: argparse.Namespace,
+        reading_seconds: tuple[float, float],
+        quick_rounds: int = 3,
+    ) -> Settings:
+        """Those that the options ask for; of readings the lengths without and with `--quick`."""
+        return cls(
+            rounds=args.rounds or (quick_rounds if args.quick else None),
+            reading_seconds=reading_seconds[args.quick],
+            allocator=args.allocator,
+            quick=args.quick,
+            threads=args.threads,
+        )
+
+    def as_dict(self) -> dict:
+        """What the result of a run says of them."""
+        made = dict(vars(self))
+        del made["threads"]  # stands in the environment
+        return made
+
+    def read(
+        self,
+        contestants: Sequence[Contestant],
+        rounds: int,
+        advance: Callable[[float], None] = lambda share: None,
+        shortest: float = 0.0,
+        attempts: int = timing.MAX_ATTEMPTS,
+    ) -> dict[str, Series]:
+        """Take the readings of the contestants of one case.
+
+        Args:
+            contestants: Who takes part.
+            rounds: Where the settings leave them open.
+            advance: Called after each reading with its share of the whole.
+            shortest: The shortest reading in seconds, where readings may be long: more page faults
+                are let pass in them.
+            attempts: As in `timing.measure`.
+        """
+        rounds = self.rounds or rounds
+        allowed = max(timing.MAX_FAULTS, timing.FAULT_SHARE * shortest / timing.FAULT_SECONDS)
+        return timing.measure(
+            contestants,
+            rounds=rounds,
+            target=self.reading_seconds,
+            threads=self.threads,
+            max_faults=allowed if self.allocator == "keep" else float("inf"),
+            advance=lambda: advance(1 / (rounds * len(contestants))),
+            attempts=attempts,
+        )
+
+
+class Progress:
+    """A bar on the terminal. A step is one case; within it, readings advance the bar.
+
+    Attributes:
+        advance: Takes the share of a step that is done.
+    """
+
+    def __init__(self, bar: Any, total: int | None):
+        self._bar = bar
+        self._task = bar.add_task("loading", total=total)
+        self._done = 0
+
+    def advance(self, share: float = 1.0) -> None:
+        self._bar.advance(self._task, share)
+
+    def expect(self, total: int) -> None:
+        """Say how many steps there are, if that was not known at first."""
+        self._bar.update(self._task, total=total)
+
+    def show(self, description: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=description)
+
+    def over(self, cases: Iterable[T], label: Callable[[T], str]) -> Iterator[T]:
+        """The cases, each of which is a step."""
+        for case in cases:
+            self.show(label(case))
+            yield case
+            self._done += 1
+            self._bar.update(self._task, completed=self._done)
+
+
+@contextlib.contextmanager
+def progress(total: int | None = None) -> Iterator[Progress]:
+    """Show a bar of so many steps while the block runs."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        yield Progress(bar, total)

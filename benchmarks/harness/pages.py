@@ -1,0 +1,186 @@
+"""How a result is shown: tables on the terminal, JSON, and a section of a Markdown file.
+
+The terminal and the Markdown file show the same rows; the subjects' modules `report` make them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+Rows = list[list[str]]
+Table = tuple[str, Rows]  # a title, and rows with the heading first
+NONE = "–"
+
+
+class Page(NamedTuple):
+    """What a result amounts to: a heading that says what was measured, tables and remarks."""
+
+    heading: str
+    tables: list[Table]
+    remarks: list[str]
+
+
+def to_json(result: dict, path: Path) -> None:
+    """Write the whole result, medians and quartiles included."""
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def to_terminal(result: dict, page: Page) -> None:
+    """Print the page of a result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    # Not a terminal (a log, a pipe): wide enough for whole rows.
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(headline(result), style="bold", highlight=False)
+    for title, rows in page.tables:
+        table = Table(title=title, title_justify="left")
+        for i, head in enumerate(rows[0]):
+            table.add_column(head, justify="left" if i == 0 else "right")
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+    for line in page.remarks:
+        console.print(line, highlight=False, markup=False)
+
+
+def to_markdown(result: dict, page: Page, path: Path) -> None:
+    """Write the page of a result into a Markdown file.
+
+    The section of an earlier run with as many threads and the same instruction set is replaced;
+    everything else in the file stays, and without such a section the new one is appended.
+
+    Args:
+        result: The result of a run.
+        page: What is written of it.
+        path: The file, made if it does not exist.
+    """
+    threads, isa = result["environment"]["threads"], result["environment"]["isa"]
+    begin, end = (
+        f"<!-- benchmarks {result['benchmark']}, threads {threads}, isa {isa}: {word} -->"
+        for word in ("begin, generated", "end")
+    )
+    heading = f"### {page.heading}, {_threads(threads)}, {isa}"
+    parts = [begin, "", heading, "", headline(result), ""]
+    for title, rows in page.tables:
+        lines = [" | ".join(row) for row in rows]
+        lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
+        parts += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
+    parts += [f"- {line}" for line in page.remarks] + ["", end]
+    section = "\n".join(parts)
+    text = path.read_text() if path.exists() else ""
+    old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if old.search(text):
+        text = old.sub(lambda _: section, text)
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n".lstrip()
+    path.write_text(text)
+
+
+def headline(result: dict) -> str:
+    """Say where and with what the figures were measured."""
+    environment = result["environment"]
+    versions = [f"{name} {v}" for name, v in environment["versions"].items() if v is not None]
+    parts = [
+        environment["cpu"] or "unknown CPU",
+        environment["isa"] or "no kernels",
+        _threads(environment["threads"]),
+        *versions,
+        environment["date"][:10],
+    ]
+    if environment["commit"]:
+        changed = " with changes" if environment["uncommitted_changes"] else ""
+        parts.append(f"commit {environment['commit'][:10]}{changed}")
+    return ", ".join(parts)
+
+
+def _threads(threads: int) -> str:
+    return "one thread" if threads == 1 else f"{threads} threads"
+
+
+# --- What several reports write alike
+
+
+def spread(quartiles: dict) -> str:
+    """The median, and the quartiles in brackets."""
+    return f"{quartiles['median']:.2f} ({quartiles['low']:.2f}–{quartiles['high']:.2f})"
+
+
+def median(quartiles: dict | None) -> float | None:
+    """The median of what was measured, or None."""
+    return quartiles["median"] if quartiles else None
+
+
+def number(value: float | None, digits: int = 2, unit: str = "", sign: str = "") -> str:
+    """A number with so many digits after the point; what rounds to zero has no minus."""
+    return NONE if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}{unit}"
+
+
+def doubt(entry: dict) -> str:
+    """The mark of a figure that rests on disturbed readings."""
+    return "†" if entry["doubtful"] else ""
+
+
+def names(lists: Iterable[Iterable[str]]) -> list[str]:
+    """The names in any of the lists, in the order in which they first come."""
+    return list(dict.fromkeys(name for one in lists for name in one))
+
+
+def without_empty_columns(rows: Rows) -> Rows:
+    """The rows without the columns that a run has nothing for."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] != NONE for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows]
+
+
+def two_threads(heading: str, rows: Rows) -> list[Table]:
+    """The table of the speed of two threads over one: rows of a label and a spread, if any."""
+    if not rows:
+        return []
+    title = "Speed of two threads over one, median (quartiles) of the rounds"
+    return [(title, [[heading, "two threads over one"], *rows])]
+
+
+def rounds_of(result: dict, where_few: str) -> str:
+    """Say how many rounds there were, and how many in the cases that had fewer."""
+    counts = sorted({case["rounds"] for case in result["cases"]}, reverse=True)
+    few = f" ({counts[-1]} {where_few})" if len(counts) > 1 else ""
+    return f"{counts[0]} interleaved rounds{few}"
+
+
+def isa_remarks(result: dict) -> list[str]:
+    """Say that the other libraries use what the processor has."""
+    if result["environment"]["isa"] != "avx2":
+        return []
+    return ["AVX2 is forced on quake_jax alone: the other libraries use AVX-512 too."]
+
+
+def reading_remarks(result: dict) -> list[str]:
+    """Say what was rejected, what is doubtful, and what was left out."""
+    lines = []
+    rejected = {"faults": 0, "preempted": 0}
+    doubtful = 0
+    for case in result["cases"]:
+        for entry in case["contestants"].values():
+            doubtful += entry["doubtful"]
+            for reason, count in entry["rejected"].items():
+                rejected[reason] += count
+    lines.append(
+        f"Readings rejected and repeated: {rejected['faults']} for page faults, "
+        f"{rejected['preempted']} for a lost core."
+    )
+    lines += doubt_remarks(doubtful)
+    if result["left_out"]:
+        reasons = (f"{name} ({why})" for name, why in result["left_out"].items())
+        lines.append(f"Left out: {'; '.join(reasons)}.")
+    return lines
+
+
+def doubt_remarks(doubtful: int, why: str = "the machine is too busy") -> list[str]:
+    """Say how many disturbed readings had to be used, if any."""
+    return [f"† {doubtful} disturbed readings had to be used: {why}."] if doubtful else []

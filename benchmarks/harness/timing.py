@@ -1,0 +1,297 @@
+"""The stopwatch: readings of several contestants in interleaved rounds, and what they amount to.
+
+A reading that was disturbed (page faults, or another process on the core) is thrown away, counted
+and repeated; contestants are compared only within a round, so that slow drifts cancel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import random
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+# A minor fault costs about half a microsecond; 16 of them are 0.3 % of a 3 ms reading.
+MAX_FAULTS = 16
+# Of page faults, at half a microsecond each, in a reading that lasts long.
+FAULT_SHARE, FAULT_SECONDS = 0.003, 0.5e-6
+# Share of a reading that threads may have waited for a core that others were using.
+MAX_WAIT_SHARE = 0.02
+MAX_WAIT_SECONDS = 20e-6
+# A thread with less CPU time than this share of a reading is not one of its workers.
+WORKER_SHARE = 0.1
+MAX_ATTEMPTS = 8
+# Longer and longer naps between attempts: the kernel gives a waking thread the core at once.
+NAP_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One timed stretch of several calls.
+
+    Attributes:
+        calls: Number of calls.
+        wall: Seconds that passed.
+        cpu: CPU seconds of all threads of the process.
+        faults: Minor page faults of the process.
+        waited: Seconds that the threads at work were ready to run but had no core, added up.
+    """
+
+    calls: int
+    wall: float
+    cpu: float
+    faults: int
+    waited: float
+
+
+@dataclass
+class Contestant:
+    """Something to time.
+
+    Attributes:
+        name: Its name in tables.
+        run: Runs the operation the given number of times and returns when all are done.
+        overhead: Seconds per call that belong to the caller and not to the operation; `measure`
+            subtracts them.
+        settle: Seconds during which its idle threads still spin after a run. They would take a
+            core from whoever is next, so the stopwatch waits that long.
+        calls: Calls of a reading; None to find out how many make one long enough.
+    """
+
+    name: str
+    run: Callable[[int], None]
+    overhead: float = 0.0
+    settle: float = 0.0
+    calls: int | None = None
+
+
+@dataclass
+class Series:
+    """The readings of one contestant, one per round.
+
+    Attributes:
+        overhead: The contestant's.
+        readings: One reading per round.
+        times: Seconds per call of each round, less the overhead.
+        rejected: How many readings were thrown away, by reason.
+        doubtful: How many rounds had to take a disturbed reading, because all attempts were.
+    """
+
+    overhead: float = 0.0
+    readings: list[Reading] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=lambda: {"faults": 0, "preempted": 0})
+    doubtful: int = 0
+
+    def add(self, reading: Reading, seconds: float) -> None:
+        """Add the reading of a round, `seconds` long."""
+        self.readings.append(reading)
+        self.times.append(seconds / reading.calls - self.overhead)
+
+    def cpu_per_wall(self) -> float:
+        """Median of CPU time over wall time: the number of threads that were really at work."""
+        return statistics.median(reading.cpu / reading.wall for reading in self.readings)
+
+    def conditions(self) -> dict:
+        """What a result says of the readings beside their times."""
+        faults = sum(reading.faults for reading in self.readings)
+        return {
+            "calls_per_reading": self.readings[0].calls,
+            "cpu_per_wall": self.cpu_per_wall(),
+            "faults": faults,
+            "faults_per_call": faults / sum(reading.calls for reading in self.readings),
+            "rejected": self.rejected,
+            "doubtful": self.doubtful,
+        }
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median of a sample and its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, sample: Sequence[float]) -> Quartiles:
+        if len(sample) == 1:
+            return cls(sample[0], sample[0], sample[0])
+        low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
+        return cls(low, median, high)
+
+    def as_dict(self) -> dict[str, float]:
+        """The three by name, for JSON."""
+        return dataclasses.asdict(self)
+
+    def scaled(self, factor: float) -> Quartiles:
+        """Those of the sample multiplied by a positive factor."""
+        return Quartiles(factor * self.low, factor * self.median, factor * self.high)
+
+
+def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
+    """How many times as long `other` took as `subject`, round by round.
+
+    Args:
+        other: Seconds of the one compared with, one per round.
+        subject: Seconds of the one whose speed is stated, from the same rounds.
+
+    Returns:
+        Median and quartiles of the rounds' ratios; above 1 the subject is faster.
+
+    Example:
+        >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
+        2.0
+    """
+    return Quartiles.of([a / b for a, b in zip(other, subject, strict=True)])
+
+
+def read(run: Callable[[int], None], calls: int) -> Reading:
+    """Time `run(calls)` once."""
+    before = _thread_times()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    run(calls)
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    after = _thread_times()
+    waited = waiting(before, after, wall) if after else max(0.0, wall - cpu)
+    return Reading(calls, wall, cpu, faults, waited)
+
+
+ThreadTimes = dict[int, tuple[float, float]]
+
+
+def _thread_times() -> ThreadTimes:
+    """CPU seconds and seconds without a core of each thread of the process (empty off Linux)."""
+    times = {}
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        try:
+            with open(path) as file:
+                on_core, waited, _ = file.read().split()
+        except OSError:  # a thread that has just ended
+            continue
+        times[int(path.split("/")[4])] = (1e-9 * int(on_core), 1e-9 * int(waited))
+    return times
+
+
+def waiting(before: ThreadTimes, after: ThreadTimes, wall: float) -> float:
+    """How long the threads that did the work had to wait for a core, added up.
+
+    Args:
+        before: The threads' times before a reading.
+        after: The same after it.
+        wall: Length of the reading in seconds.
+
+    Returns:
+        Seconds. Idle helpers that want the core for an instant are left out: where all threads
+        are pinned to one core, they wait for us and not for others.
+    """
+    total = 0.0
+    for thread, (on_core, waited) in after.items():
+        on_core_before, waited_before = before.get(thread, (0.0, 0.0))
+        worked = on_core - on_core_before >= WORKER_SHARE * wall
+        if worked or thread == threading.get_native_id():
+            total += waited - waited_before
+    return total
+
+
+def disturbance(reading: Reading, max_faults: float = MAX_FAULTS) -> str | None:
+    """Say why a reading must not be used.
+
+    Args:
+        reading: The reading.
+        max_faults: The most page faults that are let pass.
+
+    Returns:
+        "faults", "preempted", or None for a good reading.
+    """
+    if reading.faults > max_faults:
+        return "faults"
+    if reading.waited > max(MAX_WAIT_SHARE * reading.wall, MAX_WAIT_SECONDS):
+        return "preempted"
+    return None
+
+
+def calibrate(run: Callable[[int], None], target: float) -> int:
+    """Find how many calls make a reading of at least `target` seconds."""
+    calls = 1
+    run(calls)  # compiles, touches the memory
+    while True:
+        wall = min(read(run, calls).wall for _ in range(2))
+        if wall >= target:
+            return calls
+        # Short readings are all overhead: approach the target in steps.
+        calls = max(calls + 1, min(8 * calls, round(1.2 * calls * target / max(wall, 1e-9))))
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    target: float,
+    threads: int,
+    max_faults: float = MAX_FAULTS,
+    advance: Callable[[], None] = lambda: None,
+    seed: int = 0,
+    attempts: int = MAX_ATTEMPTS,
+) -> dict[str, Series]:
+    """Time the contestants in interleaved rounds, in a new random order each round.
+
+    Args:
+        contestants: Who takes part.
+        rounds: Number of rounds: readings of each contestant.
+        target: Least length of a reading in seconds.
+        threads: Number of threads in use.
+        max_faults: The most page faults that are let pass in a reading.
+        advance: Called after each reading, for a progress bar.
+        seed: Seed of the order.
+        attempts: How often a disturbed reading is repeated at most, the first time included.
+
+    Returns:
+        The series of each contestant by its name.
+    """
+    order = random.Random(seed)
+    calls = {c.name: c.calls or calibrate(c.run, target) for c in contestants}
+    series = {c.name: Series(c.overhead) for c in contestants}
+    for _ in range(rounds):
+        for contestant in order.sample(contestants, len(contestants)):
+            name = contestant.name
+            read_well(contestant, calls[name], series[name], threads, max_faults, attempts)
+            time.sleep(contestant.settle)
+            advance()
+    return series
+
+
+def read_well(
+    contestant: Contestant,
+    calls: int,
+    series: Series,
+    threads: int,
+    max_faults: float,
+    attempts: int = MAX_ATTEMPTS,
+) -> None:
+    """Add one good reading to the series, or after so many attempts the least disturbed one."""
+    disturbed = []
+    for attempt in range(attempts):
+        time.sleep(attempt * NAP_SECONDS)
+        if calls > 1:
+            contestant.run(1)  # what the one before left in the caches is not ours to pay for
+        reading = read(contestant.run, calls)
+        reason = disturbance(reading, max_faults)
+        if reason is None:
+            series.add(reading, reading.wall)
+            return
+        series.rejected[reason] += 1
+        disturbed.append(reading)
+    series.doubtful += 1
+    # With one thread its CPU time leaves out at least the time that it waited for the core.
+    best = min(disturbed, key=lambda reading: reading.cpu if threads == 1 else reading.wall)
+    series.add(best, best.cpu if threads == 1 else best.wall)

@@ -1,0 +1,152 @@
+"""Which models are measured, at which sizes and inputs, and with which systems.
+
+All sizes are those of the published models; their weights are random, which changes no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.harness.peers import TORCH
+
+DTYPES = ("float32", "bfloat16")
+
+FLAX, PARTS, ACCELERATE, INTERCEPTOR = "flax", "softmax-gelu", "accelerate", "interceptor"
+CEILING = "ceiling"
+SYSTEMS = (FLAX, PARTS, ACCELERATE, INTERCEPTOR, CEILING, TORCH)
+SUBJECT = ACCELERATE
+MEANING = {
+    FLAX: "the jitted model as it is, the others' weights and inputs are its own",
+    PARTS: 'accelerate(model, only={"softmax", "gelu"}), without fused attention',
+    ACCELERATE: "jax.jit(quake_jax.accelerate(model))",
+    INTERCEPTOR: "the model called under quake_jax.linen.substitute()",
+    CEILING: "not a model: attention is query + key + value, and GELU is left out",
+    TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
+}
+
+ROUNDS = 5
+
+
+def label(system: str) -> str:
+    """What tables and pictures call a system."""
+    return f"{system} (not a model)" if system == CEILING else system
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a Transformer; the hidden layer of its MLPs has four times the width."""
+
+    layers: int
+    width: int
+    heads: int
+    # Of texts:
+    vocabulary: int = 0
+    positions: int = 0
+    # Of images:
+    image: int = 0
+    patch: int = 0
+    classes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image and the class token."""
+        return (self.image // self.patch) ** 2 + 1
+
+
+GPT2_SMALL = Sizes(layers=12, width=768, heads=12, vocabulary=50257, positions=1024)
+BERT_BASE = Sizes(layers=12, width=768, heads=12, vocabulary=30522, positions=512)
+MINILM_L6 = Sizes(layers=6, width=384, heads=12, vocabulary=30522, positions=512)
+VIT_B16 = Sizes(layers=12, width=768, heads=12, image=224, patch=16, classes=1000)
+VIT_TI16 = dataclasses.replace(VIT_B16, width=192, heads=3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with one shape of input.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What tables call it.
+        family: "gpt2", "bert" or "vit".
+        sizes: Sizes of the model.
+        batch: Texts or images.
+        length: Tokens of a text; 0 for images.
+        decodes: Whether it is one token more after `length - 1` in the cache.
+        pools: Whether the result is one normalised vector for each text.
+        dtype: dtype of weights and activations.
+    """
+
+    name: str
+    title: str
+    family: str
+    sizes: Sizes
+    batch: int
+    length: int = 0
+    decodes: bool = False
+    pools: bool = False
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return self.title
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.dtype}"
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each text of a padded batch has: from half of them to all."""
+        full, batch = self.length, self.batch
+        if batch == 1:
+            return [full]
+        return [full // 2 + (full - full // 2) * b // (batch - 1) for b in range(batch)]
+
+
+def _gpt2(name: str, title: str, length: int, decodes: bool = False) -> Case:
+    return Case(name, f"GPT-2 small, {title}", "gpt2", GPT2_SMALL, 1, length, decodes)
+
+
+def _vit(name: str, title: str, sizes: Sizes, batch: int) -> Case:
+    return Case(f"{name}-{batch}", f"{title}, batch {batch}", "vit", sizes, batch)
+
+
+_ALL = (
+    _gpt2("gpt2-prefill-1024", "prefill 1024", 1024),
+    _gpt2("gpt2-prefill-128", "prefill 128", 128),
+    _gpt2("gpt2-decode-1024", "a token after 1023", 1024, decodes=True),
+    Case("bert-8x384", "BERT-base, 8×384", "bert", BERT_BASE, 8, 384),
+    Case("bert-8x128", "BERT-base, 8×128", "bert", BERT_BASE, 8, 128),
+    Case("minilm-32x128", "MiniLM-L6, 32×128", "bert", MINILM_L6, 32, 128, pools=True),
+    _vit("vit-b16", "ViT-B/16", VIT_B16, 8),
+    _vit("vit-b16", "ViT-B/16", VIT_B16, 1),
+    _vit("vit-ti16", "ViT-Ti/16", VIT_TI16, 8),
+    _vit("vit-ti16", "ViT-Ti/16", VIT_TI16, 1),
+)
+CASES = {case.name: case for case in _ALL}
+
+
+def choose(names: Iterable[str], dtype: str, quick: bool) -> list[Case]:
+    """The cases of a run, in the order of `CASES`.
+
+    Args:
+        names: Keys of `CASES`.
+        dtype: One of `DTYPES`.
+        quick: Whether to shrink the models, to try the benchmark out.
+    """
+    cases = [dataclasses.replace(CASES[name], dtype=dtype) for name in CASES if name in names]
+    return [_shrunk(case) for case in cases] if quick else cases
+
+
+def _shrunk(case: Case) -> Case:
+    """The same kind of model with two layers of width 32, too small to tell anything of speed."""
+    sizes = dataclasses.replace(case.sizes, layers=2, width=32, heads=2)
+    if case.family == "vit":
+        sizes = dataclasses.replace(sizes, image=64, classes=10)
+    else:
+        sizes = dataclasses.replace(sizes, vocabulary=100, positions=32)
+    title = f"{case.title} (shrunk)"
+    return dataclasses.replace(
+        case, title=title, sizes=sizes, batch=min(case.batch, 2), length=min(case.length, 32)
+    )

@@ -1,0 +1,51 @@
+"""Pictures of a result of `models`: the time of every system, one panel for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from matplotlib import pyplot as plt
+
+from benchmarks.harness import plots
+from benchmarks.harness.peers import TORCH
+from benchmarks.models.cases import (
+    ACCELERATE,
+    CEILING,
+    FLAX,
+    INTERCEPTOR,
+    MEANING,
+    PARTS,
+    label,
+)
+
+COLOURS = {
+    FLAX: "#d95f0e",
+    PARTS: "#6baed6",
+    ACCELERATE: "#08519c",
+    INTERCEPTOR: "#2171b5",
+    CEILING: "#bdbdbd",
+    TORCH: "#a63603",
+}
+COLUMNS = 4
+
+
+def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
+    """Draw a result: one figure, `models_DTYPE`."""
+    cases, dtype = result["cases"], result["settings"]["dtype"]
+    figure, axes = plots.panels(len(cases), COLUMNS, width=3.2, height=1.9, margin=0.6)
+    for axis, case in zip(axes, cases, strict=True):
+        names = [name for name in MEANING if name in case["contestants"]]
+        quartiles = [case["contestants"][name]["ms"] for name in names]
+        medians = [q["median"] for q in quartiles]
+        spread = [
+            [q["median"] - q["low"] for q in quartiles],
+            [q["high"] - q["median"] for q in quartiles],
+        ]
+        colours = [COLOURS[name] for name in names]
+        labels = [label(name) for name in names]
+        axis.barh(labels, medians, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
+        axis.invert_yaxis()
+        axis.set_title(case["title"], fontsize=8)
+        axis.tick_params(labelsize=7)
+    plots.title(figure, f"ms per call, {dtype}, random weights", result["environment"])
+    yield f"models_{dtype}", figure

@@ -1,0 +1,153 @@
+"""The tables of a result of `models`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.harness import bars, pages
+from benchmarks.harness.pages import NONE, Rows, Table, median, number
+from benchmarks.harness.peers import TORCH
+from benchmarks.models.cases import FLAX, MEANING, SUBJECT, label
+from benchmarks.models.goals import percent
+
+
+def tables(result: dict) -> list[Table]:
+    """Make the tables."""
+    cases, dtype = result["cases"], result["settings"]["dtype"]
+    made = [
+        (f"Time, {dtype}: ms per call (median)", _times(cases)),
+        (f"Speed, {dtype}: flax's time over theirs (median)", _speeds(cases)),
+        (f"Peak memory, {dtype}: MB of a call on top of weights and inputs", _memory(cases)),
+        (f"What accelerate does, {dtype}", _programs(cases)),
+        (f"Difference from flax's result, {dtype}", _differences(cases)),
+    ]
+    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
+    return [(title, rows) for title, rows in made if len(rows[0]) > 1] + bars.tables(result)
+
+
+def _names(cases: list[dict]) -> list[str]:
+    """The systems of all cases, in the order in which tables show them."""
+    found = {name for case in cases for name in case["contestants"]}
+    return [name for name in MEANING if name in found]
+
+
+def _of_systems(cases: list[dict], shown: Callable[[dict], str]) -> Rows:
+    """A row for each model, with what is shown of each system."""
+    names = _names(cases)
+    rows = [["model", *map(label, names)]]
+    for case in cases:
+        entries = [case["contestants"].get(name) for name in names]
+        rows.append([case["title"], *(NONE if e is None else shown(e) for e in entries)])
+    return rows
+
+
+def _times(cases: list[dict]) -> Rows:
+    return _of_systems(cases, _milliseconds)
+
+
+def _memory(cases: list[dict]) -> Rows:
+    def megabytes(entry: dict) -> str:
+        size = entry["memory_bytes"]
+        return NONE if size is None else f"{1e-6 * size:.0f}"
+
+    return _of_systems(cases, megabytes)
+
+
+def _differences(cases: list[dict]) -> Rows:
+    return _of_systems(
+        cases, lambda entry: f"{entry['difference']:.1e}" if "difference" in entry else NONE
+    )
+
+
+def _milliseconds(entry: dict) -> str:
+    time = entry["ms"]["median"]
+    return f"{time:.{2 if time < 100 else 0}f}" + pages.doubt(entry)
+
+
+def _speeds(cases: list[dict]) -> Rows:
+    others = [name for name in _names(cases) if name not in (FLAX, SUBJECT, TORCH)]
+    ours = f"{SUBJECT} (quartiles)"
+    rows = [["model", ours, *map(label, others), f"{TORCH} / {SUBJECT}", "share of the ceiling"]]
+    for case in cases:
+        against_torch, share = median(case["over_ours"].get(TORCH)), percent(case["share"])
+        rows.append(
+            [
+                case["title"],
+                pages.spread(case["speed"][SUBJECT]) if SUBJECT in case["speed"] else NONE,
+                *(number(median(case["speed"].get(name))) for name in others),
+                number(against_torch),
+                number(share, 0, " %"),
+            ]
+        )
+    return rows
+
+
+def _programs(cases: list[dict]) -> Rows:
+    """What is replaced and what is left, and the time of tracing and compiling."""
+    rows = [["model", "calls put in", "left", "traced, s", "compiled, s"]]
+    for case in cases:
+        ours, flax = (case["contestants"].get(name) for name in (SUBJECT, FLAX))
+        times = (
+            f"{flax[step]:.2f} → {ours[step]:.2f}" if ours and flax else NONE
+            for step in ("trace_seconds", "compile_seconds")
+        )
+        rows.append([case["title"], _counts(case["replaced"]), _counts(case["left"]), *times])
+    return rows
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or NONE
+
+
+def heading(result: dict) -> str:
+    """What was measured, for the heading of a section."""
+    return "M" + result["benchmark"][1:]
+
+
+def remarks(result: dict) -> list[str]:
+    """Say what a reader of the tables must know."""
+    settings = result["settings"]
+    names = _names(result["cases"])
+    meanings = "; ".join(f"{name}: {MEANING[name]}" for name in names)
+    long_enough = f"{1e3 * settings['reading_seconds']:g} ms"
+    lines = [
+        "Weights are random, of the published sizes: speed does not depend on them, "
+        "quality is not what is measured here.",
+        f"{settings['rounds']} interleaved rounds with all systems of a model in the same ones, in "
+        f"a random order each; readings of one call, or of as many as make {long_enough}.",
+        f"{meanings[0].upper()}{meanings[1:]}.",
+        "GPT-2 gives the logits of the last position, as generation needs; the token after 1023 "
+        "reads a full cache (Flax's decode=True), which is donated. BERT has padding: texts from "
+        "half to all of the length, and fused attention skips keys that are padding. GELU has the "
+        "tanh form in GPT-2 and ViT (Flax's default; Hugging Face's ViT has erf), the erf form in "
+        "BERT.",
+    ]
+    if any(SUBJECT in case["contestants"] for case in result["cases"]):
+        lines.append(
+            "Calls put in, and left: what quake_jax.explain says. Traced, compiled: CPU time with "
+            "empty caches, flax → accelerate."
+        )
+    lines.append(
+        "Peak memory: the growth of the process during the first call. Difference: length of the "
+        "difference from flax's result relative to that result's length; a run with more than the "
+        "bounds of the orders allow stops."
+    )
+    if any(case["share"] for case in result["cases"]):
+        lines.append(
+            "Share of the ceiling: the part of the time between flax and ceiling that accelerate "
+            "saves. The ceiling does none of attention's own products, so 100 % cannot be reached."
+        )
+    if settings["dtype"] == "bfloat16":
+        lines.append(
+            "XLA for CPUs multiplies matrices in float32: every system but torch converts its "
+            "weights in each call, and when it decodes the whole cache as well."
+        )
+    lines += pages.isa_remarks(result)
+    if settings["allocator"] == "system":
+        lines.append("The system's allocator was left as it is: page faults are part of the times.")
+    else:
+        lines.append(
+            "Freed pages stay mapped: nobody pays for fresh ones at each call, as XLA's large "
+            "temporaries do under the system's allocator (--allocator system)."
+        )
+    return lines + pages.reading_remarks(result)

@@ -1,0 +1,245 @@
+"""The systems that run a model in JAX: as it is, with quake_jax's kernels, and with the work of
+the kernels left out, which nothing that only replaces that work can be faster than.
+
+Importing this module imports JAX: `environment.prepare` comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from benchmarks.harness.errors import quake_jax
+from benchmarks.harness.peers import TORCH
+from benchmarks.models import cases, flax_models, memory
+from benchmarks.models.cases import ACCELERATE, CEILING, FLAX, INTERCEPTOR, PARTS, Case
+
+PARTS_REPLACED = ("softmax", "gelu")
+# Small, and has all that the others have.
+_WARM_UP_MODEL = "minilm-32x128"
+
+
+class Setting:
+    """A case with its weights and inputs, which all systems share.
+
+    Attributes:
+        case: The case.
+        parameters: The weights, a pytree.
+        cache: What a decoding model remembers; empty for others.
+        inputs: The other arguments.
+    """
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.parameters, self.cache = flax_models.variables(case)
+        self.inputs = flax_models.inputs(case)
+        self._model = flax_models.module(case)
+
+    @property
+    def arguments(self) -> tuple:
+        """Those of the function of `forward`, with a cache that may be donated."""
+        return self.parameters, jax.tree.map(lambda x: x.copy(), self.cache), *self.inputs
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.parameters))
+
+    def forward(self) -> Callable[..., tuple[jax.Array, dict]]:
+        """A new function of parameters, cache and inputs: the result, and the cache after it.
+
+        Always new, so that no cache of JAX takes what one system traced for another's.
+        """
+        model = self._model
+
+        def forward(parameters, cache, *inputs):
+            if not cache:
+                return model.apply({"params": parameters}, *inputs), cache
+            variables = {"params": parameters, "cache": cache}
+            result, changed = model.apply(variables, *inputs, mutable="cache")
+            return result, changed["cache"]
+
+        return forward
+
+
+def _accelerated(forward: Callable) -> Callable:
+    return quake_jax("accelerate").accelerate(forward)
+
+
+def _in_parts(forward: Callable) -> Callable:
+    return quake_jax("accelerate").accelerate(forward, only=set(PARTS_REPLACED))
+
+
+def _intercepted(forward: Callable) -> Callable:
+    import quake_jax.linen
+
+    def intercepted(*arguments):
+        with quake_jax.linen.substitute():
+            return forward(*arguments)
+
+    return intercepted
+
+
+def _without_work(forward: Callable) -> Callable:
+    def without_work(*arguments):
+        with _work_left_out():
+            return forward(*arguments)
+
+    return without_work
+
+
+@contextlib.contextmanager
+def _work_left_out() -> Iterator[None]:
+    """Models traced inside have no attention and no GELU; all their products stay."""
+
+    def without_attention(call, args, kwargs, context):
+        if context.method_name == "__call__" and hasattr(context.module, "attention_fn"):
+            # A module that is about to be called refuses a change; this one serves for one call.
+            object.__setattr__(context.module, "attention_fn", _sum)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(without_attention), mock.patch.object(nn, "gelu", _same):
+        yield
+
+
+def _sum(query, key, value, **_):
+    # The sum of all three: a projection that nothing needs would be left out as well.
+    return query + (key + value)[:, : query.shape[1]]
+
+
+def _same(x, approximate=True):
+    return x
+
+
+TRANSFORMS: dict[str, Callable[[Callable], Callable]] = {
+    FLAX: lambda forward: forward,
+    PARTS: _in_parts,
+    ACCELERATE: _accelerated,
+    INTERCEPTOR: _intercepted,
+    CEILING: _without_work,
+}
+
+
+@dataclass
+class System:
+    """A model that is ready to run.
+
+    Attributes:
+        name: One of `cases.SYSTEMS`.
+        run: Runs it the given number of times and returns when all are done.
+        result: The result of the first run, an array of float32.
+        memory: Bytes that this run took on top of weights and inputs; None if nobody tells.
+        trace_seconds, compile_seconds: CPU time that they took (JAX only).
+    """
+
+    name: str
+    run: Callable[[int], None]
+    result: np.ndarray
+    memory: int | None = None
+    trace_seconds: float | None = None
+    compile_seconds: float | None = None
+
+
+def warm_up(names: list[str], dtype: str) -> None:
+    """Load what is loaded once, so that no system's tracing and compiling pays for it."""
+    (case,) = cases.choose([_WARM_UP_MODEL], dtype, quick=True)
+    setting = Setting(case)
+    for name in names:
+        if name in TRANSFORMS:
+            build(setting, name)
+
+
+def build(setting: Setting, name: str) -> System:
+    """Compile a system of JAX and run it once.
+
+    Args:
+        setting: The case with its weights.
+        name: A key of `TRANSFORMS`.
+    """
+    program, trace_seconds, compile_seconds = _compiled(setting, name)
+    parameters, cache, *inputs = setting.arguments
+
+    def first_run():
+        return jax.block_until_ready(program(parameters, cache, *inputs))
+
+    (first, cache), grown = memory.growth(first_run)
+
+    def run(calls: int) -> None:
+        # A cache that is full stays so: each token takes the place of the last one.
+        nonlocal cache
+        for _ in range(calls):
+            out, cache = program(parameters, cache, *inputs)
+        out.block_until_ready()
+
+    return System(
+        name=name,
+        run=run,
+        result=np.asarray(first, np.float32),
+        memory=grown,
+        trace_seconds=trace_seconds,
+        compile_seconds=compile_seconds,
+    )
+
+
+def _compiled(setting: Setting, name: str) -> tuple[jax.stages.Compiled, float, float]:
+    """A system's program, and the CPU seconds of tracing and of compiling it."""
+    function = jax.jit(TRANSFORMS[name](setting.forward()), donate_argnums=1)
+    arguments = setting.arguments
+    jax.clear_caches()  # nothing that another system traced or compiled shortens this
+    # CPU time: no reading can be repeated that another process disturbed.
+    start = time.process_time()
+    lowered = function.lower(*arguments)
+    traced = time.process_time()
+    program = lowered.compile()
+    return program, traced - start, time.process_time() - traced
+
+
+def explained(setting: Setting) -> dict[str, dict[str, int]]:
+    """How many calls of which functions `accelerate` puts into the model, and what it leaves."""
+    report = quake_jax("accelerate").explain(setting.forward(), *setting.arguments)
+    replaced, left = Counter(), Counter()
+    for record in report.replaced:
+        function = record.replacement.removeprefix("quake_jax.").partition("(")[0]
+        replaced[function] += record.count
+    for record in report.left:
+        left[record.name] += record.count
+    return {"replaced": dict(replaced), "left": dict(left)}
+
+
+def tolerance(case: Case, name: str) -> float:
+    """How far a system's result may be from the model's, by the bounds of what it replaced.
+
+    A layer adds the relative errors of its attention and of its GELU; what is computed in another
+    order differs by rounding on top.
+
+    Args:
+        case: The case.
+        name: The system.
+
+    Returns:
+        Largest difference, relative to the model's result, of both taken as one long vector.
+    """
+    from quake_jax import accuracy
+
+    eps = float(jax.numpy.finfo(case.dtype).eps)
+    rounding = 8 * eps if case.dtype == "float32" else eps
+    gelu = "gelu_erf" if case.family == "bert" else "gelu_tanh"
+    bounds = {  # of the functions' default orders
+        TORCH: 0.0,
+        PARTS: accuracy.bound("softmax", 3, case.dtype) + accuracy.bound(gelu, 3, case.dtype),
+    }
+    both = accuracy.bound("softmax", 5, case.dtype) + accuracy.bound(gelu, 3, case.dtype)
+    return case.sizes.layers * (bounds.get(name, both) + rounding)
+
+
+def difference(result: np.ndarray, wanted: np.ndarray) -> float:
+    """Length of the difference of two results, relative to the length of the second."""
+    gap = result.astype(np.float64) - wanted
+    return float(np.linalg.norm(gap) / np.linalg.norm(wanted.astype(np.float64)))

@@ -1,0 +1,109 @@
+"""The run of `python -m benchmarks quality`.
+
+The models are the examples', with the kernels put in by the one line that the examples show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+
+from benchmarks.harness import environment
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frame import progress
+from benchmarks.quality import report
+from benchmarks.quality.command import DTYPES, ORDERS
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Run all tasks.
+
+    Args:
+        args: The options, as `command.add_arguments` declares them.
+
+    Returns:
+        The result, a dictionary that json can write. `tasks` has for each task the sizes of its
+        sets and a list of rows; a row has dtype, order, the name of its reference or None, and
+        the task's figures.
+    """
+    dtypes = [dtype for dtype in DTYPES if dtype in (args.dtype or DTYPES)]
+    orders = ["exact", *sorted(set(args.order or ORDERS))]
+    with progress() as bar:
+        tasks = make_tasks(args.embedding_checkpoint, sizes_of(args))
+        bar.expect(len(tasks) * len(dtypes) * len(orders))
+        measured = {}
+        for task in tasks:
+            rows, exact = [], {}
+            for dtype, order in itertools.product(dtypes, orders):
+                bar.show(f"{task.name}, {dtype}, {order}")
+                outputs = task.outputs(dtype, order, exact.get(dtype))
+                # The exact model in bfloat16 shows what the dtype alone does.
+                reference = dtype if dtype in exact else next(iter(exact), None)
+                figures = task.figures(outputs, exact.get(reference))
+                rows.append({"dtype": dtype, "order": order, "reference": reference, **figures})
+                exact.setdefault(dtype, outputs)
+                bar.advance()
+            measured[task.name] = {"sets": task.sets, "rows": rows}
+    result = {
+        "benchmark": "quality",
+        "environment": describe(args.threads),
+        "settings": {"quick": args.quick},
+        "tasks": measured,
+    }
+    result["bars"] = [] if args.quick else report.judge(result)
+    return result
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """The sizes of the sets, as `make_tasks` takes them."""
+    if args.quick:
+        return {"copies": 1, "windows": 2, "generations": 1, "tokens": 32, "sections": 12}
+    full = {"copies": 20, "windows": None, "generations": 16, "sections": None}
+    return {**full, "tokens": args.tokens}
+
+
+def make_tasks(checkpoint: str | None, sizes: dict[str, int | None]) -> list:
+    """Load data and checkpoints.
+
+    Args:
+        checkpoint: That of the search; without it there is no search.
+        sizes: copies of `Digits`, windows, generations and tokens of `Text`, sections of `Search`.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        BenchmarkError: A package or the checkpoint is missing.
+    """
+    try:
+        from benchmarks.quality.tasks import Digits, Search, Text
+
+        search = [] if checkpoint is None else [Search(checkpoint, sizes["sections"])]
+        return [
+            Digits(sizes["copies"]),
+            Text(sizes["windows"], sizes["generations"], sizes["tokens"]),
+            *search,
+        ]
+    except ModuleNotFoundError as error:
+        raise BenchmarkError(
+            f"{error.name} is not installed: pip install '.[examples,bench]'"
+        ) from error
+    except Exception as error:
+        from _command import UserError  # what the examples raise for what the user can put right
+
+        if isinstance(error, UserError):
+            raise BenchmarkError(f"argument --embedding-checkpoint: {error}") from error
+        raise
+
+
+def describe(threads: int) -> dict:
+    """Describe this machine and the software on it, as far as this benchmark uses it."""
+    described = environment.describe(threads)
+    versions = described["versions"]
+    described["versions"] = {
+        "python": described["python"],
+        "flax": importlib.metadata.version("flax"),
+        **{name: versions[name] for name in ("jax", "jaxlib", "numpy", "quake_jax")},
+    }
+    return described

@@ -1,0 +1,71 @@
+"""Pictures of a result of `quality`: each figure against the order, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from matplotlib import pyplot as plt
+
+from benchmarks.harness import plots
+from benchmarks.quality.report import LIMITS
+
+COLOURS = {"float32": "#08519c", "bfloat16": "#d95f0e"}
+# Of each task its panels: the figure's key and the title.
+PANELS = {
+    "digits": [
+        ("accuracy", "accuracy, %"),
+        ("distorted_accuracy", "accuracy on distorted digits, %"),
+        ("distorted_accuracy_change", "change on distorted digits, points"),
+    ],
+    "text": [
+        ("perplexity_change", "change of the perplexity, %"),
+        ("same_greedy", "same likeliest token, %"),
+        ("tokens_alike", "tokens before the first difference"),
+    ],
+    "search": [
+        ("same_nearest", "same nearest section, %"),
+        ("common_nearest", "of the nearest 10 sections, %"),
+        ("rank_correlation", "rank correlation"),
+    ],
+}
+
+
+def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
+    """Draw a result: for each task `quality_TASK`."""
+    for name, task in result["tasks"].items():
+        panels = PANELS[name]
+        figure, axes = plots.panels(len(panels), len(panels), width=3.7, height=3.1, margin=0.0)
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            _panel(axis, task["rows"], key)
+            limit, _ = LIMITS.get(name, {}).get(key, (None, None))
+            if limit:
+                axis.axhspan(-limit, limit, color="black", alpha=0.08, label="limit from order 2")
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(labelsize=8)
+            axis.ticklabel_format(axis="y", useOffset=False)
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("order", fontsize=8)
+        plots.legend(figure)
+        yield f"quality_{name}", figure
+
+
+def _panel(axis: plt.Axes, rows: list[dict], key: str) -> None:
+    """One figure of all orders, dtypes side by side."""
+    places = {order: i for i, order in enumerate(dict.fromkeys(row["order"] for row in rows))}
+    for shift, (dtype, colour) in zip((-0.1, 0.1), COLOURS.items(), strict=True):
+        shown = [row for row in rows if row["dtype"] == dtype and key in row]
+        values = [row[key]["value"] for row in shown]
+        # A bootstrap's interval need not hold its figure; a bar cannot be negative.
+        below = [max(0.0, row[key]["value"] - row[key]["low"]) for row in shown]
+        above = [max(0.0, row[key]["high"] - row[key]["value"]) for row in shown]
+        axis.errorbar(
+            [places[row["order"]] + shift for row in shown],
+            values,
+            yerr=[below, above],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            color=colour,
+            label=dtype,
+        )
+    axis.set_xticks(list(places.values()), list(map(str, places)))

@@ -1,0 +1,155 @@
+"""The tables of a result of `quality`, and the limits that it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.harness import bars
+from benchmarks.harness.pages import NONE, Rows, Table, number
+from benchmarks.quality import statistics
+
+# The lowest order that has to keep the quality, and the largest change of each figure.
+LEAST_ORDER = 2
+LIMITS = {
+    "digits": {"accuracy_change": (0.1, "points"), "distorted_accuracy_change": (0.1, "points")},
+    "text": {"perplexity_change": (0.1, "%")},
+}
+
+
+def interval(digits: int, unit: str = "", sign: str = "") -> Callable[[dict], str]:
+    """How a figure with its interval is written."""
+
+    def text(figure: dict) -> str:
+        value, low, high = (number(figure[k], digits, sign=sign) for k in ("value", "low", "high"))
+        return f"{value}{unit} ({low} to {high})"
+
+    return text
+
+
+# Of each task the title and the columns: key of the figure, heading, how it is written.
+TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
+    "digits": (
+        "ViT on handwritten digits",
+        [
+            ("accuracy", "accuracy", interval(2, " %")),
+            ("changed", "changed", str),
+            ("accuracy_change", "change, points", lambda x: number(x, 2, sign="+")),
+            ("distorted_accuracy", "distorted: accuracy", interval(2, " %")),
+            ("distorted_changed", "changed", str),
+            ("distorted_accuracy_change", "change, points", interval(3, sign="+")),
+        ],
+    ),
+    "text": (
+        "GPT on held-out text",
+        [
+            ("perplexity", "perplexity", interval(3)),
+            ("perplexity_change", "change, %", interval(4, sign="+")),
+            ("same_greedy", "same likeliest token", interval(2, " %")),
+            ("same_continuations", "same continuations", interval(0, " %")),
+            ("tokens_alike", "tokens before the first difference", interval(0)),
+        ],
+    ),
+    "search": (
+        "Sentence embeddings of documentation",
+        [
+            ("cosine", "mean cosine", lambda x: f"{x:.7f}"),
+            ("least_cosine", "least cosine", lambda x: f"{x:.7f}"),
+            ("same_nearest", "same nearest", interval(1, " %")),
+            ("common_nearest", "of the nearest 10", interval(1, " %")),
+            ("rank_correlation", "rank correlation", interval(6)),
+        ],
+    ),
+}
+
+
+def heading(result: dict) -> str:
+    """What was measured, for the heading of a section."""
+    return "Quality"
+
+
+def tables(result: dict) -> list[Table]:
+    """Make the tables."""
+    made = []
+    for name, task in result["tasks"].items():
+        title, columns = TABLES[name]
+        for dtype in dict.fromkeys(row["dtype"] for row in task["rows"]):
+            rows: Rows = [["order", *(heading for _, heading, _ in columns)]]
+            for row in task["rows"]:
+                if row["dtype"] == dtype:
+                    cells = [write(row[key]) if key in row else NONE for key, _, write in columns]
+                    rows.append([str(row["order"]), *cells])
+            made.append((f"{title}, {dtype}", rows))
+    return made + bars.tables(result)
+
+
+def judge(result: dict) -> list[dict]:
+    """Return the verdicts: from `LEAST_ORDER` up, no figure may change by more than its limit."""
+    made = []
+    for name, limits in LIMITS.items():
+        rows = result["tasks"][name]["rows"]
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            judged = [
+                row
+                for row in rows
+                if row["dtype"] == dtype and row["order"] != "exact" and row["order"] >= LEAST_ORDER
+            ]
+            for key, (limit, unit) in limits.items():
+                if judged:
+                    largest = max(abs(_value(row[key])) for row in judged)
+                    bar = f"{dtype}, orders from {LEAST_ORDER}: largest {key.replace('_', ' ')}"
+                    made.append(bars.verdict(bar, largest, limit, unit, at_least=False))
+    return made
+
+
+def _value(figure: dict | float) -> float:
+    return figure["value"] if isinstance(figure, dict) else figure
+
+
+def remarks(result: dict) -> list[str]:
+    """Say what a reader of the tables must know."""
+    tasks = result["tasks"]
+    lines = [
+        "Changes and agreement are against the exact model of the same dtype; in the row of the "
+        "exact model in bfloat16, against the exact model in float32: what the dtype alone does.",
+        f"In brackets: {100 * statistics.CONFIDENCE:.0f} % intervals. Wilson's of accuracy, same "
+        "continuations and same nearest; of the others a bootstrap "
+        f"({statistics.RESAMPLES} resamples, differences in pairs) over digits, windows, "
+        "continuations or sections.",
+        *sets_remarks({name: task["sets"] for name, task in tasks.items()}),
+    ]
+    if result["settings"]["quick"]:
+        lines.append("A quick run: too few samples for a result.")
+    return lines
+
+
+def sets_remarks(sets: dict[str, dict]) -> list[str]:
+    """Say what the models were tried on, by task."""
+    lines = []
+    if "digits" in sets:
+        digits, text = sets["digits"], sets["text"]
+        lines += [
+            f"Digits: {digits['digits']} that were held out; one of them is "
+            f"{100 / digits['digits']:.2f} points. Distorted: {digits['distorted digits']} copies "
+            "of them, shifted, turned, scaled and sheared as in training.",
+            f"Text: {text['windows']} windows of {text['tokens per window']} tokens.",
+        ]
+        if text["generations"]:
+            lines[-1] += (
+                f" Continuations: {text['generations']} of {text['tokens per generation']} tokens, "
+                "greedy; the prompts are first halves of windows."
+            )
+        if not text["text of training"]:
+            lines.append(
+                "The documentation of this Python is not the one that the GPT was trained beside: "
+                "some of the held-out text may have been in its training, and perplexities are "
+                "another's."
+            )
+    if "search" in sets:
+        search = sets["search"]
+        lines.append(
+            f"Search: {search['sections']} sections of Python's documentation, the first "
+            f"{search['tokens per section']} tokens of each; each is a query for the others. Rank "
+            "correlation: Spearman's, of the similarities to all others."
+        )
+    return lines
