@@ -449,6 +449,24 @@ CASES = {
         ATTENTION,
         {"present=1", "f32[2,1,16,16]"},
     ),
+    "mask by product": (
+        changed(lambda s, m: s * m.astype(s.dtype) - 1e10 * (1 - m.astype(s.dtype))),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "negated mask by product": (
+        changed(lambda s, m: -1e10 * jnp.where(m, 0.0, 1.0) + (1 - jnp.where(m, 0, 1)) * s),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "constant mask by product": (
+        changed(lambda s: s * CAUSAL.astype(s.dtype) + -1e9 * (1 - CAUSAL.astype(s.dtype))),
+        BTNH,
+        ATTENTION,
+        {"is_causal=1", "present=0"},
+    ),
     # Queries without any key tell the order in which masks are applied.
     "selection, then sum": (
         changed(lambda s, m: jnp.where(CAUSAL, s, LOWEST) + jnp.where(m, 0.0, LOWEST)),
@@ -636,6 +654,7 @@ def test_float32_softmax_of_16_bit_operands():
         "gemma",
         "groups among queries",
         "soft cap, bias and mask",
+        "mask by product",
         "vmap over queries",
         "added mask by product",
         "learned temperature",
@@ -653,6 +672,25 @@ def test_derivatives(name):
     grads = [jax.jit(jax.grad(loss(f), moving))(*args) for f in (fast, fun)]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["small", "large", "padding on the left"])
+def test_a_bias_after_the_mask(bias):
+    """It may show in the mask's numbers: of queries without any key, or where it is as large."""
+    padding = jnp.where(jnp.arange(T) < 5, -1e9, 0.0)[None, None, None]
+    bias = {"small": BIAS, "large": 1e4 * BIAS, "padding on the left": padding}[bias]
+    fun = changed(lambda s, m, b: jnp.where(CAUSAL & m, s, -1e9) + b)
+    fast = quake_jax.accelerate(fun)
+    for mask in (MASK, jnp.array(True), CAUSAL.T):
+        args = (*BTNH, mask, bias)
+        assert replacements(fun, *args) == ATTENTION
+        np.testing.assert_allclose(fast(*args), fun(*args), rtol=1e-5, atol=1e-5)
+        grads = [
+            jax.jit(jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2, 4)))(*args)
+            for f in (fast, fun)
+        ]
+        for a, b in zip(*grads, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # What must not become attention; the softmax in it may still be replaced.
@@ -676,6 +714,31 @@ def over_queries(q, k, v):
 def over_heads(q, k, v):
     s = jnp.einsum("bthd,bshd->bhts", q, k)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s, axis=1), v)
+
+
+def over_both(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", q, k)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s, axis=(-2, -1)), v)
+
+
+def rounded(x):
+    return jnp.round(x * 16).astype(jnp.int8)
+
+
+def in_8_bits(q, k, v):
+    s = jnp.einsum("bthd,bshd->bhts", rounded(q), rounded(k), preferred_element_type=jnp.int32)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s.astype(jnp.float32) / 256), v)
+
+
+def values_in_8_bits(q, k, v):
+    weights = rounded(jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)))
+    return jnp.einsum("bhts,bshd->bthd", weights, rounded(v), preferred_element_type=jnp.int32)
+
+
+def other_product(q, k, v):
+    """Scores of 16 x 16 numbers that take no part in the last product's sum."""
+    weights = jnp.sin(jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)))
+    return jnp.einsum("bhts,hd->bdts", weights, v[0, 0])
 
 
 def transposed_weights(q, k, v):
@@ -717,14 +780,33 @@ STAYING = {
     "scores returned": (scores_too, BTNH, "its dot_general is a result"),
     "weights returned": (weights_too, BTNH, "its div is a result"),
     "softmax over queries": (over_queries, BTNH, None),
-    "softmax over heads": (over_heads, BTNH, None),
+    "softmax over heads": (over_heads, BTNH, "query and key share"),
     "weights transposed": (transposed_weights, BTNH, "another axis"),
     "top k": (top_k, BTNH, "used elsewhere"),
-    "a factor of the keys": (key_factor, BTNH, None),
-    "dropout": (dropout, BTNH, None),
+    "softmax over queries and keys": (over_both, BTNH, "more than one axis"),
+    "a factor of the keys": (key_factor, BTNH, "depends on the key"),
+    "dropout": (dropout, BTNH, "softmax and its values is div"),
+    "another scale per head and key": (
+        changed(lambda s, m: s * m - 1e10 * (1 - m)),
+        (*BTNH, 0.5 + 0.5 * MASK),
+        "product and its softmax is mul",
+    ),
+    "numbers that are a mask only if they are 0 and 1": (
+        changed(lambda s, m: s * m.astype(s.dtype) - 1e10 * (1 - m.astype(s.dtype))),
+        (*BTNH, MASK.astype(jnp.int32)),
+        "product and its softmax is mul",
+    ),
+    "a maximum": (
+        changed(lambda s: jnp.maximum(s, -1.0)),
+        BTNH,
+        "product and its softmax is max",
+    ),
+    "8-bit product": (in_8_bits, BTNH, "of int8"),
+    "8-bit values": (values_in_8_bits, BTNH, "softmax and its values is round"),
+    "another product of the weights": (other_product, BTNH, None),
     "linear attention": (linear, qkv(B, 64, N, H), None),
-    "a product of scores": (sharpened, BTNH, None),
-    "clipped scores": (clipped, BTNH, None),
+    "a product of scores": (sharpened, BTNH, "product and its softmax is mul"),
+    "clipped scores": (clipped, BTNH, "product and its softmax is max"),
     "talking heads": (talking_heads, BTNH, None),
     "masked by -1e4": (changed(lambda s, m: jnp.where(m, s, -1e4)), (*BTNH, MASK), "-10000"),
     "masked by NaN": (changed(lambda s, m: jnp.where(m, s, jnp.nan)), (*BTNH, MASK), "nan"),
@@ -732,7 +814,7 @@ STAYING = {
     "scores in 8 bits": (
         changed(lambda s: s.astype(jnp.float8_e4m3fn).astype(jnp.float32)),
         BTNH,
-        None,
+        "a conversion from float32 to float8_e4m3fn",
     ),
     "masked by 0": (changed(lambda s, m: jnp.where(m, s, 0.0)), (*BTNH, MASK), "masked by 0"),
     "two masks, not huge": (

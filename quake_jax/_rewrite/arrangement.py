@@ -56,7 +56,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         masks.check_as_bias(logits.masks)
         window, lengths = None, []
         conditions = [masks.viewed(m.value, m.axes, m.is_negated, sizes) for m in logits.masks]
-    together = None if repeats else packing.packed(query, key, value, labels)
+    together = None if repeats or logits.late_biases else packing.packed(query, key, value, labels)
     plan = Plan(
         labels=labels,
         operands=tuple(tuple(x.axes.items()) for x in arrays),
@@ -68,6 +68,8 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         ),
         numbers=tuple((m.number, m.is_added) for m in logits.masks) if as_bias else (),
         biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.biases),
+        late_biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.late_biases),
+        late_number=logits.masks[0].number if logits.late_biases else None,
         factors=tuple(tuple(axes.items()) for _, axes in factors),
         scale=logits.scale,
         is_scale_traced=logits.traced_scale is not None,
@@ -83,7 +85,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         *((x.value for x in arrays) if together is None else together[:1]),
         *(mask for mask, _, _ in conditions),
         *(x.value for x in lengths if x.value is not None),
-        *(bias.value for bias in logits.biases),
+        *(bias.value for bias in (*logits.biases, *logits.late_biases)),
         *(factor for factor, _ in factors),
         *((logits.traced_scale,) if plan.is_scale_traced else ()),
     ]
@@ -178,7 +180,7 @@ def _classified(query, key, value, logits, keys: int, shape, repeats) -> Labels:
         refuse("its keys or values are repeated")
     shared, alone = list(in_key), list(in_query - in_key)
     patterns = [masks.viewed(m.value, m.axes, m.is_negated, sizes)[1] for m in logits.masks]
-    patterns += [bias.axes for bias in logits.biases]
+    patterns += [bias.axes for bias in (*logits.biases, *logits.late_biases)]
     # Masks that tell queries apart do so by position.
     alone.sort(key=lambda i: (sum(i in axes for axes in patterns), sizes[i]))
     length = alone[-1:]

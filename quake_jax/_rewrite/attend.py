@@ -12,11 +12,15 @@ import math
 import operator
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._attention import api as public
 from quake_jax._rewrite.labels import SIZE, Labels, apart
+
+# A bias of at most this leaves masked logits (at most -9e8) as good as none.
+_LARGEST_LATE_BIAS = 1e8
 
 # The axes of an array by label, as a tuple so that it can be hashed.
 _Axes = tuple[tuple[int | str, int], ...]
@@ -35,6 +39,8 @@ class Plan:
       lengths: of keys: the axes of an array, or None for 0, and what is added to it.
       numbers: if the masks are to be one bias: what each puts in a logit's place, or adds to it.
       biases: the axes of each, and its factor.
+      late_biases: the same of those that are added after the masks.
+      late_number: if there are such: what the masks put in a logit's place.
       factors: the axes of arrays that multiply the result.
       scale, is_scale_traced, soft_cap: of the logits.
       window: (left, right) as in `quake_jax.dot_product_attention`, or None.
@@ -51,6 +57,8 @@ class Plan:
     lengths: tuple[tuple[_Axes | None, int], ...]
     numbers: tuple[tuple[float, bool], ...]
     biases: tuple[tuple[_Axes, float], ...]
+    late_biases: tuple[tuple[_Axes, float], ...]
+    late_number: float | None
     factors: tuple[_Axes, ...]
     scale: float
     is_scale_traced: bool
@@ -85,7 +93,8 @@ def attend(*arrays, plan: Plan, order):
     lengths = _lengths(
         plan, [None if axes is None else next(remaining) for axes, _ in plan.lengths]
     )
-    terms = _biases(plan, take(plan.biases))
+    terms = _biases(plan, plan.biases, take(plan.biases))
+    late = _sum(_biases(plan, plan.late_biases, take(plan.late_biases)))
     factors = take(plan.factors)
     scale = plan.scale
     if plan.is_scale_traced:
@@ -93,9 +102,20 @@ def attend(*arrays, plan: Plan, order):
     if plan.numbers:
         terms, kept = [*terms, _bias_of_masks(kept, plan.numbers)], []
     mask = functools.reduce(operator.and_, kept) if kept else None
-    bias = _sum(terms)
+    bias = _sum(terms if late is None else [*terms, late])
     keywords = {"scale": scale, "logits_soft_cap": plan.soft_cap, "order": order}
-    out = _kernel(plan, operands, bias, mask, **keywords, **lengths, **_positions(plan))
+
+    def kernel():
+        return _kernel(plan, operands, bias, mask, **keywords, **lengths, **_positions(plan))
+
+    if late is None:
+        out = kernel()
+    else:
+        # A bias may show in a mask's number only where it is huge or a query has no key.
+        kept = _kept(plan, mask, **lengths)
+        is_plain = (jnp.abs(late) <= _LARGEST_LATE_BIAS).all() & kept.any(-1).all()
+        arrays = (*operands, _sum(terms), late, kept, scale)
+        out = jax.lax.cond(is_plain, kernel, lambda: _with_weights(plan, *arrays))
     if plan.nan_rows:
         is_kept = _kept(plan, mask, **lengths).any(-1)  # (batch, heads, length)
         out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, jnp.nan)
@@ -103,6 +123,21 @@ def attend(*arrays, plan: Plan, order):
         factor = _arranged(factor, dict(axes), plan.rows, plan.sizes, fill=False)
         out = (out.astype(jnp.float32) * factor[..., None]).astype(out.dtype)
     return _result(plan, out).astype(plan.result_dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _with_weights(plan: Plan, query, key, value, bias, late, kept, scale):
+    """As the program that is replaced has it, with all weights in memory."""
+    query, key, value = _in_form(plan, (query, key, value))
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32) * scale
+    if plan.soft_cap is not None:
+        logits = plan.soft_cap * jnp.tanh(logits / plan.soft_cap)
+    logits = logits if bias is None else logits + bias
+    weights = jax.nn.softmax(jnp.where(kept, logits, plan.late_number) + late)
+    out = jnp.einsum("bnts,bsnv->btnv", weights, value.astype(jnp.float32))
+    return out.astype(plan.dtype)
 
 
 def _positions(plan: Plan) -> dict:
@@ -123,13 +158,19 @@ def _kernel(plan: Plan, operands, bias, mask, **keywords):
         qkv = qkv.astype(plan.dtype).reshape(batch, length, *lanes, -1)
         axis = plan.packed_axis
         return public.packed_dot_product_attention(qkv, bias, mask, qkv_axis=axis, **keywords)
+    query, key, value = _in_form(plan, operands)
+    return public.dot_product_attention(query, key, value, bias, mask, **keywords)
+
+
+def _in_form(plan: Plan, operands):
+    """Query, key and value as the kernel takes them."""
     sizes = plan.sizes
     key_sizes = dict(sizes)
     if plan.repeats is not None:
         label, n = plan.repeats
         key_sizes[label] //= n
     keys = plan.labels.batch, (plan.labels.keys,), plan.labels.heads
-    query, key, value = (
+    return (
         _operand(x, dict(axes), parts, own).astype(plan.dtype)
         for x, axes, parts, own in zip(
             operands,
@@ -139,7 +180,6 @@ def _kernel(plan: Plan, operands, bias, mask, **keywords):
             strict=True,
         )
     )
-    return public.dot_product_attention(query, key, value, bias, mask, **keywords)
 
 
 def _operand(x, axes: dict, parts, sizes: dict):
@@ -164,9 +204,9 @@ def _masks(plan: Plan, arrays) -> list:
     return kept
 
 
-def _biases(plan: Plan, arrays) -> list:
+def _biases(plan: Plan, described, arrays) -> list:
     terms = []
-    for (axes, factor), x in zip(plan.biases, arrays, strict=True):
+    for (axes, factor), x in zip(described, arrays, strict=True):
         x = _beside_logits(plan, x, axes)
         terms.append(x if factor == 1 else x.astype(jnp.float32) * factor)
     return terms

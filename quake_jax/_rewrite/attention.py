@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
-from quake_jax._rewrite import arrangement, softmax, views
+from quake_jax._rewrite import arrangement, masks, positions, softmax, views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Axes, parts_of, regrouped
 from quake_jax._rewrite.masks import MASKED_BY_SUM, Mask
@@ -37,6 +38,8 @@ class Logits:
     nodes: set[Node] = dataclasses.field(default_factory=set)
     masks: list[Mask] = dataclasses.field(default_factory=list)  # in the order of application
     biases: list[Bias] = dataclasses.field(default_factory=list)
+    # Added after a mask in whose number they may show.
+    late_biases: list[Bias] = dataclasses.field(default_factory=list)
     scale: float = 1.0
     traced_scale: Value | None = None
     soft_cap: float | None = None
@@ -86,24 +89,36 @@ def find(root: Node) -> Match | None:
     """
     if root.primitive != "dot_general" or not root.params["dimension_numbers"][0][0]:
         return None
+    reason = None
     for side in (0, 1):
-        weights = _weights(root.inputs[side])
-        match = None if weights is None else _attention(root, side, weights)
-        if match is not None:
-            return match
+        try:
+            weights = _weights(root.inputs[side])
+            if weights is None:
+                _check_no_softmax(root, side)
+            match = None if weights is None else _attention(root, side, weights)
+        except Reject as found:
+            reason = reason or found
+        else:
+            if match is not None:
+                return match
+    if reason is not None:
+        raise reason
     return None
 
 
 def _attention(root: Node, side: int, weights: Weights) -> Match | None:
     (logits_value,) = weights.normalized.inputs
     reduced = dict(weights.normalized.static)["axis"]
+    logits = _all_logits(logits_value)
+    if logits is None:
+        _check_no_product(logits_value)
+        return None
     if len(reduced) != 1:
-        return None
+        raise Reject("its softmax is over more than one axis", "attention")
     labels = _labels(logits_value)
-    logits = _logits(logits_value, labels, {i: logits_value.shape[a] for i, a in labels.items()})
     scale = dict(weights.normalized.static)["scale"]
-    if logits is None or not (scale == 1 or _times(logits, scale, logits_value.dtype)):
-        return None
+    if not (scale == 1 or _times(logits, scale, logits_value.dtype)):
+        raise Reject(f"the factor {scale:g} of its softmax's logits", "attention")
     keys = _label(weights, logits, labels, reduced[0])
     operands = _operands(root, side, weights, logits, keys)
     nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
@@ -179,6 +194,84 @@ def _products(node: Node):
                 yield node.inputs[side], mapping, node.inputs[1 - side], axes
 
 
+# Why what may be an attention is none.
+
+
+def _check_no_softmax(root: Node, side: int) -> None:
+    """Raise Reject if an operand of the last product is made of a softmax of a product."""
+    path = _path(root.inputs[side], lambda node: _softmax_at(node) is not None)
+    if path is None:
+        return
+    found = _softmax_at(path[0])
+    if _path(found.inputs[0], _is_product) is None:
+        return
+    places = set(dict(found.static)["axis"])
+    for node, operand in zip(path[1:], path, strict=False):
+        mapping = views.axes_of(node) if node.inputs[0] is operand.output else None
+        if mapping is not None:
+            places = {d for d, a in enumerate(mapping) if a in places}
+        elif node.output.shape != operand.output.shape:
+            break  # then it is not known where the axes are
+    else:
+        if not places & {int(a) for a in root.params["dimension_numbers"][0][side]}:
+            return
+    culprit = next(node for node in path if _weights(node.output) is None)
+    raise Reject(f"between its softmax and its values is {_described(culprit)}", "attention")
+
+
+def _check_no_product(value: Value) -> None:
+    """Raise Reject if logits, in a form that is not known, are made of a product."""
+    path = _path(value, _is_product)
+    if path is None:
+        return
+    operands = path[0].inputs
+    if not all(views.is_float(v) and v.dtype.itemsize >= 2 for v in operands):
+        raise Reject(f"its product of queries and keys is of {operands[0].dtype}", "attention")
+    culprit = next((node for node in path if _all_logits(node.output) is None), path[-1])
+    raise Reject(f"between its product and its softmax is {_described(culprit)}", "attention")
+
+
+def _described(node: Node) -> str:
+    name = node.primitive
+    if name == "convert_element_type":
+        name = f"a conversion from {node.inputs[0].dtype} to {node.output.dtype}"
+    return f"{name}, in a form that is not known"
+
+
+def _is_product(node: Node) -> bool:
+    return node.primitive == "dot_general"
+
+
+def _softmax_at(node: Node) -> Match | None:
+    try:
+        found = softmax.find(node) if node.primitive in ("div", "mul", "select_n") else None
+    except Reject:
+        return None
+    return found if found is not None and found.name == "softmax" else None
+
+
+# What a search for the parts of an attention does not look through.
+_APART = ("dot_general", "conv_general_dilated", "reduce_", "arg", "cum", "sort", "scatter")
+_LONGEST_SEARCH = 256
+
+
+def _path(value: Value, is_end: Callable) -> list[Node] | None:
+    """The nodes from one that is the end to the one that makes the value, or None."""
+    queue = [] if value.node is None else [[value.node]]
+    seen = {path[0] for path in queue}
+    for path in queue:
+        node = path[0]
+        if is_end(node):
+            return path
+        if len(node.outputs) != 1 or node.primitive.startswith(_APART) or node.equation.effects:
+            continue
+        for v in node.inputs:
+            if v.node is not None and v.node not in seen and len(seen) < _LONGEST_SEARCH:
+                seen.add(v.node)
+                queue.append([v.node, *path])
+    return None
+
+
 def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
     """Label the axes of weights and logits by numbers; return the label of the keys.
 
@@ -221,7 +314,7 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
 
     weights.axes, logits.axes = numbered(own), numbered(logits.axes)
     weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
-    for part in (*logits.masks, *logits.biases):
+    for part in (*logits.masks, *logits.biases, *logits.late_biases):
         part.axes = numbered(part.axes)
     logits.sizes = {i: sizes[label] for label, i in numbers.items()}
     return numbers[reduced,]
@@ -249,6 +342,11 @@ def _through(axes: Axes, mapping) -> Axes:
 
 
 # From the softmax back to the first product.
+
+
+def _all_logits(value: Value) -> Logits | None:
+    labels = _labels(value)
+    return _logits(value, labels, {label: value.shape[a] for label, a in labels.items()})
 
 
 def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | None:
@@ -281,7 +379,7 @@ def _mask_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None
         if c is None:
             continue
         found = _logits(inner, axes, sizes, depth)
-        if found is None:
+        if found is None or found.late_biases:
             continue
         is_float16 = str(number.dtype) == "float16"
         found.masks.append(Mask(which, axes, is_negated, c, is_float16=is_float16))
@@ -299,22 +397,57 @@ def _add_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
             continue
         found = _logits(inner, axes, sizes, depth)
         if found is None:
-            continue
+            found = _blended(inner, bias, sign, axes, sizes, depth)
+            if found is None:
+                continue
+            return found
         if any(mask.number > MASKED_BY_SUM for mask in found.masks):
-            return None  # the bias would show in rows without any key
+            # The bias may show in the masks' numbers.
+            if str(node.output.dtype) != "float32" or not masks.is_one_selection(found.masks):
+                return None
+            found.late_biases.append(_bias(bias, axes, sign))
+            return found
         mask = _mask_of_bias(bias, axes) if sign == 1.0 else None
         if mask is not None:
             found.masks.append(mask)
         else:
-            view = views.view(bias)
-            own = {label: a for label, a in axes.items() if _extent(bias, a) != 1}
-            found.biases.append(Bias(view.source, _through(own, view.axes), sign))
+            found.biases.append(_bias(bias, axes, sign))
         return found
     return None
 
 
-def _extent(value: Value, axis: int) -> int:
-    return 1 if value.ndim == 0 else value.shape[axis]
+def _bias(value: Value, axes: Axes, factor: float) -> Bias:
+    view = views.view(value)
+    return Bias(view.source, _through(positions.own(value, axes), view.axes), factor)
+
+
+def _blended(
+    product: Value, other: Value, sign: float, axes: Axes, sizes: dict, depth: int
+) -> Logits | None:
+    """logits · m ± c · (1 - m), a selection if m is a mask as numbers; None otherwise."""
+    if product.primitive != "mul" or product.shape != other.shape and other.ndim:
+        return None
+    for inner, factor in (product.node.inputs, product.node.inputs[::-1]):
+        if inner.shape != product.shape:
+            continue
+        kept, rest = (masks.two_valued(v, positions.own(v, axes), sizes) for v in (factor, other))
+        if kept is None or rest is None or kept.axes != rest.axes:
+            continue
+        if kept.value is not rest.value and not views.same(kept.value, rest.value):
+            continue
+        cases = {kept.if_true: (rest.if_true, False), kept.if_false: (rest.if_false, True)}
+        if set(cases) != {0, 1} or cases[1][0] != 0:
+            continue
+        found = _logits(inner, axes, sizes, depth)
+        if found is None or found.late_biases:
+            continue
+        found.nodes.add(product.node)
+        is_float16 = str(other.dtype) == "float16"
+        number = sign * cases[0][0]
+        mask = Mask(kept.value, kept.axes, cases[1][1], number, is_float16=is_float16)
+        found.masks.append(mask)
+        return found
+    return None
 
 
 def _mask_of_bias(bias: Value, axes: Axes) -> Mask | None:
@@ -388,7 +521,7 @@ def _times(logits: Logits, c: float, dtype) -> bool:
     if logits.soft_cap is not None or (c < 0 and logits.masks):
         return False
     logits.scale *= c
-    for bias in logits.biases:
+    for bias in (*logits.biases, *logits.late_biases):
         bias.factor *= c
     for mask in logits.masks:
         mask.becomes(mask.number * c, dtype)
