@@ -10,18 +10,22 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from quake_jax import _compat
 from quake_jax import activations as public
 from quake_jax._drop_in import KERNEL_DTYPES
-from quake_jax._rewrite import activations, attention, expressions, softmax
-from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Writer
+from quake_jax._rewrite import activations, attention, expressions, logsumexp, softmax
+from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Value, Writer
 from quake_jax._rewrite.match import Match, Reject
 from quake_jax._rewrite.options import Options
 from quake_jax._rewrite.report import Report, place
 
 # Below this many elements a call of a kernel costs as much as it saves.
 SMALLEST_ARRAY = 1024
+
+# Why a bare exponential stays that a kernel would not make faster.
+FUSED = "XLA computes it in one loop with what is around it"
 
 # Whether a failure of a pattern on a program that it does not understand is raised: for tests.
 # Otherwise the program stays as it is there, and the report says so.
@@ -159,6 +163,8 @@ class _Level:
                 self._try(node, attention.find)
         for node in reversed(self._graph.nodes):
             self._try(node, softmax.find)
+        for node in reversed(self._graph.nodes):  # what is no log_softmax
+            self._try(node, logsumexp.find)
         near = self._near_transcendental()
         for node in reversed(self._graph.nodes):
             if node in near:
@@ -198,7 +204,7 @@ class _Level:
         approximation = self._options.approximation(match.name)
         if approximation is not None:
             match, widen = _approximated(match, *approximation), lambda match: match
-        elements = math.prod(match.root.output.shape)
+        elements = math.prod(match.inputs[0].shape)
         is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
         if is_small and match.name != "attention" and approximation is None:
             self._leave(match, f"too small ({elements} elements)")
@@ -308,6 +314,8 @@ class _Level:
         elements = math.prod(value.shape)
         if isinstance(elements, int) and elements < SMALLEST_ARRAY:
             return f"too small ({elements} elements)"
+        if node.primitive in _BARE and _is_fused_by_xla(node):
+            return FUSED
         if node.primitive in _BARE:
             return f'a bare {node.primitive}: only="all"'
         return "in no known pattern"
@@ -353,10 +361,43 @@ def _rules_around(match: Match) -> set[Group]:
     return {g for n in match.nodes for g in _around(n) if g.keeps_rule}
 
 
+# What XLA computes in one loop with an exponential before or after it.
+_FUSED = expressions.ELEMENTWISE | {
+    *("and", "or", "not", "eq", "sign", "floor", "ceil", "round", "clamp", "is_finite", "rem"),
+    *("sqrt", "rsqrt", "sin", "cos", "log1p", "stop_gradient", "broadcast_in_dim", "iota"),
+}
+_SUMS = frozenset(f"reduce_{name}" for name in ("sum", "max", "min", "prod"))
+
+
+def _is_fused(value: Value) -> bool:
+    """Whether XLA never stores a value, but makes it where element-wise equations need it."""
+    makes = value.node is not None and value.node.match is None and value.primitive in _FUSED
+    return makes and not value.is_output and all(_fuses(use) for use in value.uses)
+
+
+def _fuses(use: Node) -> bool:
+    return not use.removed and use.match is None and use.primitive in _FUSED | _SUMS
+
+
+def _is_fused_by_xla(node: Node) -> bool:
+    """Whether a bare exponential is faster where it is, fused with what is before or after it.
+
+    Storing what XLA need not store costs more than the kernel saves, but in 16 bits, where XLA's
+    exponential is slow, as its expm1 is. A sum of exponentials of what is stored is no loss.
+    """
+    value = node.output
+    if value.dtype != jnp.float32 or node.primitive == "expm1":
+        return False
+    summed = all(use.primitive in _SUMS for use in value.uses)
+    return _is_fused(node.inputs[0]) or (_is_fused(value) and not summed)
+
+
 def _bare(node: Node) -> Match | None:
     value = node.output
     if value.dtype not in KERNEL_DTYPES:
         return None
+    if _is_fused_by_xla(node):
+        raise Reject(FUSED)
     function = _BARE[node.primitive]
     return Match(
         node.primitive,

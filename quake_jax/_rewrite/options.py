@@ -15,6 +15,7 @@ DEFAULT_NAMES = frozenset(
         "attention",
         "softmax",
         "log_softmax",
+        "logsumexp",
         "gelu",
         "quick_gelu",
         "silu",
