@@ -137,7 +137,8 @@ class _Level:
         self._jaxpr = jaxpr
         self._graph = Graph(jaxpr)
         self._matches: list[Match] = []
-        self._reasons: dict[Node, tuple[str, str]] = {}  # why a node stays: (name, reason)
+        # Why a node stays: (name, reason, what else of the pattern stays).
+        self._reasons: dict[Node, tuple[str, str, tuple[Node, ...]]] = {}
         self._staying: set[Node] = set()
         self._report = Report()
         self._changed_inside = False
@@ -196,9 +197,9 @@ class _Level:
             self._note(node, None, f"it is not understood: {type(error).__name__}: {error}")
 
     def _note(self, node: Node, name: str | None, reason: str, nodes=()) -> None:
-        self._reasons.setdefault(node, (name or node.primitive, reason))
+        self._reasons.setdefault(node, (name or node.primitive, reason, tuple(nodes)))
         for inner in nodes:
-            self._reasons.setdefault(inner, ("", ""))
+            self._reasons.setdefault(inner, ("", "", ()))
 
     def _accept(self, match: Match, widen: Callable) -> None:
         approximation = self._options.approximation(match.name)
@@ -293,18 +294,21 @@ class _Level:
     def _add_records(self) -> None:
         consumed = {n for m in self._matches for n in m.nodes}
         for match in sorted(self._matches, key=lambda m: m.root.index):
-            where = place(match.root.equation.source_info)
-            self._report.add(match.name, match.replacement, "", where)
+            if _call_around(match.root) is None:
+                self._report.add(match.name, match.replacement, "", _place(match.root))
         for node in self._graph.nodes:
             if node in consumed or not node.outputs:
                 continue
-            name, reason = self._reasons.get(node, (None, None))
+            name, reason, nodes = self._reasons.get(node, (None, None, ()))
+            call = _call_around(node)
+            if call is not None and all(_call_around(n) is call for n in nodes):
+                continue  # it is in the report of what is called
             if name is None:
                 if node.primitive not in expressions.TRANSCENDENTAL or _is_scalar(node):
                     continue
                 name, reason = node.primitive, self._why_bare(node)
             if reason:
-                where = place(node.equation.source_info)
+                where = _place(node)
                 self._report.add(_NAMES.get(name, name), None, reason, where)
 
     def _why_bare(self, node: Node) -> str:
@@ -324,12 +328,12 @@ class _Level:
         for equation in writer.kept:
             names = _INNER.get(equation.primitive.name)
             inside = [j for p in equation.params.values() for j in _jaxprs(p)]
+            where = place(equation.source_info)
             if names is None and inside:
-                name, where = equation.primitive.name, place(equation.source_info)
-                self._report.add(name, None, "what is inside it stays", where)
+                self._report.add(equation.primitive.name, None, "what is inside it stays", where)
             for name in names or ():
                 for inner in _jaxprs(equation.params.get(name)):
-                    self._report.update(self._rewriter.rewrite(inner)[1])
+                    self._report.update(self._rewriter.rewrite(inner)[1], where)
 
 
 def _jaxprs(parameter) -> list:
@@ -343,6 +347,18 @@ def _is_scalar(node: Node) -> bool:
 
 def _around(node: Node) -> Iterator[Group]:
     return _around_group(node.group)
+
+
+def _call_around(node: Node) -> Group | None:
+    """The call in the rewritten program that a node is inside of, or None if it stands there."""
+    closed = [group for group in _around(node) if not group.is_open]
+    return closed[-1] if closed else None
+
+
+def _place(node: Node) -> str:
+    """Where a node is in the user's source: for one of JAX's own, where that was called."""
+    equations = (node.equation, *(g.equation for g in _around(node) if g.equation is not None))
+    return next(filter(None, (place(e.source_info) for e in equations)), "")
 
 
 def _around_group(group: Group | None) -> Iterator[Group]:
