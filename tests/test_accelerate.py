@@ -2,6 +2,7 @@
 accelerated function behaves under the transformations of JAX.
 """
 
+import dataclasses
 import functools
 import gc
 import math
@@ -549,6 +550,54 @@ def test_repeated_functions_are_counted():
 
     (record,) = quake_jax.explain(fun, inputs()).replaced
     assert record.count == 3
+
+
+def fail(*args, **kwargs):
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("fails", ["the pattern", "its function"])
+@pytest.mark.parametrize(
+    "fun, replacement",
+    [
+        (lambda x: jax.nn.gelu(jnp.sin(x) + x[0]), "gelu"),
+        (lambda x: jax.nn.gelu(jnp.sin(x) + x[0]) * x, "geglu"),
+    ],
+)
+def test_a_candidate_that_fails_hides_no_other(monkeypatch, fails, fun, replacement):
+    with_bias = engine.activations.with_bias
+    without = {
+        "the pattern": fail,
+        "its function": lambda match: dataclasses.replace(with_bias(match), function=fail),
+    }
+    monkeypatch.setattr(engine.activations, "with_bias", without[fails])
+    x = inputs()
+    with pytest.raises(ValueError, match="no"):
+        quake_jax.explain(lambda x: fun(x), x)
+    monkeypatch.setattr(engine, "RAISE_FAILURES", False)
+    report = quake_jax.explain(fun, x)
+    assert ([r.replacement for r in report.replaced], report.left) == (
+        ["quake_jax." + replacement],
+        [],
+    )
+    assert_close(quake_jax.accelerate(fun)(x), fun(x))
+
+
+@pytest.mark.parametrize("shared", ["shifted", "maximum", "mask"])
+@pytest.mark.parametrize("fun", ["softmax", "logsumexp"])
+def test_what_precedes_the_exponentials_may_be_used_elsewhere(shared, fun):
+    def both(x):
+        mask = x > -1
+        x = jnp.where(mask, x, -jnp.inf)
+        m = maximum(x)
+        e = jnp.exp(x - m)
+        y = e / total(e) if fun == "softmax" else jnp.log(total(e)) + m
+        return y, {"shifted": x - m, "maximum": m, "mask": mask}[shared]
+
+    x = inputs()
+    assert replacements(both, x) == [fun]
+    for a, b in zip(quake_jax.accelerate(both)(x), both(x), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
 
 
 # The options.

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -169,18 +169,18 @@ class _Level:
         near = self._near_transcendental()
         for node in reversed(self._graph.nodes):
             if node in near:
-                self._try(node, activations.find, self._widened)
+                self._try(node, activations.find, (activations.with_bias, activations.with_gate))
         for node in self._graph.nodes:
             if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
 
-    def _try(self, node: Node, find: Callable, widen: Callable = lambda match: match) -> None:
+    def _try(self, node: Node, find: Callable, widenings: Sequence[Callable] = ()) -> None:
         if self._is_taken(node) or len(node.outputs) != 1:
             return
         with self._failures(node):
             match = find(node)
             if match is not None and not any(self._is_taken(n) for n in match.nodes):
-                self._accept(match, widen)
+                self._accept(match, widenings)
 
     def _is_taken(self, node: Node) -> bool:
         return node.removed or node.match is not None or node in self._staying
@@ -192,33 +192,37 @@ class _Level:
         except Reject as reason:
             self._note(node, reason.name, str(reason), reason.nodes)
         except Exception as error:
-            if RAISE_FAILURES:
-                raise
-            self._note(node, None, f"it is not understood: {type(error).__name__}: {error}")
+            self._note(node, None, _failure(error))
 
     def _note(self, node: Node, name: str | None, reason: str, nodes=()) -> None:
         self._reasons.setdefault(node, (name or node.primitive, reason, tuple(nodes)))
         for inner in nodes:
             self._reasons.setdefault(inner, ("", "", ()))
 
-    def _accept(self, match: Match, widen: Callable) -> None:
+    def _accept(self, match: Match, widenings: Sequence[Callable]) -> None:
         approximation = self._options.approximation(match.name)
         if approximation is not None:
-            match, widen = _approximated(match, *approximation), lambda match: match
+            match, widenings = _approximated(match, *approximation), ()
         elements = math.prod(match.inputs[0].shape)
         is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
         if is_small and match.name != "attention" and approximation is None:
             self._leave(match, f"too small ({elements} elements)")
             return
-        wide = widen(match)
-        candidates = [match] if wide is match else [wide, match]
         reason = "not in only"
-        for candidate in candidates:
-            if candidate.name not in self._names:
-                continue
-            if any(self._is_taken(n) for n in candidate.nodes):
-                continue
-            obstacle = self._obstacle(candidate)
+        # A candidate that fails does not keep the narrower ones from being tried.
+        for widen in (*widenings, None):
+            try:
+                candidate = match if widen is None else widen(match)
+                if candidate is match and widen is not None:
+                    continue
+                if candidate.name not in self._names:
+                    continue
+                if any(self._is_taken(n) for n in candidate.nodes):
+                    continue
+                candidate = _without_shared(candidate)
+                obstacle = self._obstacle(candidate)
+            except Exception as error:
+                obstacle = _failure(error)
             if obstacle is None:
                 self._matches.append(candidate)
                 candidate.root.match = candidate
@@ -248,9 +252,6 @@ class _Level:
         else:
             self._note(match.root, match.name, reason, match.nodes)
             self._staying |= match.nodes
-
-    def _widened(self, match: Match) -> Match:
-        return activations.with_gate(activations.with_bias(match))
 
     def _near_transcendental(self) -> set[Node]:
         """The nodes that may be the last of an activation: few steps behind a transcendental."""
@@ -365,6 +366,25 @@ def _around_group(group: Group | None) -> Iterator[Group]:
     while group is not None:
         yield group
         group = group.parent
+
+
+def _failure(error: Exception) -> str:
+    """What the report says of a pattern that fails on a program; the error itself in tests."""
+    if RAISE_FAILURES:
+        raise error
+    return f"it is not understood: {type(error).__name__}: {error}"
+
+
+def _without_shared(match: Match) -> Match:
+    """The match without those nodes, before its last, whose results the program goes on to need."""
+    nodes = set(match.nodes)
+    shared: set[Node] = set()
+    while True:
+        nodes -= shared
+        made = [(n, v) for n in nodes - {match.root} for v in n.outputs]
+        shared = {n for n, v in made if v.is_output or any(use not in nodes for use in v.uses)}
+        if not shared:
+            return dataclasses.replace(match, nodes=frozenset(nodes))
 
 
 def _approximated(match: Match, name: str, function: Callable) -> Match:
