@@ -144,9 +144,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def kernels_note() -> str:
     """Returns the instruction set in use, or that the kernels are switched off."""
     import quake_jax
-    from quake_jax import _config
+    from quake_jax._core import switches
 
-    if _config.DISABLED:
+    if switches.DISABLED:
         return "QUAKE_JAX_DISABLE is set"
     return quake_jax.isa()
 

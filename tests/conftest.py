@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 
 import quake_jax
-from quake_jax import _config
-from quake_jax._constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core import config
+from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
@@ -96,7 +96,7 @@ class Function:
 
     @property
     def default_order(self) -> int:
-        return _config.DEFAULT_ORDERS.get(self.public or self.name, _config.DEFAULT_ORDER)
+        return config.DEFAULT_ORDERS.get(self.public or self.name, config.DEFAULT_ORDER)
 
     def bound(self, order: int, dtype="float32") -> float:
         """Bound of the relative error where the result is normal, rounding to dtype included.

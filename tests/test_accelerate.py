@@ -2,6 +2,7 @@
 accelerated function behaves under the transformations of JAX.
 """
 
+import dataclasses
 import enum
 import functools
 import gc
@@ -19,8 +20,9 @@ from flax import linen
 from jax.sharding import PartitionSpec
 
 import quake_jax
-from quake_jax import _compat, _config, _rewrite
-from quake_jax._rewrite import engine
+from quake_jax import _rewrite
+from quake_jax._core import switches
+from quake_jax._rewrite import engine, jaxprs
 from quake_jax._rewrite import report as report_module
 from quake_jax._rewrite.options import BARE_NAMES, DEFAULT_NAMES
 
@@ -120,6 +122,15 @@ def log_softmax_by_hand(x):
     return shifted - jnp.log(total(jnp.exp(shifted)))
 
 
+def shifted_logsumexp(x, shift, axis=-1):
+    return jnp.log(jnp.sum(jnp.exp(x - shift), axis)) + jnp.squeeze(shift, axis)
+
+
+def cross_entropy(x):
+    shifted = x - jax.lax.stop_gradient(maximum(x))
+    return jnp.log(jnp.sum(jnp.exp(shifted), -1)) - shifted[:, 3]
+
+
 def jitted_gelu(x):
     return jax.jit(lambda y: 0.5 * y * (1 + erf(y * math.sqrt(0.5))))(x)
 
@@ -174,6 +185,29 @@ FORMS = {
         lambda x: x - jax.nn.logsumexp(x, axis=-1, keepdims=True),
         "log_softmax",
     ),
+    "jax logsumexp": (lambda x: jax.nn.logsumexp(x, -1), "logsumexp"),
+    "jax logsumexp axis 0": (lambda x: jax.nn.logsumexp(x, 0, keepdims=True), "logsumexp"),
+    "jax logsumexp of all": (lambda x: jax.scipy.special.logsumexp(x), "logsumexp"),
+    "jax logsumexp where": (lambda x: jax.nn.logsumexp(x, -1, where=x > 0), "logsumexp"),
+    "jax logsumexp of a row's where": (
+        lambda x: jax.nn.logsumexp(x, 0, where=x[0] > -9),
+        "logsumexp",
+    ),
+    "jax logsumexp of masks": (
+        lambda x: jax.nn.logsumexp(x, -1, b=x[:, :1] > x, keepdims=True),
+        "logsumexp",
+    ),
+    "jax logsumexp of a row's mask": (lambda x: jax.nn.logsumexp(x, 0, b=x[0] > -9), "logsumexp"),
+    "jax logsumexp of equal weights": (lambda x: jax.nn.logsumexp(x, -1, b=0.5), "logsumexp"),
+    "logsumexp": (lambda x: shifted_logsumexp(x, maximum(x)), "logsumexp"),
+    "logsumexp, the maximum stopped": (
+        lambda x: shifted_logsumexp(x, jax.lax.stop_gradient(maximum(x, 0)), 0),
+        "logsumexp",
+    ),
+    "logsumexp, any shift": (lambda x: shifted_logsumexp(x, jnp.sin(x[:, :1])), "logsumexp"),
+    "logsumexp without maximum": (lambda x: jnp.log(total(jnp.exp(x))), "logsumexp"),
+    "logmeanexp": (lambda x: jnp.log(jnp.mean(jnp.exp(x), -1)), "logsumexp"),
+    "logsumexp of shifted logits": (cross_entropy, "logsumexp"),
     "gelu erf": (lambda x: 0.5 * x * (1 + erf(x / jnp.sqrt(2.0))), "gelu(approximate=False)"),
     "gelu erfc": (
         lambda x: x * (jax.scipy.special.erfc(-x / math.sqrt(2)) / 2),
@@ -312,7 +346,7 @@ NEAR_MISSES = {
     "silu squared": (lambda x: x * sigmoid(x) ** 2, ["sigmoid"]),
     "1 / (2 + exp)": (lambda x: 1 / (2 + jnp.exp(-x)), []),
     "log(2 + exp)": (lambda x: jnp.log(2 + jnp.exp(x)), []),
-    "logaddexp": (lambda x: jnp.logaddexp(x, x[::-1]), []),
+    "logaddexp": (lambda x: jnp.logaddexp(x, x[::-1]), ["softplus"]),
     "softplus, unstable sign": (
         lambda x: jnp.maximum(x, 0) + jnp.log1p(jnp.exp(jnp.abs(x))),
         ["softplus"],
@@ -334,7 +368,18 @@ NEAR_MISSES = {
         lambda x: x[:, :16] - jnp.log(total(jnp.exp(x[:, :16]), 0)).reshape(-1, 1),
         [],
     ),
-    "x - logsumexp of other x": (lambda x: x - jax.nn.logsumexp(2 * x, -1, keepdims=True), []),
+    "x - logsumexp of other x": (
+        lambda x: x - jax.nn.logsumexp(2 * x, -1, keepdims=True),
+        ["logsumexp"],
+    ),
+    "logsumexp of weights": (lambda x: jax.nn.logsumexp(x, -1, b=2 + jnp.cos(x)), []),
+    "logsumexp and its sign": (lambda x: jax.nn.logsumexp(x, -1, return_sign=True), []),
+    "logsumexp of few": (lambda x: jax.nn.logsumexp(x.reshape(-1, 8), -1), []),
+    "logsumexp and a number": (lambda x: jnp.log(jnp.sum(jnp.exp(x), -1) + 1e-3), []),
+    "logsumexp, the maximum added to all": (
+        lambda x: (lambda m: jnp.log(total(jnp.exp(x - m))) + m.T)(maximum(x)),
+        ["logsumexp"],
+    ),
     "logsumexp, the maximum added to other rows": (
         lambda x: (lambda y, m: y - jnp.add(*map(square, (jnp.log(total(jnp.exp(y - m))), m.T))))(
             x[:, :16], maximum(x[:, :16])
@@ -367,6 +412,26 @@ def test_near_misses_stay_what_they_are(name):
         jax.tree.leaves(quake_jax.accelerate(fun)(x)), jax.tree.leaves(jax.jit(fun)(x)), strict=True
     ):
         assert_close(actual, expected, float(jnp.max(jnp.abs(expected))))
+
+
+@pytest.mark.parametrize("added", ["maximum", "stopped"])
+@pytest.mark.parametrize("subtracted", ["maximum", "stopped"])
+@pytest.mark.parametrize("less", [False, True])
+def test_gradients_of_a_shift_are_kept(added, subtracted, less):
+    """A maximum that is stopped in one place alone has a gradient of its own."""
+
+    def fun(x):
+        m = maximum(x)
+        shifts = {"maximum": m, "stopped": jax.lax.stop_gradient(m)}
+        y = jnp.log(total(jnp.exp(x - shifts[subtracted]))) + shifts[added]
+        return jnp.sum(jnp.sin(x) * (x - y if less else y))
+
+    x = inputs()
+    whole = "log_softmax" if less else "logsumexp"
+    assert replacements(fun, x) == [whole if added == subtracted else "logsumexp"]
+    expected = jax.grad(fun)(x)
+    scale = float(jnp.max(jnp.abs(expected)))
+    assert_close(jax.grad(quake_jax.accelerate(fun))(x), expected, scale)
 
 
 def random_expression(rng, x, depth=4):
@@ -460,6 +525,36 @@ def test_places_of_what_libraries_make():
     assert not str(beside).startswith(report_module._LIBRARIES)
 
 
+def log_cosh(x):
+    return jnp.logaddexp(x, -x) - jnp.log(2.0)
+
+
+@jax.jit
+def divided_by_sum(e):
+    return e / total(e)
+
+
+@pytest.mark.parametrize(
+    "fun, replaced, left",
+    [
+        (lambda x: jnp.logaddexp(x, x[::-1]), ["softplus"], []),
+        (log_cosh, ["softplus"], []),
+        (lambda x: jax.lax.map(log_cosh, x[None]), ["softplus"], []),
+        (lambda x: jax.lax.map(log_cosh, x[:1]), [], ["softplus"]),
+        (lambda x: jnp.logaddexp(x[0], x[1]), [], ["softplus"]),
+        (lambda x: (lambda e: (divided_by_sum(e), e))(jnp.exp(x)), [], ["softmax"]),
+        (lambda x: divided_by_sum(jax.nn.silu(x)) + jnp.exp(x), ["silu"], ["exp"]),
+    ],
+)
+def test_explain_tells_of_calls_what_is_in_the_program(fun, replaced, left):
+    """What is replaced inside a call, of a custom derivative too, is not left; it has a place."""
+    report = quake_jax.explain(fun, inputs())
+    assert [r.name for r in report.replaced] == replaced
+    assert kernels(fun, inputs()) == replaced
+    assert [r.name for r in report.left] == left
+    assert all(pathlib.Path(__file__).name in r.where for r in report.replaced + report.left)
+
+
 def test_a_wrapper_of_an_accelerated_function_is_another_function():
     fast = quake_jax.accelerate(jax.nn.softmax, only={"gelu"})
 
@@ -480,6 +575,54 @@ def test_repeated_functions_are_counted():
     assert record.count == 3
 
 
+def fail(*args, **kwargs):
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("fails", ["the pattern", "its function"])
+@pytest.mark.parametrize(
+    "fun, replacement",
+    [
+        (lambda x: jax.nn.gelu(jnp.sin(x) + x[0]), "gelu"),
+        (lambda x: jax.nn.gelu(jnp.sin(x) + x[0]) * x, "geglu"),
+    ],
+)
+def test_a_candidate_that_fails_hides_no_other(monkeypatch, fails, fun, replacement):
+    with_bias = engine.activations.with_bias
+    without = {
+        "the pattern": fail,
+        "its function": lambda match: dataclasses.replace(with_bias(match), function=fail),
+    }
+    monkeypatch.setattr(engine.activations, "with_bias", without[fails])
+    x = inputs()
+    with pytest.raises(ValueError, match="no"):
+        quake_jax.explain(lambda x: fun(x), x)
+    monkeypatch.setattr(engine, "RAISE_FAILURES", False)
+    report = quake_jax.explain(fun, x)
+    assert ([r.replacement for r in report.replaced], report.left) == (
+        ["quake_jax." + replacement],
+        [],
+    )
+    assert_close(quake_jax.accelerate(fun)(x), fun(x))
+
+
+@pytest.mark.parametrize("shared", ["shifted", "maximum", "mask"])
+@pytest.mark.parametrize("fun", ["softmax", "logsumexp"])
+def test_what_precedes_the_exponentials_may_be_used_elsewhere(shared, fun):
+    def both(x):
+        mask = x > -1
+        x = jnp.where(mask, x, -jnp.inf)
+        m = maximum(x)
+        e = jnp.exp(x - m)
+        y = e / total(e) if fun == "softmax" else jnp.log(total(e)) + m
+        return y, {"shifted": x - m, "maximum": m, "mask": mask}[shared]
+
+    x = inputs()
+    assert replacements(both, x) == [fun]
+    for a, b in zip(quake_jax.accelerate(both)(x), both(x), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 # The options.
 
 
@@ -495,7 +638,7 @@ def test_only():
     assert replaced("sigmoid") == ["sigmoid"]
     assert replacements(quake_jax.accelerate(jax.nn.glu, only="sigmoid"), inputs()) == ["sigmoid"]
     assert replacements(quake_jax.accelerate(jax.nn.glu, only="glu"), inputs()) == ["glu"]
-    assert replaced(["sigmoid", "exp"]) == ["exp", "sigmoid"]
+    assert replaced(["gelu", "exp"]) == ["exp", "geglu"]
     assert replaced(set()) == []
     assert "exp" in replaced("all")
 
@@ -508,6 +651,32 @@ def test_bare_exponentials_on_request(name):
         fast = quake_jax.accelerate(fun, only=only)
         assert replacements(fast, x) == [name]
         assert_close(fast(x), fun(x), float(jnp.max(fun(x))))
+
+
+@pytest.mark.parametrize("name", sorted(BARE_NAMES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "fun, is_fused",
+    [
+        (lambda e, x: jnp.sum(e(x - maximum(x))), True),
+        (lambda e, x: jnp.sum(x * e(jnp.sin(x))), True),
+        (lambda e, x: 1 / (1 + e(x)), True),
+        (lambda e, x: jnp.sum(e(x), -1), False),
+        (lambda e, x: e(x.T @ x) @ x.T, False),
+        (lambda e, x: e(jax.nn.softmax(x)), False),
+        (lambda e, x: (lambda y: (y, e(y)))(jnp.sin(x)), False),
+        (lambda e, x: (lambda y: (y, jnp.sin(y)))(e(x)), False),
+        (lambda e, x: jax.nn.softmax(e(x)), False),
+    ],
+)
+def test_exponentials_that_xla_fuses_stay(name, dtype, fun, is_fused):
+    """XLA's exp and exp2 in float32 cost less than storing what surrounds them."""
+    fast = quake_jax.accelerate(functools.partial(fun, getattr(jnp, name)), only="all")
+    stays = is_fused and dtype == "float32" and name != "expm1"
+    x = inputs(dtype=dtype)
+    assert (name in replacements(fast, x)) == (not stays)
+    if stays:
+        assert "one loop" in reasons(fast, x)[name]
 
 
 def test_an_exponential_inside_a_pattern_that_is_left_stays():
@@ -536,7 +705,7 @@ def test_order():
 
 
 def test_disabled(monkeypatch):
-    monkeypatch.setattr(_config, "DISABLED", True)
+    monkeypatch.setattr(switches, "DISABLED", True)
     fast = quake_jax.accelerate(lambda x: jax.nn.softmax(x))
     assert kernels(fast, inputs()) == []
     assert quake_jax.explain(fast, inputs()).replaced == []
@@ -995,7 +1164,7 @@ def test_equations_that_write_without_saying_so_are_kept():
     # As of jax.lax.scan with jax_scan3.
     closed = jax.make_jaxpr(write)(jax.new_ref(jnp.zeros((ROWS, COLUMNS))), inputs())
     silent = [e.replace(effects=frozenset()) for e in closed.eqns]
-    closed = _compat.with_equations(closed, silent, closed.jaxpr.outvars)
+    closed = jaxprs.with_equations(closed, silent, closed.jaxpr.outvars)
     new, report = _rewrite.rewrite(closed, _rewrite.checked_options(None, None))
     assert report.replaced
     assert [n for n in primitives(new) if n in ("add", "swap")] == ["add", "swap"]

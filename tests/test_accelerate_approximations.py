@@ -9,7 +9,8 @@ from test_accelerate import replacements
 
 import quake_jax
 import quake_jax.linen
-from quake_jax import _config, approximations
+from quake_jax import approximations
+from quake_jax._core import switches
 from quake_jax._rewrite import engine
 
 nn = pytest.importorskip("flax.linen")
@@ -73,7 +74,7 @@ def test_what_is_not_named_has_kernels_or_stays():
 
 
 def test_the_switch_turns_them_off(monkeypatch):
-    monkeypatch.setattr(_config, "DISABLED", True)
+    monkeypatch.setattr(switches, "DISABLED", True)
     x = inputs(16, 128)
     assert not replacements(quake_jax.accelerate(jax.nn.gelu, gelu="i_gelu"), x)
 

@@ -38,7 +38,7 @@ from scipy import special
 
 import quake_jax
 from quake_jax import _accuracy_attention, accuracy, reference
-from quake_jax._constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 
 SMALLEST_NORMAL = 2.0**-126
 HALF_ULP = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -462,7 +462,7 @@ def test_kernels_agree_with_the_reference(results, isa, name, dtype):
 
 
 def test_every_kernel_has_a_case():
-    targets = {name.removeprefix("quake_jax_") for name in quake_jax._extension.targets}
+    targets = {name.removeprefix("quake_jax_") for name in quake_jax._core.extension.targets}
     # The gates of glu are among the pairs; attention has cases of its own, below.
     own_cases = {"glu", "dot_product_attention"}
     assert targets - own_cases == {name.split(" of ")[0] for name in CASES}

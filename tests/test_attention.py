@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import quake_jax
-from quake_jax import attention as attention_module
 from quake_jax import reference
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._attention import api as attention_module
+from quake_jax._core.constants import MAX_REL_ERROR
 
 quake = quake_jax.dot_product_attention
 packed = quake_jax.packed_dot_product_attention

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_attention import in_double
 
 import quake_jax
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 
 quake = quake_jax.dot_product_attention
 packed = quake_jax.packed_dot_product_attention

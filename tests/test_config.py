@@ -9,7 +9,7 @@ import pytest
 from conftest import inputs, orders_in, parametrize_functions, run_python
 
 import quake_jax
-from quake_jax import _config
+from quake_jax._core import switches
 
 
 @pytest.fixture(autouse=True)
@@ -144,13 +144,13 @@ def test_any_integer_type_is_an_order(order):
 )
 def test_disable_variable_values(monkeypatch, value, on):
     monkeypatch.setenv("QUAKE_JAX_DISABLE", value)
-    assert _config._environment_switch("QUAKE_JAX_DISABLE") is on
+    assert switches.environment_switch("QUAKE_JAX_DISABLE") is on
 
 
 def test_disable_variable_refuses_other_values(monkeypatch):
     monkeypatch.setenv("QUAKE_JAX_DISABLE", "yes please")
     with pytest.raises(ValueError, match="QUAKE_JAX_DISABLE must be 1 or true .* 'yes please'"):
-        _config._environment_switch("QUAKE_JAX_DISABLE")
+        switches.environment_switch("QUAKE_JAX_DISABLE")
 
 
 def test_disabled_by_environment(tmp_path):

@@ -28,7 +28,7 @@ def _load(name, path):
     return module
 
 
-K = _load("_quake_constants_under_test", ROOT / "quake_jax" / "_constants.py")
+K = _load("_quake_constants_under_test", ROOT / "quake_jax" / "_core" / "constants.py")
 tool = _load("_derive_constants_under_test", ROOT / "tools" / "derive_constants.py")
 HEADER = (ROOT / "cpu_kernels" / "generic" / "constants.h").read_text(encoding="utf-8")
 BOUNDS = (ROOT / "cpu_kernels" / "tests" / "bounds.h").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
 import quake_jax.linen
-from quake_jax import _config
+from quake_jax._core import switches
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -39,8 +39,8 @@ CHECKPOINT = EXAMPLES / "checkpoints" / "pydoc-gpt"
 @pytest.mark.parametrize("value", ["1", "true", "0", "false", ""])
 def test_a_result_says_whether_the_kernels_are_switched_off(value, monkeypatch):
     monkeypatch.setenv("QUAKE_JAX_DISABLE", value)
-    off = _config._environment_switch("QUAKE_JAX_DISABLE")
-    monkeypatch.setattr(_config, "DISABLED", off)
+    off = switches.environment_switch("QUAKE_JAX_DISABLE")
+    monkeypatch.setattr(switches, "DISABLED", off)
     assert off is (value in ("1", "true"))
     assert _command.kernels_note() == ("QUAKE_JAX_DISABLE is set" if off else quake_jax.isa())
 

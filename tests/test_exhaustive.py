@@ -16,7 +16,7 @@ import pytest
 
 import quake_jax
 from quake_jax import accuracy
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 
 SMALLEST_NORMAL = 2.0**-126
 

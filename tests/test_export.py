@@ -13,7 +13,7 @@ from conftest import inputs, run_python
 
 import quake_jax
 import quake_jax.linen
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 
 # Export: a Vision Transformer on the kernels, loaded where there is no Flax.
 

@@ -15,7 +15,7 @@ from flax_models import changed_einsum, primitives, rounding
 import quake_jax
 import quake_jax.linen
 import quake_jax.nnx
-from quake_jax import _config
+from quake_jax._core import config, switches
 from quake_jax.linen import _attention_fn
 
 nn = pytest.importorskip("flax.linen")
@@ -312,7 +312,7 @@ def test_order(library, monkeypatch, fused_calls):
     fused_calls.clear()
     for actual, expected in zip(results(order="exact"), exact, strict=True):
         np.testing.assert_array_equal(actual, expected)
-    monkeypatch.setattr(_config, "DISABLED", True)
+    monkeypatch.setattr(switches, "DISABLED", True)
     for actual, expected in zip(results(order=1), exact, strict=True):
         np.testing.assert_array_equal(actual, expected)
     assert not fused_calls
@@ -320,8 +320,8 @@ def test_order(library, monkeypatch, fused_calls):
 
 @both
 def test_weights_have_the_default_order_of_the_fused_attention(library, monkeypatch):
-    monkeypatch.setitem(_config.DEFAULT_ORDERS, "dot_product_attention", 2)
-    monkeypatch.setitem(_config.DEFAULT_ORDERS, "softmax", 4)
+    monkeypatch.setitem(config.DEFAULT_ORDERS, "dot_product_attention", 2)
+    monkeypatch.setitem(config.DEFAULT_ORDERS, "softmax", 4)
     dropout = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
     for extra in ({}, dropout):
         y = library.quake(*arrays(), **extra)

@@ -24,7 +24,7 @@ from test_attention_properties import examples as derandomized
 from test_attention_properties import operands as attention_operands
 
 import quake_jax
-from quake_jax._constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and overflow
 

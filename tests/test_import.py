@@ -7,7 +7,7 @@ import shutil
 from conftest import run_python
 
 import quake_jax
-from quake_jax import _extension
+from quake_jax._core import extension
 
 PUBLIC = {
     "accelerate",
@@ -127,18 +127,18 @@ except ImportError as error:
 
 def test_the_digest_covers_kernel_sources_and_not_their_tests(tmp_path):
     root = _checkout(tmp_path)
-    digest = _extension.source_digest(root)
+    digest = extension.source_digest(root)
     assert len(digest) == 64
 
     (root / "cpu_kernels" / "tests" / "test.cc").write_text("int main() {}\n")
     (root / "cpu_kernels" / "notes.md").write_text("notes\n")
-    assert _extension.source_digest(root) == digest
+    assert extension.source_digest(root) == digest
 
     seen = {digest}
     (root / "cpu_kernels" / "a.h").write_text("int b;\n")
-    seen.add(_extension.source_digest(root))
+    seen.add(extension.source_digest(root))
     (root / "cpu_kernels" / "b.cc").write_text("")
-    seen.add(_extension.source_digest(root))
+    seen.add(extension.source_digest(root))
     (root / "CMakeLists.txt").write_text("project(y)\n")
-    seen.add(_extension.source_digest(root))
+    seen.add(extension.source_digest(root))
     assert len(seen) == 4

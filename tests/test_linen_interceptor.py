@@ -26,7 +26,7 @@ from flax_models import (
 
 import quake_jax
 import quake_jax.linen
-from quake_jax import _config
+from quake_jax._core import switches
 
 nn = pytest.importorskip("flax.linen")
 
@@ -392,7 +392,7 @@ def test_exact_is_the_model_itself(how, monkeypatch):
     if how == "default":
         default = "exact"
     if how == "switch":
-        monkeypatch.setattr(_config, "DISABLED", True)
+        monkeypatch.setattr(switches, "DISABLED", True)
     expected = primitives(lambda v, x: model.apply(v, x)["y"], variables, inputs())
     with quake_jax.default_order(default), quake_jax.linen.substitute(order):
         counts = primitives(lambda v, x: model.apply(v, x)["y"], variables, inputs())

@@ -20,7 +20,7 @@ from flax_models import (
 
 import quake_jax
 import quake_jax.linen
-from quake_jax import _config
+from quake_jax._core import switches
 
 nn = pytest.importorskip("flax.linen")
 
@@ -270,7 +270,7 @@ def test_order(monkeypatch):
     with quake_jax.default_order(1):
         assert_identical(apply(None), apply(1))
     assert_close(apply("exact"), exact, 1e-6)
-    monkeypatch.setattr(_config, "DISABLED", True)
+    monkeypatch.setattr(switches, "DISABLED", True)
     assert_identical(apply(1), apply("exact"))
 
 

@@ -12,7 +12,7 @@ from flax_models import changed_einsum, exponentials, primitives, rounding
 
 import quake_jax
 import quake_jax.nnx
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 
 nnx = pytest.importorskip("flax.nnx")
 

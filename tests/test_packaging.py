@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 import quake_jax
-from quake_jax import _extension
+from quake_jax._core import extension
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -161,9 +161,10 @@ def test_which_python_a_wheel_serves(check_wheel, tag, served):
 
 def test_a_package_without_sources_beside_it_is_not_stale(tmp_path, monkeypatch):
     """As an installed wheel, whatever the sources were."""
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "quake_jax" / "_extension.py"))
-    _extension._refuse_stale_build()
+    file = tmp_path / "quake_jax" / "_core" / "extension.py"
+    monkeypatch.setattr(extension, "__file__", str(file))
+    extension._refuse_stale_build()
     (tmp_path / "cpu_kernels").mkdir()
     (tmp_path / "CMakeLists.txt").touch()
     with pytest.raises(ImportError, match="stale"):
-        _extension._refuse_stale_build()
+        extension._refuse_stale_build()

@@ -26,7 +26,7 @@ from conftest import (
 from jax.experimental import checkify
 
 import quake_jax
-from quake_jax._constants import MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
 
 # Derivatives are sums of at most four products of approximate outputs and factors of size one, so
 # their absolute error is at most this many times the relative bound of the functions in them.

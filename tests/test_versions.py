@@ -12,7 +12,7 @@ import pytest
 from conftest import run_python
 
 import quake_jax
-from quake_jax import _versions
+from quake_jax._core import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Of the package that is tested, which need not be that of the checkout.
@@ -82,7 +82,7 @@ def test_the_search_leaves(source):
 
 def test_private_names_of_jax_are_in_one_module():
     uses = {p.relative_to(PACKAGE).as_posix(): _private_uses(p.read_text()) for p in _modules()}
-    assert uses.pop("_compat.py")
+    assert uses.pop("_core/jax_names.py")
     assert {name: found for name, found in uses.items() if found} == {}
 
 
@@ -103,35 +103,35 @@ def _modules():
     ],
 )
 def test_release(version, numbers):
-    assert _versions.release(version) == numbers
+    assert versions.release(version) == numbers
 
 
-@pytest.mark.parametrize("version", [_versions.OLDEST, "0.11.0", _versions.NEWEST_TESTED])
+@pytest.mark.parametrize("version", [versions.OLDEST, "0.11.0", versions.NEWEST_TESTED])
 def test_tested_versions_import_silently(version, monkeypatch, recwarn):
     monkeypatch.setattr(jax, "__version__", version)
-    _versions.refuse_older(version)
-    _versions.warn_of_newer()
+    versions.refuse_older(version)
+    versions.warn_of_newer()
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("version", ["0.12.0.2", "0.12.1", "0.13.0.dev20261121", "1.0"])
 def test_newer_versions_warn(version, monkeypatch):
     monkeypatch.setattr(jax, "__version__", version)
-    _versions.refuse_older(version)
+    versions.refuse_older(version)
     with pytest.warns(UserWarning, match=re.escape(f"not been tested with jax {version}, only")):
-        _versions.warn_of_newer()
+        versions.warn_of_newer()
 
 
 @pytest.mark.parametrize("name", ["jax", "jaxlib"])
 @pytest.mark.parametrize("version", ["0.4.38", "0.10.1", "0.10"])
 def test_older_versions_are_refused(version, name, monkeypatch):
-    monkeypatch.setattr(jax, "__version__", version if name == "jax" else _versions.OLDEST)
+    monkeypatch.setattr(jax, "__version__", version if name == "jax" else versions.OLDEST)
     message = (
-        f"needs jax and jaxlib {_versions.OLDEST} or newer .*; {name} here is {version}: run "
-        f"`pip install 'jax>={_versions.OLDEST}' 'jaxlib>={_versions.OLDEST}'`"
+        f"needs jax and jaxlib {versions.OLDEST} or newer .*; {name} here is {version}: run "
+        f"`pip install 'jax>={versions.OLDEST}' 'jaxlib>={versions.OLDEST}'`"
     )
     with pytest.raises(ImportError, match=message):
-        _versions.refuse_older(version if name == "jaxlib" else _versions.OLDEST)
+        versions.refuse_older(version if name == "jaxlib" else versions.OLDEST)
 
 
 # Imports quake_jax beside a JAX that calls itself 99.0, and prints the warnings.
@@ -155,8 +155,8 @@ def test_an_untested_jax_gives_one_warning(tmp_path):
     assert category == "UserWarning"
     # Where the user's program imports quake_jax.
     assert "import quake_jax" in _IMPORT_BESIDE_NEWER.splitlines()[line - 1]
-    assert "jax 99.0" in message and _versions.OLDEST in message
-    assert f"pip install 'jax<={_versions.NEWEST_TESTED}'" in message
+    assert "jax 99.0" in message and versions.OLDEST in message
+    assert f"pip install 'jax<={versions.NEWEST_TESTED}'" in message
     assert "QUAKE_JAX_SILENCE_VERSION_WARNING=1" in message
 
 
@@ -196,18 +196,18 @@ print(json.dumps([messages, fails()]))
     for (module, name), message in zip(names, lacking, strict=True):
         assert f"quake_jax does not work with jax {jax.__version__}" in message
         assert name in message and module in message
-        assert _versions.TESTED in message and _versions.NEWEST_TESTED in message
-    assert f"needs jax and jaxlib {_versions.OLDEST} or newer" in old and "0.9.0" in old
+        assert versions.TESTED in message and versions.NEWEST_TESTED in message
+    assert f"needs jax and jaxlib {versions.OLDEST} or newer" in old and "0.9.0" in old
 
 
 def _tried() -> list[ast.stmt]:
-    """The statements of _compat.py whose failure is reported as a JAX that does not fit."""
-    tree = ast.parse((PACKAGE / "_compat.py").read_text())
+    """The statements of jax_names.py whose failure is reported as a JAX that does not fit."""
+    tree = ast.parse((PACKAGE / "_core" / "jax_names.py").read_text())
     return [line for node in tree.body if isinstance(node, ast.Try) for line in node.body]
 
 
 def _imports() -> list[tuple[str, str, object]]:
-    """Module, name and value of what _compat.py imports from JAX's modules."""
+    """Module, name and value of what jax_names.py imports from JAX's modules."""
     return [
         (line.module, alias.name, getattr(__import__(line.module, fromlist=["_"]), alias.name))
         for line in _tried()
@@ -217,22 +217,22 @@ def _imports() -> list[tuple[str, str, object]]:
 
 
 def _modules_of_jax() -> dict[str, str]:
-    """The whole modules among them, by the name in _compat.py."""
+    """The whole modules among them, by the name in jax_names.py."""
     return {
         name: value.__name__ for _, name, value in _imports() if isinstance(value, types.ModuleType)
     }
 
 
 def _names_of_modules(trees) -> set[tuple[str, str]]:
-    """Module and name of what is looked up in these modules, as `mlir.x` or `_compat.mlir.x`."""
+    """Module and name of what is looked up in these modules, as `mlir.x` or `jax_names.mlir.x`."""
     modules = _modules_of_jax()
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    uses = ((ast.unparse(node.value).removeprefix("_compat."), node.attr) for node in nodes)
+    uses = ((ast.unparse(node.value).removeprefix("jax_names."), node.attr) for node in nodes)
     return {(modules[module], name) for module, name in uses if module in modules}
 
 
 def _private_names() -> list[tuple[str, str]]:
-    """Module and name of all that _compat.py looks up when it is imported."""
+    """Module and name of all that jax_names.py looks up when it is imported."""
     names = [
         (module, name)
         for module, name, value in _imports()
@@ -248,10 +248,10 @@ def test_names_that_are_looked_up_later_are_looked_up_at_import_too():
 
 def test_other_files_state_the_same_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    oldest = {f"{name}>={_versions.OLDEST}" for name in ("jax", "jaxlib")}
+    oldest = {f"{name}>={versions.OLDEST}" for name in ("jax", "jaxlib")}
     assert oldest <= set(project["project"]["dependencies"])
-    assert f"jax=={_versions.OLDEST}" in project["build-system"]["requires"]
-    tested = {(_versions.OLDEST, _versions.NEWEST_TESTED)}
+    assert f"jax=={versions.OLDEST}" in project["build-system"]["requires"]
+    tested = {(versions.OLDEST, versions.NEWEST_TESTED)}
     texts = {
         name: (ROOT / name).read_text()
         for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -264,7 +264,7 @@ def test_other_files_state_the_same_versions():
         assert stated or name in ("CONTRIBUTING.md", "CHANGELOG.md"), name
     workflow = ROOT / ".github" / "workflows" / "tests.yml"
     if workflow.exists():  # not in an sdist
-        assert f"jax=={_versions.OLDEST} jaxlib=={_versions.OLDEST}" in workflow.read_text()
+        assert f"jax=={versions.OLDEST} jaxlib=={versions.OLDEST}" in workflow.read_text()
 
 
 def _unreleased(changelog: str) -> str:

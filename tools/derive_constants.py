@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPP_PATH = ROOT / "cpu_kernels" / "generic" / "constants.h"
 CPP_SEGMENTS_PATH = ROOT / "cpu_kernels" / "generic" / "segments.h"
 CPP_BOUNDS_PATH = ROOT / "cpu_kernels" / "tests" / "bounds.h"
-PY_PATH = ROOT / "quake_jax" / "_constants.py"
+PY_PATH = ROOT / "quake_jax" / "_core" / "constants.py"
 
 DIGITS = 40  # decimal digits of every mpmath computation here
 MANTISSA_SCALE = 2**23  # bits of a float32 per power of two

@@ -154,11 +154,12 @@ def accelerate(
         name, its shardings and its donated arguments.
       order: accuracy of what is replaced, as in `quake_jax.softmax`; None is the default of each
         function: 5 for attention and 3 for the others. "exact" replaces nothing.
-      only: what to replace: None is attention, softmax, log_softmax and the activations (gelu,
-        quick_gelu, silu, sigmoid, log_sigmoid, softplus, tanh, mish, elu, celu, selu, glu) of
-        arrays of at least 1024 elements, and attention of at least 256 weights. A set of these
-        names restricts it; "gelu" and "silu" include their forms with a bias or a gate. "all" adds
-        the bare exp, exp2 and expm1, which have names too.
+      only: what to replace: None is attention, softmax, log_softmax, logsumexp and
+        the activations (gelu, quick_gelu, silu, sigmoid, log_sigmoid, softplus, tanh, mish, elu,
+        celu, selu, glu) of arrays of at least 1024 elements, and attention of at least 256 weights.
+        A set of these names restricts it; "gelu" and "silu" include their forms with a bias or
+        a gate. "all" adds the bare exp, exp2 and expm1, which have names too; in float32 an exp or
+        exp2 that XLA computes in one loop with what is around it stays, which is faster.
       softmax: name of a published approximation in `quake_jax.approximations`, such as "e2softmax",
         that takes the kernel's place, for studies of quality. Attention is then not fused, so that
         its softmax is replaced too, and no array is too small.
@@ -202,12 +203,8 @@ def accelerate(
     def accelerated(*args, **kwargs):
         return programs.call(*_split(args, kwargs))
 
-<<<<<<< HEAD:quake_jax/_rewrite/api.py
-    jaxprs.name_like(accelerated, fun)
-=======
     jaxprs.name_like(accelerated, fun)
     # This also keeps fun, which its programs do not.
->>>>>>> api:quake_jax/accelerate.py
     setattr(accelerated, _ATTRIBUTE, (accelerated, fun, options))
     return accelerated
 

@@ -8,14 +8,15 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._elementwise.table import FUNCTIONS
-from quake_jax._rewrite import activations, attention, expressions, jaxprs, softmax
+from quake_jax._rewrite import activations, attention, expressions, jaxprs, logsumexp, softmax
 from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Value, Writer
 from quake_jax._rewrite.match import Match, Reject
 from quake_jax._rewrite.options import Options
@@ -23,6 +24,9 @@ from quake_jax._rewrite.report import Report, place
 
 # Below this many elements a call of a kernel costs as much as it saves.
 SMALLEST_ARRAY = 1024
+
+# Why a bare exponential stays that a kernel would not make faster.
+FUSED = "XLA computes it in one loop with what is around it"
 
 # Whether a failure of a pattern on a program that it does not understand is raised: for tests.
 # Otherwise the program stays as it is there, and the report says so; if it fails when patterns have
@@ -159,7 +163,8 @@ class _Level:
         self._jaxpr = jaxpr
         self._graph = Graph(jaxpr)
         self._matches: list[Match] = []
-        self._reasons: dict[Node, tuple[str, str]] = {}  # why a node stays: (name, reason)
+        # Why a node stays: (name, reason, what else of the pattern stays).
+        self._reasons: dict[Node, tuple[str, str, tuple[Node, ...]]] = {}
         self._staying: set[Node] = set()
         self._report = Report()
         self._changed_inside = False
@@ -186,21 +191,23 @@ class _Level:
                 self._try(node, attention.find)
         for node in reversed(self._graph.nodes):
             self._try(node, softmax.find)
+        for node in reversed(self._graph.nodes):  # what is no log_softmax
+            self._try(node, logsumexp.find)
         near = self._near_transcendental()
         for node in reversed(self._graph.nodes):
             if node in near:
-                self._try(node, activations.find, self._widened)
+                self._try(node, activations.find, (activations.with_bias, activations.with_gate))
         for node in self._graph.nodes:
             if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
 
-    def _try(self, node: Node, find: Callable, widen: Callable = lambda match: match) -> None:
+    def _try(self, node: Node, find: Callable, widenings: Sequence[Callable] = ()) -> None:
         if self._is_taken(node) or len(node.outputs) != 1:
             return
         with self._failures(node):
             match = find(node)
             if match is not None and not any(self._is_taken(n) for n in match.nodes):
-                self._accept(match, widen)
+                self._accept(match, widenings)
 
     def _is_taken(self, node: Node) -> bool:
         return node.removed or node.match is not None or node in self._staying
@@ -212,33 +219,37 @@ class _Level:
         except Reject as reason:
             self._note(node, reason.name, str(reason), reason.nodes)
         except Exception as error:
-            if RAISE_FAILURES:
-                raise
-            self._note(node, None, f"it is not understood: {type(error).__name__}: {error}")
+            self._note(node, None, _failure(error))
 
     def _note(self, node: Node, name: str | None, reason: str, nodes=()) -> None:
-        self._reasons.setdefault(node, (name or node.primitive, reason))
+        self._reasons.setdefault(node, (name or node.primitive, reason, tuple(nodes)))
         for inner in nodes:
-            self._reasons.setdefault(inner, ("", ""))
+            self._reasons.setdefault(inner, ("", "", ()))
 
-    def _accept(self, match: Match, widen: Callable) -> None:
+    def _accept(self, match: Match, widenings: Sequence[Callable]) -> None:
         approximation = self._options.approximation(match.name)
         if approximation is not None:
-            match, widen = _approximated(match, *approximation), lambda match: match
-        elements = math.prod(match.root.output.shape)
+            match, widenings = _approximated(match, *approximation), ()
+        elements = math.prod(match.inputs[0].shape)
         is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
         if is_small and match.name != "attention" and approximation is None:
             self._leave(match, f"too small ({elements} elements)")
             return
-        wide = widen(match)
-        candidates = [match] if wide is match else [wide, match]
         reason = "not in only"
-        for candidate in candidates:
-            if candidate.name not in self._names:
-                continue
-            if any(self._is_taken(n) for n in candidate.nodes):
-                continue
-            obstacle = self._obstacle(candidate)
+        # A candidate that fails does not keep the narrower ones from being tried.
+        for widen in (*widenings, None):
+            try:
+                candidate = match if widen is None else widen(match)
+                if candidate is match and widen is not None:
+                    continue
+                if candidate.name not in self._names:
+                    continue
+                if any(self._is_taken(n) for n in candidate.nodes):
+                    continue
+                candidate = _without_shared(candidate)
+                obstacle = self._obstacle(candidate)
+            except Exception as error:
+                obstacle = _failure(error)
             if obstacle is None:
                 self._matches.append(candidate)
                 candidate.root.match = candidate
@@ -268,9 +279,6 @@ class _Level:
         else:
             self._note(match.root, match.name, reason, match.nodes)
             self._staying |= match.nodes
-
-    def _widened(self, match: Match) -> Match:
-        return activations.with_gate(activations.with_bias(match))
 
     def _near_transcendental(self) -> set[Node]:
         """The nodes that may be the last of an activation: few steps behind a transcendental."""
@@ -324,12 +332,15 @@ class _Level:
     def _add_records(self) -> None:
         consumed = {n for m in self._matches for n in m.nodes}
         for match in sorted(self._matches, key=lambda m: m.root.index):
-            where = _place(match.root)
-            self._report.add(match.name, match.replacement, "", where)
+            if _call_around(match.root) is None:
+                self._report.add(match.name, match.replacement, "", _place(match.root))
         for node in self._graph.nodes:
             if node in consumed or not node.outputs:
                 continue
-            name, reason = self._reasons.get(node, (None, None))
+            name, reason, nodes = self._reasons.get(node, (None, None, ()))
+            call = _call_around(node)
+            if call is not None and all(_call_around(n) is call for n in nodes):
+                continue  # it is in the report of what is called
             if name is None:
                 if node.primitive not in expressions.TRANSCENDENTAL or _is_scalar(node):
                     continue
@@ -345,6 +356,8 @@ class _Level:
         elements = math.prod(value.shape)
         if isinstance(elements, int) and elements < SMALLEST_ARRAY:
             return f"too small ({elements} elements)"
+        if node.primitive in _BARE and _is_fused_by_xla(node):
+            return FUSED
         if node.primitive in _BARE:
             return f'a bare {node.primitive}: only="all"'
         return "in no known pattern"
@@ -353,12 +366,11 @@ class _Level:
         for equation in writer.kept:
             names = _INNER.get(equation.primitive.name)
             inside = [j for p in equation.params.values() for j in _jaxprs(p)]
+            where = place(equation.source_info)
             if names is None and inside:
-                name, where = equation.primitive.name, place(equation.source_info)
-                self._report.add(name, None, "what is inside it stays", where)
+                self._report.add(equation.primitive.name, None, "what is inside it stays", where)
             for name in names or ():
                 for inner in _jaxprs(equation.params.get(name)):
-                    where = place(equation.source_info)
                     self._report.update(self._rewriter.rewrite(inner)[1], where)
 
 
@@ -381,10 +393,41 @@ def _around(node: Node) -> Iterator[Group]:
     return _around_group(node.group)
 
 
+def _call_around(node: Node) -> Group | None:
+    """The call in the rewritten program that a node is inside of, or None if it stands there."""
+    closed = [group for group in _around(node) if not group.is_open]
+    return closed[-1] if closed else None
+
+
+def _place(node: Node) -> str:
+    """Where a node is in the user's source: for one of JAX's own, where that was called."""
+    equations = (node.equation, *(g.equation for g in _around(node) if g.equation is not None))
+    return next(filter(None, (place(e.source_info) for e in equations)), "")
+
+
 def _around_group(group: Group | None) -> Iterator[Group]:
     while group is not None:
         yield group
         group = group.parent
+
+
+def _failure(error: Exception) -> str:
+    """What the report says of a pattern that fails on a program; the error itself in tests."""
+    if RAISE_FAILURES:
+        raise error
+    return f"it is not understood: {type(error).__name__}: {error}"
+
+
+def _without_shared(match: Match) -> Match:
+    """The match without those nodes, before its last, whose results the program goes on to need."""
+    nodes = set(match.nodes)
+    shared: set[Node] = set()
+    while True:
+        nodes -= shared
+        made = [(n, v) for n in nodes - {match.root} for v in n.outputs]
+        shared = {n for n, v in made if v.is_output or any(use not in nodes for use in v.uses)}
+        if not shared:
+            return dataclasses.replace(match, nodes=frozenset(nodes))
 
 
 def _approximated(match: Match, name: str, function: Callable) -> Match:
@@ -426,10 +469,43 @@ def _check_known(reader, atoms, known: set) -> None:
         raise ValueError(f"{reader} of the new program reads what nothing computes")
 
 
+# What XLA computes in one loop with an exponential before or after it.
+_FUSED = expressions.ELEMENTWISE | {
+    *("and", "or", "not", "eq", "sign", "floor", "ceil", "round", "clamp", "is_finite", "rem"),
+    *("sqrt", "rsqrt", "sin", "cos", "log1p", "stop_gradient", "broadcast_in_dim", "iota"),
+}
+_SUMS = frozenset(f"reduce_{name}" for name in ("sum", "max", "min", "prod"))
+
+
+def _is_fused(value: Value) -> bool:
+    """Whether XLA never stores a value, but makes it where element-wise equations need it."""
+    makes = value.node is not None and value.node.match is None and value.primitive in _FUSED
+    return makes and not value.is_output and all(_fuses(use) for use in value.uses)
+
+
+def _fuses(use: Node) -> bool:
+    return not use.removed and use.match is None and use.primitive in _FUSED | _SUMS
+
+
+def _is_fused_by_xla(node: Node) -> bool:
+    """Whether a bare exponential is faster where it is, fused with what is before or after it.
+
+    Storing what XLA need not store costs more than the kernel saves, but in 16 bits, where XLA's
+    exponential is slow, as its expm1 is. A sum of exponentials of what is stored is no loss.
+    """
+    value = node.output
+    if value.dtype != jnp.float32 or node.primitive == "expm1":
+        return False
+    summed = all(use.primitive in _SUMS for use in value.uses)
+    return _is_fused(node.inputs[0]) or (_is_fused(value) and not summed)
+
+
 def _bare(node: Node) -> Match | None:
     value = node.output
     if value.dtype not in KERNEL_DTYPES:
         return None
+    if _is_fused_by_xla(node):
+        raise Reject(FUSED)
     function = _BARE[node.primitive]
     return Match(
         node.primitive,

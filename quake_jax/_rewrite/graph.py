@@ -250,7 +250,7 @@ class Writer:
         self._replacement = replacement
         self._inner = inner
         self._equations: list = []
-        self.kept: list = []  # equations of the program that stay, opened calls apart
+        self.kept: list = []  # equations of the program that stay, calls among them
 
     def equations(self) -> list:
         """The equations of the rewritten program, without those that nothing needs any more."""
@@ -313,6 +313,7 @@ class Writer:
     def _write_call(self, group: Group) -> None:
         own = {id(v) for node in group.nodes() for v in node.outputs}
         outputs = [v if id(v) in own else None for v in group.outputs]
+        self.kept.append(group.equation)
         equation = self._inner(group.equation)
         self._equations.append(
             equation.replace(

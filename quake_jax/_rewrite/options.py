@@ -16,6 +16,7 @@ DEFAULT_NAMES = frozenset(
         "attention",
         "softmax",
         "log_softmax",
+        "logsumexp",
         "glu",
         *(row.public.__name__ for row in FUNCTIONS.values() if not row.on_request),
     )

@@ -45,11 +45,11 @@ class Report:
     def add(self, name: str, replacement: str | None, reason: str, where: str) -> None:
         self._records[Record(name, replacement, reason, where)] += 1
 
-    def update(self, other: Report, where: str) -> None:
-        """Add the records of a program that is called at `where`."""
+    def update(self, other: Report, where: str = "") -> None:
+        """Add another report's records; `where` is the place of those that have none."""
         for record, count in other._records.items():
-            known = record if record.where else dataclasses.replace(record, where=where)
-            self._records[known] += count
+            placed = record if record.where else dataclasses.replace(record, where=where)
+            self._records[placed] += count
 
     def _listed(self, is_replaced: bool) -> list[Record]:
         return [

@@ -448,6 +448,9 @@ def _log_softmax(root: Node) -> Match | None:
             return None
         if views.compose(axes_of_add, a[3].axes) != b[3].axes:
             return None  # it is added to another row than it was subtracted from
+        stopped = [any(n.primitive == "stop_gradient" for n in m[2]) for m in (a, b)]
+        if stopped[0] != stopped[1]:
+            return None  # its gradient does not cancel
         logits = x
     if stripped is not None:
         nodes |= stripped[1]

@@ -329,7 +329,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Measures the errors of the element-wise functions, and of attention with the "
         "instruction set in use (QUAKE_JAX_ISA), against the exact ones.",
         epilog="Exit code 1 if a result exceeds its bound (MAX_REL_ERROR in "
-        "quake_jax/_core/constants.py), is NaN for a number, leaves the function's range or is wrong for a special value.",
+        "quake_jax/_core/constants.py), is NaN for a number, leaves the function's range or is "
+        "wrong for a special value.",
     )
 
     def choice(option: str, choices, kind=str) -> None:
