@@ -24,6 +24,7 @@ import quake_jax
 from quake_jax._core.config import ORDERS
 from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 from quake_jax._core.switches import DISABLED
+from quake_jax._elementwise.table import FUNCTIONS, FUSED, Fused
 
 _SHAPE = (128, 1024)
 # Long enough that a clock tick does not matter, short enough for the whole to take seconds.
@@ -31,53 +32,37 @@ _SECONDS_PER_TIMING = 0.004
 _TIMED_ORDERS = (1, 3, 5)
 
 
-def _alone(x):
-    return (x,)
+class _Function(NamedTuple):
+    quake: Callable
+    exact: Callable
+    operands: Callable = lambda x: (x,)
+    bound_of: str | None = None  # another kernel, whose error bound holds
 
 
 def _with_another(x):
     return (x, x[::-1])
 
 
-def _with_bias(x):
-    return (x, x[0])
+def _fused(row: Fused) -> _Function:
+    activation = FUNCTIONS[row.activation].exact
+    if row.kind == "biased":
+        exact, operands = lambda x, b: activation(x + b), lambda x: (x, x[0])
+    elif row.kind == "gated":
+        exact, operands = lambda g, v: activation(g) * v, _with_another
+    else:
+        order = 1 if row.gate_first else -1
 
+        def exact(x):
+            gate, value = jnp.split(x, 2, -1)[::order]
+            return activation(gate) * value
 
-class _Function(NamedTuple):
-    quake: Callable
-    exact: Callable
-    operands: Callable = _alone
-    bound_of: str | None = None  # another kernel, whose error bound holds
+        operands = _Function._field_defaults["operands"]
+    return _Function(row.quake, exact, operands, row.activation)
 
-
-_exact_gelu_erf = partial(jax.nn.gelu, approximate=False)
 
 _FUNCTIONS: dict[str, _Function] = {
-    "exp": _Function(quake_jax.exp, jnp.exp),
-    "exp2": _Function(quake_jax.exp2, jnp.exp2),
-    "expm1": _Function(quake_jax.expm1, jnp.expm1),
-    "sigmoid": _Function(quake_jax.sigmoid, jax.nn.sigmoid),
-    "log_sigmoid": _Function(quake_jax.log_sigmoid, jax.nn.log_sigmoid),
-    "softplus": _Function(quake_jax.softplus, jax.nn.softplus),
-    "silu": _Function(quake_jax.silu, jax.nn.silu),
-    "mish": _Function(quake_jax.mish, jax.nn.mish),
-    "quick_gelu": _Function(quake_jax.quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x)),
-    "elu": _Function(quake_jax.elu, jax.nn.elu),
-    "selu": _Function(quake_jax.selu, jax.nn.selu),
-    "tanh": _Function(quake_jax.tanh, jnp.tanh),
-    "gelu_tanh": _Function(quake_jax.gelu, jax.nn.gelu),
-    "gelu_erf": _Function(partial(quake_jax.gelu, approximate=False), _exact_gelu_erf),
-    "bias_silu": _Function(
-        quake_jax.bias_silu, lambda x, b: jax.nn.silu(x + b), _with_bias, "silu"
-    ),
-    "bias_gelu": _Function(
-        quake_jax.bias_gelu, lambda x, b: jax.nn.gelu(x + b), _with_bias, "gelu_tanh"
-    ),
-    "glu": _Function(quake_jax.glu, jax.nn.glu, bound_of="sigmoid"),
-    "swiglu": _Function(quake_jax.swiglu, lambda g, v: jax.nn.silu(g) * v, _with_another, "silu"),
-    "geglu": _Function(
-        quake_jax.geglu, lambda g, v: jax.nn.gelu(g) * v, _with_another, "gelu_tanh"
-    ),
+    **{name: _Function(row.quake, row.exact) for name, row in FUNCTIONS.items()},
+    **{name: _fused(row) for name, row in FUSED.items()},
     "logaddexp": _Function(quake_jax.logaddexp, jnp.logaddexp, _with_another),
     "softmax": _Function(quake_jax.softmax, jax.nn.softmax),
     "log_softmax": _Function(quake_jax.log_softmax, jax.nn.log_softmax),
@@ -91,6 +76,8 @@ def _bound(name: str, order: int) -> float:
     """The bound of `_largest_error`."""
     if name in MAX_ABS_ERROR:
         return MAX_ABS_ERROR[name][order] + 2.0**-18  # of results of up to 16
+    if name in FUNCTIONS:
+        return MAX_REL_ERROR[FUNCTIONS[name].kernel.shares or name][order]
     other = _FUNCTIONS[name].bound_of
     return MAX_REL_ERROR[name][order] if other is None else MAX_REL_ERROR[other][order] + 2.0**-23
 

@@ -30,6 +30,7 @@ import pytest
 import quake_jax
 from quake_jax._core import config
 from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._elementwise import table
 
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
@@ -65,7 +66,7 @@ class Function:
     name: str  # of the kernel: its FFI target is quake_jax_<name>
     quake: Callable
     exact: Callable
-    # Element-wise functions: the values at 0, +inf and -inf, and the same in mpmath.
+    # Element-wise functions: the values at 0, +inf and -inf, and the function in mpmath.
     limits: tuple[float, float, float] | None = None
     truth: Callable | None = None
     # The exact function in a form that keeps its relative accuracy in float64.
@@ -77,6 +78,7 @@ class Function:
     # The shapes of the operands that belong to one shape, which is the result's.
     operands: Callable = one
     drops_axis: bool = False  # the result lacks the last axis
+    primitive: str = ""  # its name, if not that of the kernel with "quake_" before it
 
     def expected(self, *x, **keywords) -> np.ndarray:
         """The exact values, in double precision."""
@@ -90,9 +92,8 @@ class Function:
     def result_shape(self, shape) -> tuple:
         return shape[:-1] if self.drops_axis else shape
 
-    @property
-    def primitive(self) -> str:
-        return f"quake_{self.name}"
+    def __post_init__(self):
+        object.__setattr__(self, "primitive", self.primitive or f"quake_{self.name}")
 
     @property
     def default_order(self) -> int:
@@ -105,7 +106,7 @@ class Function:
         """
         name = self.bound_of or self.name
         error = MAX_REL_ERROR[name][order] if name in MAX_REL_ERROR else MAX_ABS_ERROR[name][order]
-        error += 0 if name == self.name else 2.0**-22  # a product or a sum beside the kernel
+        error += 0 if self.operands is one else 2.0**-22  # a product or a sum beside the kernel
         store = 0.0 if jnp.dtype(dtype) == jnp.float32 else float(jnp.finfo(dtype).eps) / 2
         return error * (1 + store) + store
 
@@ -119,173 +120,81 @@ class Function:
         assert_within(actual, expected, bound, absolute)
 
 
-def _gelu_tanh_formula(x):
-    # jax.nn.gelu cancels in the left tail: 1 + tanh(v/2) = 2·sigmoid(v).
-    return x * jax.nn.sigmoid(jnp.sqrt(8 / jnp.pi) * (x + 0.044715 * x**3))
+class _Mpmath:
+    """The functions that formulas of the table use, of numbers of mpmath."""
+
+    def where(self, condition, x, y):
+        return x if condition else y
+
+    def __getattr__(self, name: str):
+        return getattr(mpmath, name)
 
 
-def _gelu_tanh_truth(x):
-    v = mpmath.sqrt(8 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3)
-    return x / (1 + mpmath.exp(-v))
-
-
-def _elu_truth(x, scale=1, alpha=1):
-    return scale * (x if x > 0 else alpha * mpmath.expm1(x))
-
-
-def _halves(x):
-    return jnp.split(x, 2, -1)
-
-
-gelu_erf = functools.partial(quake_jax.gelu, approximate=False)
-exact_gelu_erf = functools.partial(jax.nn.gelu, approximate=False)
-
-_SELU = {
-    "scale": mpmath.mpf("1.0507009873554804934193349852946"),
-    "alpha": mpmath.mpf("1.6732632423543772848170429916717"),
-}
-_INF = np.inf
-
-ELEMENTWISE = (
-    Function("exp", quake_jax.exp, jnp.exp, (1, _INF, 0), mpmath.exp),
-    Function("exp2", quake_jax.exp2, jnp.exp2, (1, _INF, 0), lambda x: mpmath.mpf(2) ** x),
-    Function("expm1", quake_jax.expm1, jnp.expm1, (0, _INF, -1), mpmath.expm1),
-    Function(
-        "sigmoid",
-        quake_jax.sigmoid,
-        jax.nn.sigmoid,
-        (0.5, 1, 0),
-        lambda x: 1 / (1 + mpmath.exp(-x)),
-    ),
-    Function(
-        "log_sigmoid",
-        quake_jax.log_sigmoid,
-        jax.nn.log_sigmoid,
-        (-np.log(2), 0, -_INF),
-        lambda x: -mpmath.log1p(mpmath.exp(-x)),
-    ),
-    Function(
-        "softplus",
-        quake_jax.softplus,
-        jax.nn.softplus,
-        (np.log(2), _INF, 0),
-        lambda x: mpmath.log1p(mpmath.exp(x)),
-    ),
-    Function("silu", quake_jax.silu, jax.nn.silu, (0, _INF, 0), lambda x: x / (1 + mpmath.exp(-x))),
-    Function(
-        "mish",
-        quake_jax.mish,
-        jax.nn.mish,
-        (0, _INF, 0),
-        lambda x: x * mpmath.tanh(mpmath.log1p(mpmath.exp(x))),
-    ),
-    Function(
-        "quick_gelu",
-        quake_jax.quick_gelu,
-        lambda x: x * jax.nn.sigmoid(1.702 * x),
-        (0, _INF, 0),
-        lambda x: x / (1 + mpmath.exp(-mpmath.mpf("1.702") * x)),
-    ),
-    Function("elu", quake_jax.elu, jax.nn.elu, (0, _INF, -1), _elu_truth),
-    Function(
-        "selu",
-        quake_jax.selu,
-        jax.nn.selu,
-        (0, _INF, -float(_SELU["scale"] * _SELU["alpha"])),
-        functools.partial(_elu_truth, **_SELU),
-    ),
-    Function("tanh", quake_jax.tanh, jnp.tanh, (0, 1, -1), mpmath.tanh),
-    Function(
-        "gelu_tanh",
-        quake_jax.gelu,
-        jax.nn.gelu,
-        (0, _INF, 0),
-        _gelu_tanh_truth,
-        formula=_gelu_tanh_formula,
-        public="gelu",
-    ),
-    Function(
-        "gelu_erf",
-        gelu_erf,
-        exact_gelu_erf,
-        (0, _INF, 0),
-        lambda x: x * mpmath.ncdf(x),
-        public="gelu",
-    ),
-)
-LOGADDEXP = Function("logaddexp", quake_jax.logaddexp, jnp.logaddexp, operands=two)
-# The activations of gated and biased kernels: the exact one, and a form accurate in its tail.
-_ACTIVATIONS = {f.name: (f.exact, f.formula or f.exact) for f in ELEMENTWISE}
-
-
-def _gated(name, quake, activation, public=None, gate_first=True):
-    """The functions of a gate and a value, and of one array that holds both."""
-    exact, formula = _ACTIVATIONS[activation]
-
-    def halves(x):
-        return _halves(x) if gate_first else reversed(_halves(x))
-
-    common = {"bound_of": activation, "public": public or name}
-    pair = Function(
-        name,
-        quake,
-        lambda g, v: exact(g) * v,
-        formula=lambda g, v: formula(g) * v,
-        operands=two,
-        **common,
-    )
-
-    def exact_split(x):
-        gate, value = halves(x)
-        return exact(gate) * value
-
-    def formula_split(x):
-        gate, value = halves(x)
-        return formula(gate) * value
-
-    split = Function(
-        f"{name}_split",
-        quake,
-        exact_split,
-        formula=formula_split,
-        operands=twice_as_wide,
-        **common,
-    )
-    return pair, split
-
-
-def _biased(name, quake, activation, public=None):
-    exact, formula = _ACTIVATIONS[activation]
+def _of_row(row) -> Function:
+    kernel = row.kernel
     return Function(
-        name,
-        quake,
-        lambda x, b: exact(x + b),
-        # The sum is one of float32, whose rounding the tail of an activation magnifies.
-        formula=lambda x, b: formula((x + b).astype(jnp.float32).astype(jnp.float64)),
-        bound_of=activation,
-        public=public,
-        operands=with_bias,
+        row.name,
+        row.quake,
+        row.exact,
+        kernel.limits,
+        functools.partial(kernel.formula, _Mpmath()),
+        functools.partial(kernel.formula, table.Float64()),
+        bound_of=kernel.shares,
+        public=row.public.__name__,
+        primitive=f"quake_{kernel.shares or row.name}",
     )
 
 
-SWIGLU, SWIGLU_SPLIT = _gated("swiglu", quake_jax.swiglu, "silu")
-GEGLU_TANH, GEGLU_TANH_SPLIT = _gated("geglu_tanh", quake_jax.geglu, "gelu_tanh", "geglu")
-GEGLU_ERF, GEGLU_ERF_SPLIT = _gated(
-    "geglu_erf", functools.partial(quake_jax.geglu, approximate=False), "gelu_erf", "geglu"
-)
-_, GLU = _gated("glu", quake_jax.glu, "sigmoid", gate_first=False)
-PAIRS = (LOGADDEXP, SWIGLU, GEGLU_TANH, GEGLU_ERF)
-SPLITS = (GLU, SWIGLU_SPLIT, GEGLU_TANH_SPLIT, GEGLU_ERF_SPLIT)
-BIASED = (
-    _biased("bias_silu", quake_jax.bias_silu, "silu"),
-    _biased("bias_gelu_tanh", quake_jax.bias_gelu, "gelu_tanh", "bias_gelu"),
-    _biased(
-        "bias_gelu_erf",
-        functools.partial(quake_jax.bias_gelu, approximate=False),
-        "gelu_erf",
-        "bias_gelu",
-    ),
-)
+ELEMENTWISE = tuple(map(_of_row, table.FUNCTIONS.values()))
+# Those with a kernel of their own.
+KERNELS = tuple(f for f in ELEMENTWISE if f.bound_of is None)
+LOGADDEXP = Function("logaddexp", quake_jax.logaddexp, jnp.logaddexp, operands=two)
+_BY_NAME = {f.name: f for f in ELEMENTWISE}
+
+
+def _of_fused(row) -> Function:
+    """An activation fused with what stands beside it."""
+    activation = _BY_NAME[row.activation]
+    exact, formula = activation.exact, activation.formula
+    common = {"bound_of": activation.name, "public": row.public.__name__}
+    if row.kind == "biased":
+        return Function(
+            row.name,
+            row.quake,
+            lambda x, b: exact(x + b),
+            # The sum is one of float32, whose rounding the tail of an activation magnifies.
+            formula=lambda x, b: formula((x + b).astype(jnp.float32).astype(jnp.float64)),
+            operands=with_bias,
+            **common,
+        )
+
+    def gated(f):
+        if row.kind == "gated":
+            return lambda gate, value: f(gate) * value
+
+        def of_both(x):
+            gate, value = jnp.split(x, 2, -1)[:: 1 if row.gate_first else -1]
+            return f(gate) * value
+
+        return of_both
+
+    operands = two if row.kind == "gated" else twice_as_wide
+    return Function(
+        row.name, row.quake, gated(exact), formula=gated(formula), operands=operands, **common
+    )
+
+
+_FUSED = {name: _of_fused(row) for name, row in table.FUSED.items()}
+
+
+def _of_kind(kind: str) -> tuple[Function, ...]:
+    return tuple(_FUSED[name] for name, row in table.FUSED.items() if row.kind == kind)
+
+
+PAIRS = (LOGADDEXP, *_of_kind("gated"))
+SPLITS = _of_kind("split")
+BIASED = _of_kind("biased")
+SWIGLU, SWIGLU_SPLIT, GLU = (_FUSED[name] for name in ("swiglu", "swiglu_split", "glu_split"))
 SOFTMAX = Function("softmax", quake_jax.softmax, jax.nn.softmax)
 LOG_SOFTMAX = Function("log_softmax", quake_jax.log_softmax, jax.nn.log_softmax)
 LOGSUMEXP = Function(

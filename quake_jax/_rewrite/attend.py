@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._attention import api as public
+from quake_jax._attention.masks import in_window
 from quake_jax._rewrite.labels import SIZE, Labels, apart
 
 # A bias of at most this leaves masked logits (at most -9e8) as good as none.
@@ -243,13 +244,13 @@ def _lengths(plan: Plan, arrays) -> dict:
 def _kept(plan: Plan, mask, key_value_seq_lengths=None):
     """The keys that each query keeps, as a boolean array that broadcasts to the logits'."""
     queries, keys = plan.labels.size(plan.labels.length), plan.sizes[plan.labels.keys]
+    # All of four axes, as jax_numpy_rank_promotion="raise" demands.
     kept = jnp.ones((1, 1, queries, keys), bool) if mask is None else mask
+    s = jnp.arange(keys)[None, None, None, :]
     if plan.window is not None:
-        left, right = plan.window
-        distance = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
-        kept = kept & (distance >= -left) & (distance <= right)
+        kept = kept & in_window(jnp.arange(queries)[None, None, :, None], s, *plan.window)
     if key_value_seq_lengths is not None:
-        kept = kept & (jnp.arange(keys) < key_value_seq_lengths[:, None, None, None])
+        kept = kept & (s < key_value_seq_lengths[:, None, None, None])
     return kept
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from quake_jax._attention.masks import in_window
 from quake_jax._rewrite import positions, views
 from quake_jax._rewrite.graph import Value
 from quake_jax._rewrite.labels import Axes, Labels, apart
@@ -267,8 +268,7 @@ def _band(matrix: np.ndarray) -> tuple[int, int] | None:
 
 
 def _in_band(queries: int, keys: int, left: int, right: int) -> np.ndarray:
-    distance = np.arange(keys)[None, :] - np.arange(queries)[:, None]
-    return (distance >= -left) & (distance <= right)
+    return in_window(np.arange(queries)[:, None], np.arange(keys), left, right)
 
 
 def _limit(distances, is_limited, unlimited: int) -> int | None:
