@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -67,12 +68,12 @@ def to_markdown(result: dict, page: Page, path: Path) -> None:
         for word in ("begin, generated", "end")
     )
     heading = f"### {page.heading}, {_threads(threads)}, {isa}"
-    parts = [begin, "", heading, "", headline(result), ""]
+    parts = [begin, "", heading, "", _wrapped(headline(result)), ""]
     for title, rows in page.tables:
         lines = [" | ".join(row) for row in rows]
         lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
         parts += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
-    parts += [f"- {line}" for line in page.remarks] + ["", end]
+    parts += [_wrapped(f"- {line}", "  ") for line in page.remarks] + ["", end]
     section = "\n".join(parts)
     text = path.read_text() if path.exists() else ""
     old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -81,6 +82,12 @@ def to_markdown(result: dict, page: Page, path: Path) -> None:
     else:
         text = f"{text.rstrip()}\n\n{section}\n".lstrip()
     path.write_text(text)
+
+
+def _wrapped(line: str, indent: str = "") -> str:
+    """Prose in lines of at most 100 characters."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, 100, subsequent_indent=indent, **options)
 
 
 def headline(result: dict) -> str:
