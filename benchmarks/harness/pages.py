@@ -52,22 +52,19 @@ def to_terminal(result: dict, page: Page) -> None:
 
 
 def to_markdown(result: dict, page: Page, path: Path) -> None:
-    """Write the page of a result into a Markdown file.
+    """Write the page of a result into a Markdown file, which is made if it does not exist.
 
     The section of an earlier run with as many threads and the same instruction set is replaced;
     everything else in the file stays, and without such a section the new one is appended.
-
-    Args:
-        result: The result of a run.
-        page: What is written of it.
-        path: The file, made if it does not exist.
     """
     threads, isa = result["environment"]["threads"], result["environment"]["isa"]
     begin, end = (
         f"<!-- benchmarks {result['benchmark']}, threads {threads}, isa {isa}: {word} -->"
         for word in ("begin, generated", "end")
     )
-    heading = f"### {page.heading}, {_threads(threads)}, {isa}"
+    # Runs of other kinds (a dtype, an allocator) have sections of their own.
+    _, *kinds = result["benchmark"].split(", ")
+    heading = ", ".join([f"### {page.heading}", *kinds, _threads(threads), isa])
     parts = [begin, "", heading, "", _wrapped(headline(result)), ""]
     for title, rows in page.tables:
         lines = [" | ".join(row) for row in rows]
