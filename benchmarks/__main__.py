@@ -1,33 +1,21 @@
 """The command line, `python -m benchmarks SUBCOMMAND`; each subcommand is a folder of this package.
 
-To add one, write a module with `HELP`, `add_arguments(parser)` and `run(args)`, and name it in
-`SUBCOMMANDS`. It does not import JAX: the process is pinned before that starts.
+To add one, add a folder, whose modules `harness.frame.run` describes, and name it in `SUBCOMMANDS`.
+Its `command` does not import JAX: the process is pinned before that starts.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from functools import partial
 from typing import NoReturn
 
-from benchmarks import build
-from benchmarks.approximations import command as approximations
-from benchmarks.attention import command as attention
-from benchmarks.devices import command as devices
+from benchmarks.harness import frame
 from benchmarks.harness.errors import BenchmarkError, require
-from benchmarks.models import command as models
-from benchmarks.ops import command as ops
-from benchmarks.quality import command as quality
 
-SUBCOMMANDS = {
-    "ops": ops,
-    "attention": attention,
-    "models": models,
-    "quality": quality,
-    "approximations": approximations,
-    "build": build,
-    "devices": devices,
-}
+SUBCOMMANDS = ("ops", "attention", "models", "quality", "approximations", "build", "devices")
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -38,20 +26,15 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: The arguments without the program's name; the process's own if None.
-
-    Returns:
-        The options, with `module` set to the module of the chosen subcommand.
-    """
+    """Parse the command line; `run` of the options takes them and runs the chosen subcommand."""
     parser = _OneLineParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for name, module in SUBCOMMANDS.items():
-        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(subparser)
-        subparser.set_defaults(module=module)
+    for name in SUBCOMMANDS:
+        command = importlib.import_module(f"benchmarks.{name}.command")
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(subparser)
+        in_frame = partial(frame.run, package=f"benchmarks.{name}")
+        subparser.set_defaults(run=getattr(command, "run", in_frame))
     return parser.parse_args(argv)
 
 
@@ -60,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         require("rich")
-        args.module.run(args)
+        args.run(args)
     except BenchmarkError as error:
         print(f"python -m benchmarks {args.subcommand}: error: {error}", file=sys.stderr)
         return 2

@@ -174,6 +174,49 @@ def test_links_lead_to_files(page):
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
+def _tables(page: str) -> dict[str, set[str]]:
+    """The rows of a page's tables, by heading."""
+    found: dict[str, set[str]] = {}
+    head = None
+    for line in (ROOT / page).read_text().splitlines():
+        if not line.startswith("|"):
+            head = None
+        elif head is None:
+            head = line
+            found.setdefault(head, set())
+        elif not re.fullmatch(r"[|: -]+", line):
+            found[head].add(line)
+    return found
+
+
+def test_figures_on_pages_are_those_of_the_results():
+    """A page's table with the heading of one of the generated tables consists of rows of those."""
+    results: dict[str, set[str]] = {}
+    quoted: dict[str, list[set[str]]] = {}
+    for page in sorted(PAGES, key=lambda page: not page.startswith("docs/results/")):
+        for head, rows in _tables(page).items():
+            if page.startswith("docs/results/"):
+                results.setdefault(head, set()).update(rows)
+            elif head in results:
+                quoted.setdefault(page, []).append(rows - results[head])
+    assert quoted.keys() >= {"docs/benchmarks.md", "docs/quality.md", "docs/accuracy.md"}
+    assert not set().union(*(rows for tables in quoted.values() for rows in tables))
+
+
+def test_the_accuracy_page_has_the_worst_of_all_instruction_sets():
+    """Of each function and order in float32, as in the generated table."""
+    worst: dict[str, list[str]] = {}
+    table = (ROOT / "docs/results/accuracy.md").read_text().partition("\n## float32\n")[2]
+    for line in table.partition("\n## ")[0].splitlines():
+        if re.match(r"\| \w+ \| \d \|", line):
+            function, _, _, *errors = line.strip("| ").split(" | ")
+            largest = max((error.split()[0] for error in errors), key=float)
+            worst.setdefault(function, []).append(largest)
+    page = (ROOT / "docs/accuracy.md").read_text()
+    missing = [f for f, errors in worst.items() if f"| {f} | {' | '.join(errors)} |" not in page]
+    assert len(worst) > 10 and not missing
+
+
 def test_environment_variables_exist():
     """Every QUAKE_… that a document names is read somewhere."""
     folders = ("quake_jax", "cpu_kernels", "benchmarks", "tests", "tools", "examples")

@@ -72,18 +72,9 @@ class Candidate:
 def choose(
     kinds: Sequence[str], orders: Sequence[int], names: Sequence[str] | None
 ) -> dict[str, list[Candidate]]:
-    """List the candidates of each kind.
-
-    Args:
-        kinds: Kinds of the registry.
-        orders: QuAKE's.
-        names: Registered names, or None for all.
-
-    Returns:
-        By kind the exact function, then QuAKE's orders, then the registered approximations.
-
-    Raises:
-        BenchmarkError: A name is registered in none of the kinds.
+    """By kind the exact function, then QuAKE at the orders, then the registered approximations:
+    all, or those of the names. Raise BenchmarkError for a name that is registered in none of the
+    kinds.
     """
     from quake_jax import approximations
 

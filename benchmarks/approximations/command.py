@@ -9,6 +9,7 @@ from benchmarks.quality.command import ORDERS
 
 HELP = "published approximations of softmax, GELU, LayerNorm, exp and sigmoid beside QuAKE"
 KINDS = ("softmax", "gelu", "layernorm", "exp", "sigmoid")
+OPTIONS = ("embedding-checkpoint", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default",
     )
     frame.add_repeatable(parser, "--order", ORDERS)
-    frame.add_checkpoint(parser)
-    frame.add_files(parser, quick="few samples, short readings")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measure what the options ask for, print it, and write the files asked for."""
-    frame.run(args, "benchmarks.approximations")
+    frame.add_options(parser, *OPTIONS)

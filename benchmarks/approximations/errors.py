@@ -30,16 +30,12 @@ SETS = {
 
 
 def of(candidate: Candidate) -> dict[str, float]:
-    """Measure the error.
+    """Measure the error of a candidate.
 
-    Args:
-        candidate: Whose function is judged.
-
-    Returns:
-        Of softmax `tv_128` and `tv_1024`, the mean total variation of rows, and `row_sum`, the
-        largest distance of a row's sum from 1 on both sets; of layer normalisation `rms_even` and
-        `rms_uneven`, the root of the mean square of the error, where channels are alike and where
-        their spreads differ; of the others `max_abs` and `max_rel`.
+    Of softmax `tv_128` and `tv_1024`, the mean total variation of rows, and `row_sum`, the largest
+    distance of a row's sum from 1 on both sets; of layer normalisation `rms_even` and `rms_uneven`,
+    the root of the mean square of the error, where channels are alike and where their spreads
+    differ; of the others `max_abs` and `max_rel`.
     """
     function = jax.jit(candidate.function)
 

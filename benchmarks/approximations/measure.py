@@ -23,15 +23,11 @@ QUICK_SIZES = {"copies": 1, "windows": 2, "generations": 0, "tokens": 0, "sectio
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measure all candidates.
+    """Measure all candidates that the options ask for.
 
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write. `kinds` has for each kind a list of rows; a
-        row has the candidate's `description`, the `errors` of the operator, the `time`, and
-        `tasks`, the figures of `quality` by task, empty for kinds that no model is given.
+    `kinds` of the result has for each kind a list of rows; a row has the candidate's `description`,
+    the `errors` of the operator, the `time`, and `tasks`, the figures of `quality` by task, empty
+    for kinds that no model is given.
     """
     kinds = [kind for kind in KINDS if kind in (args.kind or KINDS)]
     rounds, seconds = (3, 2e-4) if args.quick else (7, 1e-3)

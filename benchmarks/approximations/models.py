@@ -19,12 +19,9 @@ def substituting(candidate: Candidate) -> Iterator[None]:
     """Exchange one function in the Linen models that the examples compile inside.
 
     The models enter `quake_jax.linen.substitute(order)` themselves, and of two substitutions the
-    inner one counts. So theirs is given what is to change: the kernel of this kind alone for
-    QuAKE (`only`), the registered name for softmax and GELU. Layer normalisation has no kernel: an
-    interceptor of flax.linen.LayerNorm exchanges it.
-
-    Args:
-        candidate: What takes the function's place; the exact one changes nothing.
+    inner one counts. So theirs is given what is to change: the kernel of this kind alone for QuAKE
+    (`only`), the registered name for softmax and GELU. Layer normalisation has no kernel: an
+    interceptor of flax.linen.LayerNorm exchanges it. The exact candidate changes nothing.
     """
     if candidate.is_exact:
         yield
@@ -42,10 +39,8 @@ def substituting(candidate: Candidate) -> Iterator[None]:
 
 
 def layer_norm_interceptor(function: Callable) -> Callable:
-    """An interceptor that calls `function` where a flax.linen.LayerNorm is called.
-
-    Args:
-        function: f(x, scale, bias, axis, epsilon), as those of kind layernorm.
+    """An interceptor that calls `function`, f(x, scale, bias, axis, epsilon), where a
+    flax.linen.LayerNorm is called.
     """
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context) -> Any:

@@ -9,6 +9,8 @@ from benchmarks.harness import pages
 from benchmarks.harness.pages import NONE, Rows, Table, number
 from benchmarks.quality.report import interval, sets_remarks
 
+HEADING = "Approximations"
+
 TITLES = {
     "softmax": "Softmax",
     "gelu": "GELU",
@@ -53,11 +55,6 @@ TASKS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("least_cosine", "least cosine", _number(4)),
     ],
 }
-
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "Approximations"
 
 
 def tables(result: dict) -> list[Table]:

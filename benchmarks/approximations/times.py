@@ -18,15 +18,8 @@ def shape(quick: bool) -> tuple[int, ...]:
 def measure(
     candidates: Sequence[Candidate], settings: Settings, advance: Callable[[float], None]
 ) -> dict[str, dict]:
-    """Time the candidates of one kind.
-
-    Args:
-        candidates: Of one kind.
-        settings: How readings are taken; quick, the shape is small.
-        advance: Called after each reading with its share of the whole.
-
-    Returns:
-        By name `ns_per_element` as median and quartiles, and the conditions of the readings.
+    """Time the candidates of one kind: by name `ns_per_element` as median and quartiles, and the
+    conditions of the readings. `advance` is called after each with its share of the whole.
     """
     # The function of a case decides only how many operands there are: one.
     case = cases.Case("exp", shape(settings.quick), "float32")

@@ -38,10 +38,8 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Read `B,T,N,H`, `B,T-S,N,H` or `B,T,N/K,H`.
-
-        Raises:
-            ValueError: The text is none of these, a number is 0, or K does not divide N.
+        """Read `B,T,N,H`, `B,T-S,N,H` or `B,T,N/K,H`; ValueError if the text is none of these, a
+        number is 0, or K does not divide N.
         """
         found = re.fullmatch(r"(\d+),(\d+)(?:-(\d+))?,(\d+)(?:/(\d+))?,(\d+)", text)
         if not found:

@@ -9,11 +9,11 @@ from benchmarks.attention.cases import Shape
 from benchmarks.harness import frame
 
 HELP = "fused attention against XLA and torch, and against the peak of the machine"
+OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
-    frame.add_threads(parser)
     dtypes = f"{' and '.join(cases.DTYPES)}, or float32 with --quick,"
     frame.add_repeatable(parser, "--dtype", cases.DTYPES, dtypes)
     parser.add_argument(
@@ -26,14 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frame.add_repeatable(parser, "--mask", cases.MASKS, "all that make sense")
     orders = " and ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, orders)
-    frame.add_peers(parser, "torch")
-    frame.add_timing(
-        parser,
-        cases.ROUNDS,
-        f"{cases.HUGE_ROUNDS} for the largest, 3 with --quick",
-        "where XLA's arrays of T × S logits are fresh pages at each call",
-    )
-    frame.add_files(parser, quick="a small shape and short readings", plot=False)
+    frame.add_rounds(parser, cases.ROUNDS, f"{cases.HUGE_ROUNDS} for the largest, 3 with --quick")
+    frame.add_options(parser, *OPTIONS)
 
 
 def _shape(text: str) -> Shape:
@@ -43,8 +37,3 @@ def _shape(text: str) -> Shape:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a shape such as 1,197,12,64 or 1,1-4096,32/8,64"
         ) from None
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measure what the options ask for, print it, and write the files asked for."""
-    frame.run(args, "benchmarks.attention")

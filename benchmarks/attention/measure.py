@@ -41,14 +41,7 @@ SCALED = (VIT_BATCH, GPT, Shape.parse("1,1024,1,64"), DECODE)
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Run all cases.
-
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write. `report` describes how it is shown.
-    """
+    """Run all cases that the options ask for."""
     shapes = list(dict.fromkeys(args.shape or ([QUICK_SHAPE] if args.quick else SHAPES)))
     dtypes = args.dtype or (DTYPES[:1] if args.quick else DTYPES)
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
@@ -122,15 +115,11 @@ class Run:
     def measure(self, cases: list[Case], advance: Callable[[float], None]) -> list[dict]:
         """Measure all cases of one shape in the same rounds.
 
-        Args:
-            cases: The cases.
-            advance: Called after each reading with its share of the whole shape.
-
-        Returns:
-            The cases' entries of the result: `contestants` with milliseconds, GFLOP/s, the
-            `share_of_` peak and reading and what was rejected, `ratios` of the time of each other
-            contestant to each of ours, round by round, and in `relative` the time of ours to that
-            of ours without a mask, with is_causal, and in float32.
+        Their entries of the result have `contestants` with milliseconds, GFLOP/s, the `share_of_`
+        peak and reading and what was rejected, `ratios` of the time of each other contestant to
+        each of ours, round by round, and in `relative` the time of ours to that of ours without a
+        mask, with is_causal, and in float32. `advance` is called after each reading with its share
+        of the whole.
         """
         readings = self._gathered(cases)
         least = min(case.flops for case in cases)

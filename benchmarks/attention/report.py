@@ -8,6 +8,8 @@ from benchmarks.attention.cases import SUBJECT_ORDER
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table
 
+HEADING = "Attention"
+
 
 def subject(case: dict) -> str:
     """Whose speed is stated: the default order, or the last of ours in a run without it."""
@@ -29,11 +31,6 @@ def tables(result: dict) -> list[Table]:
         made.append(("Our time over our time of another case, median (quartiles)", rows))
     scaling = [[_label(entry), pages.spread(entry["speedup"])] for entry in result["scaling"]]
     return made + pages.two_threads("B,T,N,H", scaling) + bars.tables(result)
-
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "A" + result["benchmark"][1:]
 
 
 def _label(case: dict) -> str:

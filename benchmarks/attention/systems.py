@@ -37,10 +37,8 @@ class Buffers(buffers.Buffers):
         super().__init__(operands, case.shape.query_shape, case.dtype)
 
     def error_of(self, contestant: Contestant) -> float:
-        """Run a contestant once.
-
-        Returns:
-            The largest error of some rows of its result, relative to their largest element.
+        """Run a contestant once: the largest error of some rows of its result, relative to their
+        largest element.
         """
         contestant.run(1)
         # torch's result is an array of its own.
@@ -124,14 +122,8 @@ class Torch:
         self._overheads: dict[str, float] = {}
 
     def contestant(self, buffers: Buffers, target: float) -> Contestant:
-        """Make the contestant of one case.
-
-        Args:
-            buffers: The memory of the case.
-            target: Length of the readings for the cost of a call, seconds.
-
-        Returns:
-            The contestant, whose overhead is a call from Python with one query and one key.
+        """The contestant of one case, whose overhead is a call from Python with one query and one
+        key, found by readings of `target` seconds.
         """
         dtype = buffers.case.dtype
         if dtype not in self._overheads:

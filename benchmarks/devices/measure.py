@@ -21,17 +21,7 @@ WAYS = (
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Run all cases in all ways.
-
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write: for each case what `processes.compare` finds.
-
-    Raises:
-        BenchmarkError: A process failed.
-    """
+    """Run all cases in all ways; of each case the result has what `processes.compare` finds."""
     rounds, target = args.rounds or (2 if args.quick else ROUNDS), 1e-3 if args.quick else 0.1
     teams = start(args.quick)
     try:

@@ -8,10 +8,7 @@ from benchmarks.devices.measure import WAYS
 from benchmarks.harness import pages
 from benchmarks.harness.pages import Table
 
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "Threads, devices and processes"
+HEADING = "Threads, devices and processes"
 
 
 def tables(result: dict) -> list[Table]:

@@ -66,15 +66,8 @@ class Bar:
 def figures(
     bars: Iterable[Bar], result: dict, case_of: Callable[[dict], Any]
 ) -> list[tuple[Bar, float]]:
-    """The figures of a run that bars are about.
-
-    Args:
-        bars: The bars.
-        result: The run's result.
-        case_of: The case of an entry of the result.
-
-    Returns:
-        The bars that hold for the run and whose figure it measured, each with the figure.
+    """The bars that hold for a run and whose figure it measured, each with the figure; `case_of`
+    tells the case of an entry of the result.
     """
     entries = {
         name: [(case_of(entry), entry) for entry in result[name]]

@@ -76,13 +76,8 @@ def _keep_freed_memory() -> None:
 
 
 def describe(threads: int) -> dict:
-    """Describe this machine and the software on it.
-
-    Args:
-        threads: The number that was given to `prepare`.
-
-    Returns:
-        A dictionary that json can write; what cannot be found out is None.
+    """Describe this machine and the software on it, as json can write it; what cannot be found out
+    is None. `threads` is the number that was given to `prepare`.
     """
     versions = {}
     for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime"):

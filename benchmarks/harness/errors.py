@@ -32,10 +32,8 @@ def require(*packages: str, extras: str = "bench") -> None:
 
 
 def quake_jax(needed: str) -> ModuleType:
-    """The module quake_jax, if it has the function `needed`.
-
-    Raises:
-        BenchmarkError: It cannot be imported, or is an older version.
+    """The module quake_jax, if it has the function `needed`; BenchmarkError if it cannot be
+    imported, or is an older version.
     """
     try:
         import quake_jax

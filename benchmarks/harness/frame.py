@@ -23,16 +23,41 @@ T = TypeVar("T")
 
 # --- Options
 
+# What several subcommands understand.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "threads": {
+        "type": int,
+        "choices": (1, 2),
+        "default": 1,
+        "help": "cores and threads of each library",
+    },
+    "peers": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "compare with other libraries where installed",
+    },
+    "allocator": {
+        "choices": ("keep", "system"),
+        "default": "keep",
+        "help": "keep: freed pages stay mapped, no page faults inside readings (default); system: "
+        "as users have it, where XLA's large temporaries are fresh pages at each call",
+    },
+    "embedding-checkpoint": {
+        "metavar": "DIR",
+        "help": "folder, or id on the Hugging Face hub, of a BERT that embeds sentences, such as "
+        "all-MiniLM-L6-v2; without it there is no search",
+    },
+    "quick": {"action": "store_true", "help": "small and short: a try, no result"},
+    "json": {"type": Path, "metavar": "PATH", "help": "write the result as JSON"},
+    "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
+    "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
+}
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """Declare the number of cores and of threads of every library."""
-    parser.add_argument(
-        "--threads",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="cores and threads of each library",
-    )
+
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Declare options of `OPTIONS`."""
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
 
 
 def add_repeatable(
@@ -40,66 +65,13 @@ def add_repeatable(
 ) -> None:
     """Declare an option that chooses from a list of names or numbers, and may be repeated."""
     choices = tuple(choices)
-    parser.add_argument(
-        name,
-        action="append",
-        type=type(choices[0]),
-        choices=choices,
-        help=f"repeatable; {default} by default",
-    )
+    kind, help_ = type(choices[0]), f"repeatable; {default} by default"
+    parser.add_argument(name, action="append", type=kind, choices=choices, help=help_)
 
 
-def add_timing(
-    parser: argparse.ArgumentParser, rounds: int, few: str, fresh_pages: str = ""
-) -> None:
-    """Declare how readings are taken: `--rounds`, `--allocator`.
-
-    Args:
-        parser: The parser of a subcommand.
-        rounds: The rounds by default.
-        few: When there are fewer.
-        fresh_pages: What it means to leave the allocator as users have it; empty for a subcommand
-            without that choice.
-    """
+def add_rounds(parser: argparse.ArgumentParser, rounds: int, few: str) -> None:
+    """Declare the number of rounds; `few` says when there are fewer than `rounds` by default."""
     parser.add_argument("--rounds", type=positive, help=f"interleaved rounds ({rounds}; {few})")
-    if fresh_pages:
-        parser.add_argument(
-            "--allocator",
-            choices=("keep", "system"),
-            default="keep",
-            help="keep: freed pages stay mapped, no page faults inside readings (default); "
-            f"system: as users have it, {fresh_pages}",
-        )
-
-
-def add_peers(parser: argparse.ArgumentParser, peers: str) -> None:
-    """Declare whether other libraries take part."""
-    parser.add_argument(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help=f"compare with {peers} where installed",
-    )
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Declare the checkpoint of the search."""
-    parser.add_argument(
-        "--embedding-checkpoint",
-        metavar="DIR",
-        help="folder, or id on the Hugging Face hub, of a BERT that embeds sentences, such as "
-        "all-MiniLM-L6-v2; without it there is no search",
-    )
-
-
-def add_files(parser: argparse.ArgumentParser, quick: str, plot: bool = True) -> None:
-    """Declare `--quick` (`quick` says what it does) and the files that a run may write."""
-    add = parser.add_argument
-    add("--quick", action="store_true", help=f"{quick}: a try, no result")
-    add("--json", type=Path, metavar="PATH", help="write the result as JSON")
-    add("--markdown", type=Path, metavar="PATH", help="write or replace the section of this run")
-    if plot:
-        add("--plot", type=Path, metavar="DIR", help="write plots as PNG files")
 
 
 def positive(text: str) -> int:
@@ -112,26 +84,28 @@ def positive(text: str) -> int:
 # --- A run
 
 
-def run(args: argparse.Namespace, package: str, pinned: bool = True) -> None:
+def run(args: argparse.Namespace, package: str) -> None:
     """Measure what the options ask for, print it, and write the files asked for.
 
     Args:
         args: The options of a subcommand.
-        package: Its folder, `benchmarks.NAME`, with `measure.measure(args)`, with `heading`,
-            `tables` and `remarks` of a result in `report`, and with `plots.figures` of it.
-        pinned: Whether to measure in this process.
+        package: Its folder, `benchmarks.NAME`, with `HELP`, `add_arguments` and, if there is more
+            to check or to be kept from, `check` and `PINNED` in `command`; with `measure` in
+            `measure`; with `HEADING`, `tables` and `remarks` of a result in `report`, and with
+            `figures` of it in `plots`.
     """
+    command = importlib.import_module(f"{package}.command")
     check_files(args.json, args.markdown)
-    if pinned:
+    getattr(command, "check", lambda args: None)(args)
+    if getattr(command, "PINNED", True):
         keep_pages = getattr(args, "allocator", "keep") == "keep"
         environment.prepare(getattr(args, "threads", 1), keep_pages)
-    measure = importlib.import_module(f"{package}.measure").measure
+    result = importlib.import_module(f"{package}.measure").measure(args)
 
     from benchmarks.harness import pages
 
-    result = measure(args)
     report = importlib.import_module(f"{package}.report")
-    page = pages.Page(report.heading(result), report.tables(result), report.remarks(result))
+    page = pages.Page(report.HEADING, report.tables(result), report.remarks(result))
     pages.to_terminal(result, page)
     if args.json:
         pages.to_json(result, args.json)
@@ -169,7 +143,7 @@ class Settings:
         reading_seconds: tuple[float, float],
         quick_rounds: int = 3,
     ) -> Settings:
-        """Those that the options ask for; of readings the lengths without and with `--quick`."""
+        """Those that the options ask for; readings have two lengths, without and with --quick."""
         return cls(
             rounds=args.rounds or (quick_rounds if args.quick else None),
             reading_seconds=reading_seconds[args.quick],
@@ -192,15 +166,11 @@ class Settings:
         shortest: float = 0.0,
         attempts: int = timing.MAX_ATTEMPTS,
     ) -> dict[str, Series]:
-        """Take the readings of the contestants of one case.
+        """Take the readings of the contestants of one case, as `timing.measure` does.
 
-        Args:
-            contestants: Who takes part.
-            rounds: Where the settings leave them open.
-            advance: Called after each reading with its share of the whole.
-            shortest: The shortest reading in seconds, where readings may be long: more page faults
-                are let pass in them.
-            attempts: As in `timing.measure`.
+        `rounds` counts where the settings leave them open; `advance` is called after each reading
+        with its share of the whole. In readings that may be long, of at least `shortest` seconds,
+        more page faults are let pass.
         """
         rounds = self.rounds or rounds
         allowed = max(timing.MAX_FAULTS, timing.FAULT_SHARE * shortest / timing.FAULT_SECONDS)

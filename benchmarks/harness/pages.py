@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,28 +52,25 @@ def to_terminal(result: dict, page: Page) -> None:
 
 
 def to_markdown(result: dict, page: Page, path: Path) -> None:
-    """Write the page of a result into a Markdown file.
+    """Write the page of a result into a Markdown file, which is made if it does not exist.
 
     The section of an earlier run with as many threads and the same instruction set is replaced;
     everything else in the file stays, and without such a section the new one is appended.
-
-    Args:
-        result: The result of a run.
-        page: What is written of it.
-        path: The file, made if it does not exist.
     """
     threads, isa = result["environment"]["threads"], result["environment"]["isa"]
     begin, end = (
         f"<!-- benchmarks {result['benchmark']}, threads {threads}, isa {isa}: {word} -->"
         for word in ("begin, generated", "end")
     )
-    heading = f"### {page.heading}, {_threads(threads)}, {isa}"
-    parts = [begin, "", heading, "", headline(result), ""]
+    # Runs of other kinds (a dtype, an allocator) have sections of their own.
+    _, *kinds = result["benchmark"].split(", ")
+    heading = ", ".join([f"### {page.heading}", *kinds, _threads(threads), isa])
+    parts = [begin, "", heading, "", _wrapped(headline(result)), ""]
     for title, rows in page.tables:
         lines = [" | ".join(row) for row in rows]
         lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
         parts += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
-    parts += [f"- {line}" for line in page.remarks] + ["", end]
+    parts += [_wrapped(f"- {line}", "  ") for line in page.remarks] + ["", end]
     section = "\n".join(parts)
     text = path.read_text() if path.exists() else ""
     old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -81,6 +79,12 @@ def to_markdown(result: dict, page: Page, path: Path) -> None:
     else:
         text = f"{text.rstrip()}\n\n{section}\n".lstrip()
     path.write_text(text)
+
+
+def _wrapped(line: str, indent: str = "") -> str:
+    """Prose in lines of at most 100 characters."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, 100, subsequent_indent=indent, **options)
 
 
 def headline(result: dict) -> str:

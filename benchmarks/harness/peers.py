@@ -51,15 +51,11 @@ def repeat(call: Callable[[], Any], buffers: Any) -> Callable[[int], None]:
 
 
 def call_seconds(run: Callable[[int], None], target: float, threads: int) -> float:
-    """The cost of a call from Python, by a run on arrays of a few elements.
+    """The cost of a call from Python, by readings of `target` seconds of a run on arrays of a few
+    elements.
 
     It is subtracted from the library's times, because the operators in JAX are timed inside one
     compiled program.
-
-    Args:
-        run: Calls so many times.
-        target: Length of a reading in seconds.
-        threads: Number of threads in use.
     """
     (series,) = timing.measure(
         [Contestant("a call", run)], rounds=9, target=target, threads=threads

@@ -21,18 +21,9 @@ PALETTE = 64
 
 
 def draw(result: dict, subject: ModuleType, folder: Path) -> list[Path]:
-    """Draw a result.
-
-    Args:
-        result: The result of a run.
-        subject: A module with `figures(result)`, whose figures come with names.
-        folder: Where the files go; made if it does not exist.
-
-    Returns:
-        The files written: `SUBJECT_NAME_ISA_tN.png` for each figure.
-
-    Raises:
-        BenchmarkError: The folder cannot be made.
+    """Write the figures that `subject.figures(result)` yields with their names, and return the
+    files: `NAME_ISA_tN.png` in the folder, which is made if it does not exist. Raise BenchmarkError
+    if it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

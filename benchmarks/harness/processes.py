@@ -51,20 +51,11 @@ def compare(
 ) -> list[dict]:
     """Compare ways of using the cores.
 
-    Args:
-        cases: What to run.
-        teams: The processes of each way; the first is the one that the others are compared with.
-        rounds: Number of rounds: readings of each case in each way.
-        target: Least length of a reading of the first way, in seconds.
-        advance: Called after each case, for a progress bar.
-
-    Returns:
-        For each case the number of `calls` of a reading, the `seconds` per call of each way and
-        round, how many disturbed readings were used (`doubtful`), and median and quartiles of the
-        `speed` over the first way.
-
-    Raises:
-        BenchmarkError: A process failed.
+    Each team reads each case once a round, for at least `target` seconds of the first team's, with
+    which the others are compared; `advance` is called after each case. For each case the result has
+    the number of `calls` of a reading, the `seconds` per call of each way and round, how many
+    disturbed readings were used (`doubtful`), and median and quartiles of the `speed` over the
+    first way.
     """
     result = []
     for case in cases:
@@ -103,18 +94,10 @@ def two_threads(
     keep_pages: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """Compare one thread with two.
+    """Compare one thread with two: for each case `seconds` and `doubtful` as of `compare`, and the
+    `speedup`.
 
-    Args:
-        cases: What to run.
-        make: A function of a module, as `Team` takes it.
-        rounds: Number of rounds.
-        target: Least length of a reading of two threads in seconds.
-        keep_pages: As in `environment.prepare`; without, page faults are let pass.
-        advance: Called after each case.
-
-    Returns:
-        For each case `seconds` and `doubtful` as of `compare`, and the `speedup` of two threads.
+    `make` prepares a case, as `Team` takes it. Without kept pages page faults are let pass.
     """
     if not cases:
         return []

@@ -135,14 +135,8 @@ class Quartiles:
 
 
 def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
-    """How many times as long `other` took as `subject`, round by round.
-
-    Args:
-        other: Seconds of the one compared with, one per round.
-        subject: Seconds of the one whose speed is stated, from the same rounds.
-
-    Returns:
-        Median and quartiles of the rounds' ratios; above 1 the subject is faster.
+    """How many times as long `other` took as `subject`, in seconds of the same rounds: median and
+    quartiles of the rounds' ratios. Above 1 the subject is faster.
 
     Example:
         >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
@@ -183,16 +177,11 @@ def _thread_times() -> ThreadTimes:
 
 
 def waiting(before: ThreadTimes, after: ThreadTimes, wall: float) -> float:
-    """How long the threads that did the work had to wait for a core, added up.
+    """How many seconds the threads that did the work had to wait for a core, added up, in a reading
+    of `wall` seconds.
 
-    Args:
-        before: The threads' times before a reading.
-        after: The same after it.
-        wall: Length of the reading in seconds.
-
-    Returns:
-        Seconds. Idle helpers that want the core for an instant are left out: where all threads
-        are pinned to one core, they wait for us and not for others.
+    Idle helpers that want the core for an instant are left out: where all threads are pinned to one
+    core, they wait for us and not for others.
     """
     total = 0.0
     for thread, (on_core, waited) in after.items():
@@ -204,15 +193,7 @@ def waiting(before: ThreadTimes, after: ThreadTimes, wall: float) -> float:
 
 
 def disturbance(reading: Reading, max_faults: float = MAX_FAULTS) -> str | None:
-    """Say why a reading must not be used.
-
-    Args:
-        reading: The reading.
-        max_faults: The most page faults that are let pass.
-
-    Returns:
-        "faults", "preempted", or None for a good reading.
-    """
+    """Say why a reading must not be used: "faults", "preempted", or None for a good one."""
     if reading.faults > max_faults:
         return "faults"
     if reading.waited > max(MAX_WAIT_SHARE * reading.wall, MAX_WAIT_SECONDS):

@@ -128,13 +128,7 @@ CASES = {case.name: case for case in _ALL}
 
 
 def choose(names: Iterable[str], dtype: str, quick: bool) -> list[Case]:
-    """The cases of a run, in the order of `CASES`.
-
-    Args:
-        names: Keys of `CASES`.
-        dtype: One of `DTYPES`.
-        quick: Whether to shrink the models, to try the benchmark out.
-    """
+    """The cases with these names, in the order of `CASES`; quick, the models are shrunk."""
     cases = [dataclasses.replace(CASES[name], dtype=dtype) for name in CASES if name in names]
     return [_shrunk(case) for case in cases] if quick else cases
 

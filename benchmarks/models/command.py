@@ -9,27 +9,21 @@ from benchmarks.harness.errors import require
 from benchmarks.models.cases import CASES, DTYPES, FLAX, ROUNDS, SYSTEMS
 
 HELP = "whole Flax models against the same models on the kernels, and against torch"
+OPTIONS = ("threads", "allocator", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
-    frame.add_threads(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help=f"{DTYPES[0]} by default"
     )
     frame.add_repeatable(parser, "--model", CASES)
     installed = f"all that are installed (and {FLAX} always)"
     frame.add_repeatable(parser, "--system", SYSTEMS, installed)
-    frame.add_timing(
-        parser,
-        ROUNDS,
-        "2 with --quick",
-        "where XLA's large temporaries are fresh pages at each call",
-    )
-    frame.add_files(parser, quick="shrunk models, short readings")
+    frame.add_rounds(parser, ROUNDS, "2 with --quick")
+    frame.add_options(parser, *OPTIONS)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure what the options ask for, print it, and write the files asked for."""
+def check(args: argparse.Namespace) -> None:
+    """Raise BenchmarkError if a package is missing."""
     require("flax", *["matplotlib"] * (args.plot is not None), extras="bench,flax")
-    frame.run(args, "benchmarks.models")

@@ -154,10 +154,7 @@ def variables(case: Case) -> tuple[dict, dict]:
     """The model's random weights and, where it decodes, its cache with all but one token.
 
     They are drawn by NumPy: compiling all initializers of Flax would take longer than drawing.
-
-    Returns:
-        Parameters from N(0, 1/width), scales of LayerNorm around 1; and a cache with keys and
-        values from N(0, 1), empty without decoding.
+    Parameters are from N(0, 1/width), scales of LayerNorm around 1, keys and values from N(0, 1).
     """
     whole = inputs(case)
     if case.decodes:  # Flax takes the size of the cache from the call that makes it

@@ -25,14 +25,7 @@ LONG_SECONDS, LONG_ATTEMPTS = 0.5, 3
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Run all cases.
-
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write. `report` describes how it is shown.
-    """
+    """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
     wanted, left_out = _systems(args.system or SYSTEMS)
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
@@ -70,20 +63,10 @@ def measure_case(
 ) -> dict:
     """Measure all systems of one model.
 
-    Args:
-        case: The model.
-        wanted: The names of the systems.
-        settings: How readings are taken.
-        advance: Called after each reading with its share of the whole.
-
-    Returns:
-        The case's entry of the result: `contestants` with milliseconds, memory and what building
-        them took; `speed`, how many times as long the model as it is took; `over_ours`, the same
-        for each other system against `cases.SUBJECT`; `share` of the way to the ceiling;
-        `replaced` and `left`, what `explain` says.
-
-    Raises:
-        BenchmarkError: A system's result is not the model's.
+    Its entry of the result has `contestants` with milliseconds, memory and what building them took;
+    `speed`, how many times as long the model as it is took; `over_ours`, the same for each other
+    system against `cases.SUBJECT`; `share` of the way to the ceiling; `replaced` and `left`, what
+    `explain` says. BenchmarkError if a system's result is not the model's.
     """
     setting = Setting(case)
     built = {name: _build(setting, name, settings.threads) for name in wanted}
@@ -176,14 +159,9 @@ def _entry(system: System, series: Series) -> dict:
 
 
 def compare(seconds: dict[str, list[float]]) -> dict:
-    """What the times of the rounds amount to.
-
-    Args:
-        seconds: By system, the seconds of a call in each round.
-
-    Returns:
-        `speed`, `over_ours` and `share` as `measure_case` describes them; `share` is None without
-        the systems that it needs, or where the ceiling was not faster in every round.
+    """What the seconds of a call in each round, by system, amount to: `speed`, `over_ours` and
+    `share` as `measure_case` describes them. `share` is None without the systems that it needs, or
+    where the ceiling was not faster in every round.
     """
     flax, ours, ceiling = (seconds.get(name) for name in (FLAX, SUBJECT, CEILING))
     share = None

@@ -15,17 +15,11 @@ _FORGET_PEAK = "5"  # clear_refs: the peak becomes the present size (proc(5))
 
 
 def growth(call: Callable[[], Result]) -> tuple[Result, int | None]:
-    """Call something and watch the size of the process.
+    """Call something: its result, and the largest growth of the process's resident memory in bytes,
+    exact to some pages for each thread; None where the kernel does not tell.
 
     Freed memory is returned to the kernel first, so that whatever the call allocates and touches
     counts, whoever allocates it.
-
-    Args:
-        call: What to call.
-
-    Returns:
-        Its result, and the largest growth of resident memory in bytes, exact to some pages for
-        each thread; None where the kernel does not tell.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

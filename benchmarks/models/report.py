@@ -10,6 +10,8 @@ from benchmarks.harness.peers import TORCH
 from benchmarks.models.cases import FLAX, MEANING, SUBJECT, label
 from benchmarks.models.goals import percent
 
+HEADING = "Models"
+
 
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
@@ -97,11 +99,6 @@ def _programs(cases: list[dict]) -> Rows:
 
 def _counts(found: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.items()) or NONE
-
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "M" + result["benchmark"][1:]
 
 
 def remarks(result: dict) -> list[str]:

@@ -157,12 +157,7 @@ def warm_up(names: list[str], dtype: str) -> None:
 
 
 def build(setting: Setting, name: str) -> System:
-    """Compile a system of JAX and run it once.
-
-    Args:
-        setting: The case with its weights.
-        name: A key of `TRANSFORMS`.
-    """
+    """Compile a system of JAX, a key of `TRANSFORMS`, and run it once."""
     program, trace_seconds, compile_seconds = _compiled(setting, name)
     parameters, cache, *inputs = setting.arguments
 
@@ -214,17 +209,11 @@ def explained(setting: Setting) -> dict[str, dict[str, int]]:
 
 
 def tolerance(case: Case, name: str) -> float:
-    """How far a system's result may be from the model's, by the bounds of what it replaced.
+    """How far a system's result may be from the model's, relative to that, both taken as one long
+    vector: by the bounds of what it replaced.
 
     A layer adds the relative errors of its attention and of its GELU; what is computed in another
     order differs by rounding on top.
-
-    Args:
-        case: The case.
-        name: The system.
-
-    Returns:
-        Largest difference, relative to the model's result, of both taken as one long vector.
     """
     from quake_jax import accuracy
 

@@ -159,12 +159,7 @@ class _Model:
 
 
 def build(setting: Setting, threads: int) -> System:
-    """Convert the weights and run the model once.
-
-    Args:
-        setting: The case with its weights.
-        threads: Number of threads of torch.
-    """
+    """Convert the weights and run the model once."""
     torch.set_num_threads(threads)
     model = _Model(setting)
 

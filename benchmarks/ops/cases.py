@@ -100,9 +100,9 @@ def _shapes(function: str) -> list[tuple[int, ...]]:
     operator = OPERATORS[function]
     return [
         l2_shape(function),
-        *([VIT_SHAPE] if operator.in_l3 else []),
+        *([VIT_SHAPE] if "L3" in operator.beyond else []),
         *([VOCABULARY_SHAPE] if operator.kind == REDUCTION else []),
-        *([GPT_SHAPE] if operator.in_dram else []),
+        *([GPT_SHAPE] if "DRAM" in operator.beyond else []),
     ]
 
 

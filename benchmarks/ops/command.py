@@ -9,29 +9,23 @@ from benchmarks.ops import cases
 from benchmarks.ops.operators import FUNCTIONS
 
 HELP = "single operators against jax.nn, torch, onnxruntime and a copy"
+OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
-    frame.add_threads(parser)
     frame.add_repeatable(parser, "--function", FUNCTIONS)
     frame.add_repeatable(parser, "--dtype", cases.DTYPES, "all, or float32 with --quick,")
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,M,…", help="repeatable")
     few = ", ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, f"{few}, and 4 on float32 in L2,")
-    frame.add_peers(parser, "torch and onnxruntime")
-    frame.add_timing(
-        parser,
-        cases.ROUNDS,
-        f"{cases.DRAM_ROUNDS} in DRAM, 3 with --quick",
-        "with page faults as part of the times",
-    )
+    frame.add_rounds(parser, cases.ROUNDS, f"{cases.DRAM_ROUNDS} in DRAM, 3 with --quick")
     parser.add_argument(
         "--self-check",
         action="store_true",
         help="time jax.nn against itself instead: shows the noise of the method",
     )
-    frame.add_files(parser, quick="a small shape and short readings")
+    frame.add_options(parser, *OPTIONS)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -42,8 +36,3 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 128,1024")
     return shape
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measure what the options ask for, print it, and write the files asked for."""
-    frame.run(args, "benchmarks.ops")

@@ -12,14 +12,8 @@ CANDIDATES = (3, 4, 5)
 
 
 def decide(cases: list[dict]) -> list[dict]:
-    """Decide for the functions that a run measured with all candidates.
-
-    Args:
-        cases: The cases of the result.
-
-    Returns:
-        For each function its name, the time of each candidate relative to order 3 (by order, as
-        median and quartiles), and the `default`.
+    """For each function that a run measured with all candidates its name, the time of each
+    candidate relative to order 3 (by order, as median and quartiles), and the `default`.
     """
     decided = []
     for case in cases:

@@ -138,7 +138,7 @@ _COUNTED = tuple(f for f, row in OPERATORS.items() if row.functor and f not in _
 _AGAINST_HARDWARE = (
     *(bar for f, share in _BY_COPY.items() for bar in _bars(COPY, share, (f,))),
     *_bars(BOUND, 1.25, _COUNTED),
-    *_bars(COPY, 90, tuple(f for f, row in OPERATORS.items() if row.in_dram), GPT_SHAPE),
+    *_bars(COPY, 90, tuple(f for f, row in OPERATORS.items() if "DRAM" in row.beyond), GPT_SHAPE),
 )
 _AVX2 = _bars(JAX, 2.0, ("softmax", "gelu_tanh", "gelu_erf"), *_CACHED, isa="avx2")
 _SCALING = _bars(SCALING, 1.7, SCALED, VIT_SHAPE, threads=2)

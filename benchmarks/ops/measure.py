@@ -24,14 +24,7 @@ SANE_ERROR = 0.9
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Run all cases.
-
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write. `report` describes how it is shown.
-    """
+    """Run all cases that the options ask for."""
     shapes = args.shape or ([QUICK_SHAPE] if args.quick else None)
     dtypes = args.dtype or (DTYPES[:1] if args.quick else DTYPES)
     chosen = cases.choose(args.function or FUNCTIONS, dtypes, shapes)
@@ -109,14 +102,10 @@ class Run:
     def measure(self, case: Case, advance: Callable[[float], None]) -> dict:
         """Measure one case with all its contestants.
 
-        Args:
-            case: The case.
-            advance: Called after each reading with its share of the whole case.
-
-        Returns:
-            The case's entry of the result: `contestants` with ns per element and what was rejected,
-            `ratios` of the time of each other contestant to each of ours, round by round,
-            `relative_times` of ours to order 3, and `copy`, the name of the fastest copy.
+        Its entry of the result has `contestants` with ns per element and what was rejected,
+        `ratios` of the time of each other contestant to each of ours, round by round,
+        `relative_times` of ours to order 3, and `copy`, the name of the fastest copy. `advance` is
+        called after each reading with its share of the whole.
         """
         buffers = systems.Buffers(case)
         if self.self_check:
@@ -210,10 +199,8 @@ def scaled(wanted: list[Case]) -> list[Case]:
 def measure_scaling(
     compared: list[Case], settings: Settings, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
-    """Compare one thread with two at order `cases.SUBJECT_ORDER`.
-
-    Returns:
-        For each case its function, shape and dtype, and what `processes.two_threads` finds.
+    """One thread against two at order `cases.SUBJECT_ORDER`: for each case its function, shape and
+    dtype, and what `processes.two_threads` finds.
     """
     found = processes.two_threads(
         compared,

@@ -42,44 +42,52 @@ class Operator:
     Attributes:
         name: What it is called here, on the command line and in JSON.
         kind: Of its operands.
-        jax_nn: In jax.nn or jax.numpy.
-        exact: In NumPy and SciPy, of arrays of float64.
+        jax_nn: In jax.nn or jax.numpy; by default what has its name in jax.nn.
+        exact: In NumPy and SciPy, of arrays of float64; by default what has its name in NumPy.
         torch: One call in torch, from torch, its operands x and y (or, where there is only one,
-            memory of its size to work in) and the output. Where torch has no kernel for the whole,
-            as many as eager code would run, in place after the first.
+            memory of its size to work in) and the output; by default what has its name in
+            torch.ops.aten. Where torch has no kernel for the whole, as many as eager code would
+            run, in place after the first.
         onnx: Steps `Operator inputs > output`, of which x and y are the operands and out is the
             result; empty where ONNX has no such operator.
         attributes: Those of the steps of ONNX that have any, by the operator.
         functor: The template argument of its kernel, where that is one loop.
-        in_l3, in_dram: Whether it is measured beyond the second-level cache. There the arithmetic
+        beyond: Where else it is measured than in the second-level cache. There the arithmetic
             hides behind memory, for all functions alike.
         quake: Its name in quake_jax, if that is another.
         options: Its keywords in quake_jax.
     """
 
     name: str
-    kind: str
-    jax_nn: Callable
-    exact: Callable
-    torch: Callable
+    kind: str = UNARY
+    functor: str = ""
+    jax_nn: Callable = None
+    exact: Callable = None
+    torch: Callable = None
     onnx: str = ""
     attributes: dict[str, dict] = field(default_factory=dict)
-    functor: str = ""
-    in_l3: bool = False
-    in_dram: bool = False
+    beyond: tuple[str, ...] = ()
     quake: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
-    def of_quake_jax(self, order: int) -> Callable:
-        """The operator of quake_jax at one order.
+    def __post_init__(self):
+        name, fill = self.name, partial(object.__setattr__, self)
+        fill("jax_nn", self.jax_nn or (lambda *x: getattr(jax.nn, name)(*x)))
+        fill("exact", self.exact or (lambda *x: getattr(np, name)(*x)))
+        fill("torch", self.torch or _aten(name))
+        fill("quake", self.quake or name)
 
-        Raises:
-            BenchmarkError: quake_jax cannot be imported.
-        """
+    def of_quake_jax(self, order: int) -> Callable:
+        """The operator of quake_jax at one order; BenchmarkError if quake_jax cannot be imported."""
         from benchmarks.harness.errors import quake_jax
 
-        name = self.quake or self.name
-        return partial(getattr(quake_jax(name), name), order=order, **self.options)
+        function = getattr(quake_jax(self.quake), self.quake)
+        return partial(function, order=order, **self.options)
+
+
+def _aten(name: str, **options) -> Callable:
+    """What has that name among torch's operators."""
+    return lambda torch, x, y, out: getattr(torch.ops.aten, name).out(x, out=out, **options)
 
 
 def _silu(x):
@@ -103,7 +111,7 @@ def _glu(x):
     return value * special.expit(gate)
 
 
-def _torch_elu(alpha: float, scale: float, slope: float) -> Callable:
+def _aten_elu(alpha: float, scale: float, slope: float) -> Callable:
     """torch's ELU with alpha, scale, and the factor of the exponential's argument."""
     return lambda torch, x, y, out: torch.ops.aten.elu.out(x, alpha, scale, slope, out=out)
 
@@ -114,24 +122,20 @@ _ALL = (
     Operator(
         name="softmax",
         kind=REDUCTION,
-        jax_nn=lambda x: jax.nn.softmax(x),
         exact=lambda x: special.softmax(x, axis=-1),
         torch=lambda torch, x, y, out: torch.ops.aten._softmax.out(x, -1, False, out=out),
         onnx="Softmax x > out",
         attributes={"Softmax": {"axis": -1}},
-        in_l3=True,
-        in_dram=True,
+        beyond=("L3", "DRAM"),
     ),
     Operator(
         name="log_softmax",
         kind=REDUCTION,
-        jax_nn=lambda x: jax.nn.log_softmax(x),
         exact=lambda x: special.log_softmax(x, axis=-1),
         torch=lambda torch, x, y, out: torch.ops.aten._log_softmax.out(x, -1, False, out=out),
         onnx="LogSoftmax x > out",
         attributes={"LogSoftmax": {"axis": -1}},
-        in_l3=True,
-        in_dram=True,
+        beyond=("L3", "DRAM"),
     ),
     Operator(
         name="logsumexp",
@@ -145,152 +149,101 @@ _ALL = (
     ),
     Operator(
         name="exp",
-        kind=UNARY,
-        jax_nn=lambda x: jnp.exp(x),
-        exact=lambda x: np.exp(x),
-        torch=lambda torch, x, y, out: torch.exp(x, out=out),
-        onnx="Exp x > out",
         functor="Exp",
-        in_l3=True,
-        in_dram=True,
+        jax_nn=lambda x: jnp.exp(x),
+        onnx="Exp x > out",
+        beyond=("L3", "DRAM"),
     ),
     # ONNX has no exp2 and no expm1: exp(x) - 1 is not expm1 near 0.
-    Operator(
-        name="exp2",
-        kind=UNARY,
-        jax_nn=lambda x: jnp.exp2(x),
-        exact=lambda x: np.exp2(x),
-        torch=lambda torch, x, y, out: torch.exp2(x, out=out),
-        functor="Exp2",
-    ),
-    Operator(
-        name="expm1",
-        kind=UNARY,
-        jax_nn=lambda x: jnp.expm1(x),
-        exact=lambda x: np.expm1(x),
-        torch=lambda torch, x, y, out: torch.expm1(x, out=out),
-        functor="Expm1",
-    ),
+    Operator(name="exp2", functor="Exp2", jax_nn=lambda x: jnp.exp2(x)),
+    Operator(name="expm1", functor="Expm1", jax_nn=lambda x: jnp.expm1(x)),
     Operator(
         name="sigmoid",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.sigmoid(x),
-        exact=lambda x: special.expit(x),
-        torch=lambda torch, x, y, out: torch.sigmoid(x, out=out),
-        onnx="Sigmoid x > out",
         functor="Sigmoid",
-        in_l3=True,
+        exact=lambda x: special.expit(x),
+        onnx="Sigmoid x > out",
+        beyond=("L3",),
     ),
     Operator(
         name="log_sigmoid",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.log_sigmoid(x),
+        functor="LogSigmoid",
         exact=lambda x: -_softplus(-x),
         torch=lambda torch, x, y, out: torch.ops.aten.log_sigmoid_forward.output(
             x, output=out, buffer=y
         ),
         onnx="Neg x > n; Softplus n > s; Neg s > out",
-        functor="LogSigmoid",
     ),
     Operator(
         name="silu",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.silu(x),
-        exact=_silu,
-        torch=lambda torch, x, y, out: torch.ops.aten.silu.out(x, out=out),
-        onnx="Sigmoid x > s; Mul x s > out",  # onnxruntime fuses the two into its QuickGelu
         functor="Silu",
-        in_l3=True,
-        in_dram=True,
+        exact=_silu,
+        onnx="Sigmoid x > s; Mul x s > out",  # onnxruntime fuses the two into its QuickGelu
+        beyond=("L3", "DRAM"),
     ),
     Operator(
         name="tanh",
-        kind=UNARY,
-        jax_nn=lambda x: jnp.tanh(x),
-        exact=lambda x: np.tanh(x),
-        torch=lambda torch, x, y, out: torch.tanh(x, out=out),
-        onnx="Tanh x > out",
         functor="Tanh",
-        in_l3=True,
+        jax_nn=lambda x: jnp.tanh(x),
+        onnx="Tanh x > out",
+        beyond=("L3",),
     ),
-    Operator(
-        name="softplus",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.softplus(x),
-        exact=_softplus,
-        torch=lambda torch, x, y, out: torch.ops.aten.softplus.out(x, out=out),
-        onnx="Softplus x > out",
-        functor="Softplus",
-    ),
+    Operator(name="softplus", functor="Softplus", exact=_softplus, onnx="Softplus x > out"),
     Operator(
         name="gelu_tanh",
-        kind=UNARY,
+        functor="GeluTanh",
         jax_nn=lambda x: jax.nn.gelu(x),
         exact=_gelu_tanh,
-        torch=lambda torch, x, y, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out),
+        torch=_aten("gelu", approximate="tanh"),
         onnx="Gelu x > out",
         attributes=_TANH_FORM,
-        functor="GeluTanh",
-        in_l3=True,
-        in_dram=True,
+        beyond=("L3", "DRAM"),
         quake="gelu",
         options={"approximate": True},
     ),
     Operator(
         name="gelu_erf",
-        kind=UNARY,
+        functor="GeluErf",
         jax_nn=lambda x: jax.nn.gelu(x, approximate=False),
         exact=lambda x: x * special.ndtr(x),
-        torch=lambda torch, x, y, out: torch.ops.aten.gelu.out(x, approximate="none", out=out),
+        torch=_aten("gelu", approximate="none"),
         onnx="Gelu x > out",
-        functor="GeluErf",
-        in_l3=True,
-        in_dram=True,
+        beyond=("L3", "DRAM"),
         quake="gelu",
         options={"approximate": False},
     ),
     Operator(
         name="quick_gelu",
-        kind=UNARY,
+        functor="QuickGelu",
         jax_nn=lambda x: x * jax.nn.sigmoid(QUICK_GELU_SLOPE * x),
         exact=lambda x: x * special.expit(QUICK_GELU_SLOPE * x),
         torch=lambda torch, x, y, out: torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x),
         onnx="Mul x slope > t; Sigmoid t > s; Mul x s > out",
-        functor="QuickGelu",
     ),
     Operator(
         name="mish",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.mish(x),
-        exact=lambda x: x * np.tanh(_softplus(x)),
-        torch=lambda torch, x, y, out: torch.ops.aten.mish.out(x, out=out),
-        onnx="Mish x > out",
         functor="Mish",
+        exact=lambda x: x * np.tanh(_softplus(x)),
+        onnx="Mish x > out",
     ),
     Operator(
         name="elu",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.elu(x),
-        exact=_elu,
-        torch=_torch_elu(1.0, 1.0, 1.0),
-        onnx="Elu x > out",
         functor="Elu",
+        exact=_elu,
+        torch=_aten_elu(1.0, 1.0, 1.0),
+        onnx="Elu x > out",
     ),
     Operator(
         name="selu",
-        kind=UNARY,
-        jax_nn=lambda x: jax.nn.selu(x),
-        exact=lambda x: SELU_SCALE * _elu(x, SELU_ALPHA),
-        torch=_torch_elu(SELU_ALPHA, SELU_SCALE, 1.0),
-        onnx="Selu x > out",
         functor="Selu",
+        exact=lambda x: SELU_SCALE * _elu(x, SELU_ALPHA),
+        torch=_aten_elu(SELU_ALPHA, SELU_SCALE, 1.0),
+        onnx="Selu x > out",
     ),
     Operator(  # several kernels, by alpha
         name="celu",
-        kind=UNARY,
         jax_nn=lambda x: jax.nn.celu(x, alpha=CELU_ALPHA),
         exact=lambda x: _elu(x, CELU_ALPHA, CELU_ALPHA),
-        torch=_torch_elu(CELU_ALPHA, 1.0, 1 / CELU_ALPHA),
+        torch=_aten_elu(CELU_ALPHA, 1.0, 1 / CELU_ALPHA),
         onnx="Celu x > out",
         attributes={"Celu": {"alpha": CELU_ALPHA}},
         options={"alpha": CELU_ALPHA},
@@ -298,15 +251,15 @@ _ALL = (
     Operator(
         name="logaddexp",
         kind=BINARY,
+        functor="LogAddExp",
         jax_nn=lambda x, y: jnp.logaddexp(x, y),
-        exact=lambda x, y: np.logaddexp(x, y),
         torch=lambda torch, x, y, out: torch.logaddexp(x, y, out=out),
         onnx="Sub x y > d; Softplus d > s; Add s y > out",  # y + softplus(x - y)
-        functor="LogAddExp",
     ),
     Operator(
         name="bias_gelu",
         kind=BIASED,
+        functor="Biased<GeluTanh>",
         jax_nn=lambda x, bias: jax.nn.gelu(x + bias),
         exact=lambda x, bias: _gelu_tanh(x + bias),
         torch=lambda torch, x, y, out: torch.ops.aten.gelu_(
@@ -314,43 +267,42 @@ _ALL = (
         ),
         onnx="Add x y > t; Gelu t > out",
         attributes=_TANH_FORM,
-        functor="Biased<GeluTanh>",
-        in_l3=True,
+        beyond=("L3",),
     ),
     Operator(
         name="bias_silu",
         kind=BIASED,
+        functor="Biased<Silu>",
         jax_nn=lambda x, bias: jax.nn.silu(x + bias),
         exact=lambda x, bias: _silu(x + bias),
         torch=lambda torch, x, y, out: torch.ops.aten.silu_(torch.add(x, y, out=out)),
         onnx="Add x y > t; Sigmoid t > s; Mul t s > out",
-        functor="Biased<Silu>",
-        in_l3=True,
+        beyond=("L3",),
     ),
     Operator(  # of the gated ones the form that torch and jax.nn have as a function
         name="glu",
         kind=HALVED,
-        jax_nn=lambda x: jax.nn.glu(x),
+        functor="Gated<Sigmoid>",
         exact=_glu,
         torch=lambda torch, x, y, out: torch.ops.aten.glu.out(x, -1, out=out),
         onnx="Split x > value gate; Sigmoid gate > s; Mul value s > out",
         attributes={"Split": {"axis": -1, "num_outputs": 2}},
-        functor="Gated<Sigmoid>",
-        in_l3=True,
+        beyond=("L3",),
     ),
     Operator(
         name="swiglu",
         kind=GATED,
+        functor="Gated<Silu>",
         jax_nn=lambda gate, value: jax.nn.silu(gate) * value,
         exact=lambda gate, value: _silu(gate) * value,
         torch=lambda torch, x, y, out: torch.ops.aten.silu.out(x, out=out).mul_(y),
         onnx="Sigmoid x > s; Mul x s > a; Mul a y > out",
-        functor="Gated<Silu>",
-        in_l3=True,
+        beyond=("L3",),
     ),
     Operator(
         name="geglu",
         kind=GATED,
+        functor="Gated<GeluTanh>",
         jax_nn=lambda gate, value: jax.nn.gelu(gate) * value,
         exact=lambda gate, value: _gelu_tanh(gate) * value,
         torch=lambda torch, x, y, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out).mul_(
@@ -358,8 +310,7 @@ _ALL = (
         ),
         onnx="Gelu x > a; Mul a y > out",
         attributes=_TANH_FORM,
-        functor="Gated<GeluTanh>",
-        in_l3=True,
+        beyond=("L3",),
     ),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}

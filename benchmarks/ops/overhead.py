@@ -27,11 +27,8 @@ COMPILER_OPTIONS = {"tanh": {"xla_disable_hlo_passes": "fusion"}, "softmax": {}}
 
 
 def measure(settings: Settings) -> dict[str, dict]:
-    """Measure the cost of one call.
-
-    Returns:
-        For each function the microseconds per operator of both, and the median and the quartiles
-        of their difference.
+    """The cost of one call: for each function the microseconds per operator of both, and the median
+    and the quartiles of their difference.
     """
     length = 50 if settings.quick else 1000
     result = {}

@@ -44,14 +44,8 @@ class Peers:
                 self._makers[name] = makers[name](threads)
 
     def contestants(self, buffers: Buffers, target: float) -> list[Contestant]:
-        """Make the contestants of one case.
-
-        Args:
-            buffers: The memory of the case.
-            target: Length of the readings for the cost of a call, seconds.
-
-        Returns:
-            One contestant for each library that has the operator for the dtype.
+        """One contestant for each library that has the operator of a case for its dtype; the cost
+        of a call is found by readings of `target` seconds.
         """
         result = []
         for name in self._makers:

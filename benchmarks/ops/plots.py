@@ -30,14 +30,8 @@ LONGEST = 12
 
 
 def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
-    """Draw a result.
-
-    Args:
-        result: The result of a run.
-
-    Returns:
-        For each dtype `ops_time_DTYPE` and `ops_error_DTYPE` with each function at its first
-        shape, and `ops_large_DTYPE` with the times at the others, if there are any.
+    """For each dtype `ops_time_DTYPE` and `ops_error_DTYPE` with each function at its first shape,
+    and `ops_large_DTYPE` with the times at the others, if there are any.
     """
     for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
         cases = [case for case in result["cases"] if case["dtype"] == dtype]

@@ -8,10 +8,7 @@ from benchmarks.ops import goals
 from benchmarks.ops.cases import SUBJECT_ORDER
 from benchmarks.ops.operators import CELU_ALPHA
 
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "Operators"
+HEADING = "Operators"
 
 
 def tables(result: dict) -> list[Table]:

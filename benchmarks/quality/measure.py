@@ -19,13 +19,8 @@ from benchmarks.quality.command import DTYPES, ORDERS
 def measure(args: argparse.Namespace) -> dict:
     """Run all tasks.
 
-    Args:
-        args: The options, as `command.add_arguments` declares them.
-
-    Returns:
-        The result, a dictionary that json can write. `tasks` has for each task the sizes of its
-        sets and a list of rows; a row has dtype, order, the name of its reference or None, and
-        the task's figures.
+    `tasks` of the result has for each task the sizes of its sets and a list of rows; a row has
+    dtype, order, the name of its reference or None, and the task's figures.
     """
     dtypes = [dtype for dtype in DTYPES if dtype in (args.dtype or DTYPES)]
     orders = ["exact", *sorted(set(args.order or ORDERS))]
@@ -64,17 +59,10 @@ def sizes_of(args: argparse.Namespace) -> dict[str, int | None]:
 
 
 def make_tasks(checkpoint: str | None, sizes: dict[str, int | None]) -> list:
-    """Load data and checkpoints.
+    """Load data and checkpoints of the tasks; without a checkpoint there is no search.
 
-    Args:
-        checkpoint: That of the search; without it there is no search.
-        sizes: copies of `Digits`, windows, generations and tokens of `Text`, sections of `Search`.
-
-    Returns:
-        The tasks.
-
-    Raises:
-        BenchmarkError: A package or the checkpoint is missing.
+    `sizes` has copies of `Digits`, windows, generations and tokens of `Text`, sections of `Search`.
+    BenchmarkError if a package or the checkpoint is missing.
     """
     try:
         from benchmarks.quality.tasks import Digits, Search, Text

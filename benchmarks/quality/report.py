@@ -9,6 +9,8 @@ from benchmarks.harness import bars
 from benchmarks.harness.pages import NONE, Rows, Table, number
 from benchmarks.quality import statistics
 
+HEADING = "Quality"
+
 # The lowest order that has to keep the quality, and the largest change of each figure.
 LEAST_ORDER = 2
 LIMITS = {
@@ -61,11 +63,6 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
         ],
     ),
 }
-
-
-def heading(result: dict) -> str:
-    """What was measured, for the heading of a section."""
-    return "Quality"
 
 
 def tables(result: dict) -> list[Table]:

@@ -14,14 +14,8 @@ RESAMPLES = 2000
 
 
 def wilson(successes: int, trials: int) -> dict[str, float]:
-    """Wilson's score interval of a share (Wilson, 1927), in percent.
-
-    Args:
-        successes: How many of the trials succeeded.
-        trials: How many there were, at least one.
-
-    Returns:
-        The share as `value`, and the interval's ends `low` and `high`.
+    """Wilson's score interval of a share (Wilson, 1927) in percent: the share as `value`, and the
+    interval's ends `low` and `high`.
     """
     share, ratio = successes / trials, _Z**2 / trials
     centre = (share + ratio / 2) / (1 + ratio)
@@ -34,16 +28,11 @@ def wilson(successes: int, trials: int) -> dict[str, float]:
 def bootstrap(
     values: np.ndarray, transform: Callable[[float], float] = lambda mean: mean
 ) -> dict[str, float]:
-    """Percentile bootstrap (Efron, 1979) of a mean, or of an increasing function of one.
+    """Percentile bootstrap (Efron, 1979) of a mean, or of an increasing function `transform` of
+    one: the figure as `value`, and the interval's ends `low` and `high`; equal in equal calls.
 
-    Differences to a reference are resampled in pairs if `values` are such differences.
-
-    Args:
-        values: One number for each unit that is independent of the others (a digit, a window).
-        transform: Increasing function of the mean.
-
-    Returns:
-        The figure as `value`, and the interval's ends `low` and `high`; equal in equal calls.
+    `values` has one number for each unit that is independent of the others (a digit, a window).
+    Differences to a reference are resampled in pairs if they are such differences.
     """
     values = np.asarray(values, float)
     chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))

@@ -1,8 +1,8 @@
 """`python -m quake_jax.accuracy`: the errors of element-wise functions and of attention.
 
 Compares the kernels of each order, dtype and instruction set with double precision, on a sample of
-the inputs or on all, and fails if one exceeds its bound; it writes docs/accuracy.md. Attention is
-in `_accuracy_attention`.
+the inputs or on all, and fails if one exceeds its bound; it writes docs/results/accuracy.md.
+Attention is in `_accuracy_attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -472,7 +473,20 @@ def _environment(args: argparse.Namespace, argv: list[str], seconds: float) -> d
     }
 
 
-# ---- docs/accuracy.md --------------------------------------------------------------------------
+# ---- docs/results/accuracy.md ------------------------------------------------------------------
+
+
+def _wrapped(lines: list[str]) -> str:
+    """A page with its prose in lines of at most 100 characters."""
+    made = []
+    for line in lines:
+        item = line.startswith("- ")
+        prose = len(line) > 100 and not line.startswith(("|", "#"))
+        indent = "  " if item else ""
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        wrapped = textwrap.wrap(line, 100, subsequent_indent=indent, **options)
+        made += wrapped if prose else [line]
+    return "\n".join(made)
 
 
 def _number(value: float) -> str:
@@ -573,7 +587,7 @@ def _markdown(
         lines += _elementwise_markdown(results, environment["float32_stride"])
     if of_attention:
         lines += attention.markdown(of_attention)
-    return "\n".join(lines)
+    return _wrapped(lines)
 
 
 def _program_section(results: list[Accuracy], environment: dict) -> tuple[str, list[str]]:
@@ -605,7 +619,7 @@ def _replace_section(path: pathlib.Path, heading: str, lines: list[str]) -> None
     after = (k for k in range(start + 1, len(old)) if old[k].startswith("## "))
     end = next(after, len(old))
     before = [*old[:start], ""] if old[:start] and old[start - 1] else old[:start]
-    path.write_text("\n".join([*before, heading, "", *lines, *old[end:]]).rstrip("\n") + "\n")
+    path.write_text(_wrapped([*before, heading, "", *lines, *old[end:]]).rstrip("\n") + "\n")
 
 
 def _elementwise_markdown(results: list[Accuracy], stride: int) -> list[str]:

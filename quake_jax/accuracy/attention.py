@@ -22,7 +22,7 @@ NAME = "dot_product_attention"
 # Lengths and head sizes.
 SHAPES = ((197, 64), (1024, 64), (197, 128), (1024, 128))
 _HEADS, _KV_HEADS, _FEW_QUERIES = 2, 1, 37
-# As docs/accuracy.md has it.
+# As docs/results/accuracy.md has it.
 _DERIVATION = """\
 Largest absolute error of the output against attention in float64 of the same (rounded) operands,
 and in parentheses the largest share of its bound that the error of one element has. The bound of an
@@ -279,7 +279,7 @@ def summary(results: list[AttentionAccuracy]) -> str:
 
 
 def markdown(results: list[AttentionAccuracy]) -> list[str]:
-    """The section of docs/accuracy.md."""
+    """The section of docs/results/accuracy.md."""
     isas = ", ".join(dict.fromkeys(r.isa for r in results))
     lengths = ", ".join(f"{t} with {h}" for t, h in SHAPES)
     lines = [

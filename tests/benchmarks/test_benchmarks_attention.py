@@ -275,7 +275,7 @@ def test_either_allocator_has_a_section_of_its_own(tmp_path):
     conditions = {"threads": 1, "isa": "avx512", "cpu": "a CPU", "versions": {}, "date": "today"}
     for benchmark in ("attention", "attention, system allocator", "attention"):
         result = {"benchmark": benchmark, "environment": {**conditions, "commit": None}}
-        pages.to_markdown(result, pages.Page(report.heading(result), [], []), page)
+        pages.to_markdown(result, pages.Page(report.HEADING, [], []), page)
     headings = [line for line in page.read_text().splitlines() if line.startswith("###")]
     assert headings == [
         "### Attention, one thread, avx512",
@@ -300,6 +300,6 @@ def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
     once = page.read_text()
     assert once.startswith("# Kept\n") and "### Attention, one thread" in once
     assert "2,48,4/2,32 causal" in once
-    made = pages.Page(report.heading(result), report.tables(result), report.remarks(result))
+    made = pages.Page(report.HEADING, report.tables(result), report.remarks(result))
     pages.to_markdown(result, made, page)
     assert page.read_text() == once

@@ -426,6 +426,6 @@ def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
     once = page.read_text()
     assert once.startswith("# Kept\n") and "### Models, float32, one thread" in once
     assert "2 dot_product_attention, 2 bias_gelu" in once
-    made = pages.Page(report.heading(result), report.tables(result), report.remarks(result))
+    made = pages.Page(report.HEADING, report.tables(result), report.remarks(result))
     pages.to_markdown(result, made, page)
     assert page.read_text() == once

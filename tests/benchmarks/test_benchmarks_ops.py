@@ -324,7 +324,7 @@ def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
     once = page.read_text()
     assert once.startswith("# Kept\n") and "float16: ns per element" in once
     assert "tanh 4×64" in once
-    made = pages.Page(report.heading(result), report.tables(result), report.remarks(result))
+    made = pages.Page(report.HEADING, report.tables(result), report.remarks(result))
     pages.to_markdown(result, made, page)
     assert page.read_text() == once
     # A full run decides defaults too.

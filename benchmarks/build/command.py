@@ -49,17 +49,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(build_isolation: bool = True) -> dict:
-    """Build the wheel once, and print pip's output if that fails.
-
-    Args:
-        build_isolation: Whether pip installs the build requirements into a fresh environment;
-            that is part of the time.
-
-    Returns:
-        Seconds, sizes in bytes, the wheel's name and the environment.
-
-    Raises:
-        BenchmarkError: The build fails.
+    """Build the wheel once: seconds, sizes in bytes, its name and the environment. Isolation, which
+    is part of the time, means that pip installs the build requirements into a fresh environment. If
+    the build fails, pip's output is printed and BenchmarkError raised.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "wheel", str(environment.ROOT)]
