@@ -6,6 +6,8 @@ Both trace the function, as jax.jit does, and rewrite the program that comes out
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -75,14 +77,80 @@ def _joined(arrays, static: _Static):
 
 def _traced(fun: Callable, static: _Static, arrays):
     """The program of a call of `fun`, and the structure of its result."""
+    origins: dict[str, int | None] = {}  # of changed variables: which of the arrays they were
 
     def flat(*arrays):
         args, kwargs = _joined(arrays, static)
-        return fun(*args, **kwargs)
+        before = _variables(args, kwargs)
+        y = fun(*args, **kwargs)
+        after = _variables(args, kwargs)
+        changed = {name: x for name, x in after.items() if x is not before.get(name)}
+        places = {id(x): i for i, x in enumerate(arrays)}
+        origins.update({name: places.get(id(before.get(name))) for name in changed})
+        return (y, changed) if changed else y
 
     flat = _compat.name_like(flat, fun)
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    return closed, jax.tree.structure(shapes)
+    tree = jax.tree.structure(shapes[0] if origins else shapes)
+    if origins:
+        jaxpr, results = closed.jaxpr, tree.num_leaves
+        returned = jaxpr.outvars[:results]
+
+        def is_lost(name, variable) -> bool:
+            place = origins[name]
+            same = place is not None and _source(jaxpr, variable) is jaxpr.invars[place]
+            return not same and variable not in returned
+
+        changed = zip(sorted(origins), jaxpr.outvars[results:], strict=True)
+        lost = [name for name, variable in changed if is_lost(name, variable)]
+        if lost:
+            _warn_of_changes(fun, lost)
+        closed = _compat.with_equations(closed, jaxpr.eqns, returned)
+    return closed, tree
+
+
+def _variables(args, kwargs) -> dict[str, object]:
+    """The arrays in models of Flax NNX among the arguments, by path."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return {}
+
+    def is_model(x) -> bool:
+        return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_model)
+    return {
+        jax.tree_util.keystr(path[1:] + inner, simple=True, separator="."): leaf
+        for path, node in nodes
+        if is_model(node)
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(node)
+    }
+
+
+def _source(jaxpr, variable):
+    """The variable that `variable` is a copy of, made by calls that hand it through."""
+    for equation in jaxpr.eqns:
+        if variable in equation.outvars:
+            called = equation.params.get("jaxpr")
+            called = getattr(called, "jaxpr", called)
+            if called is None or len(called.outvars) != len(equation.outvars):
+                return variable
+            inner = _source(called, called.outvars[equation.outvars.index(variable)])
+            if inner not in called.invars:
+                return variable
+            return _source(jaxpr, equation.invars[called.invars.index(inner)])
+    return variable
+
+
+def _warn_of_changes(fun: Callable, names: list[str]) -> None:
+    # Copies were changed, made for a trace. nnx.jit would bring that to the caller's model.
+    more = ", ..." if len(names) > 3 else ""
+    warnings.warn(
+        f"quake_jax.accelerate: {getattr(fun, '__name__', fun)} changes NNX variables of its "
+        f"arguments ({', '.join(names[:3])}{more}), and the changes are lost, as under jax.jit. "
+        "Use quake_jax.nnx.substitute(model) and nnx.jit, or return nnx.state(model)",
+        stacklevel=2,
+    )
 
 
 def _checked(fun, function: str) -> None:
@@ -135,7 +203,8 @@ def accelerate(
       static: each value of a Python number gives a program of its own; what cannot be hashed is
       traced anew in every call. Called outside jit it compiles, once for each set of shapes,
       dtypes and static arguments, as jax.jit does. As there, what `fun` reads besides its arguments
-      (a mutable model, say) is a constant of the program.
+      (a mutable model, say) is a constant of the program. What it changes in a model of Flax NNX
+      that it is given is lost, as there; a warning says so.
 
       Results agree to the order's error. Where the original overflows on its way to a finite
       result (e^x / Σ e^x without a maximum, log(1 + e^x)) the replacement gives that result.
