@@ -6,8 +6,11 @@ Flax is imported when a function is called, so this module can be imported witho
 
 from __future__ import annotations
 
+import dis
 import functools
-from collections.abc import Callable, Collection
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ from jax.typing import ArrayLike
 
 from quake_jax._core.config import EXACT, Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
-from quake_jax._rewrite import checked_options
+from quake_jax._rewrite import Report, checked_options
 from quake_jax.linen import _substitutes
 from quake_jax.linen._attention_fn import _attention, _check_others
 
@@ -150,13 +153,14 @@ def attention_fn(
 
 def substitute(
     model: Any, order: Order | None = None, only: Collection[str] | str | None = None
-) -> None:
+) -> Report:
     """Exchange the functions that an NNX model holds for those of quake_jax, in place.
 
     That is `flax.nnx.dot_product_attention` in attention modules, and activations and softmax in
     any attribute of any module of the model: by themselves, in a functools.partial, a list, a tuple
     or a dict. The model then works as before under `nnx.jit`, `nnx.grad` and the like. Functions
-    that a module calls by name stay; `quake_jax.accelerate` reaches those.
+    that a module calls by name (`jax.nn.gelu(x)` in its `__call__`) stay, and the report says which
+    were seen; `quake_jax.accelerate` reaches those.
 
     A second call with another order changes the order, and with "exact" puts the first functions
     back.
@@ -166,6 +170,10 @@ def substitute(
       order: accuracy of what is put in, from 1 to 5; None is each function's default at the time of
         the call.
       only: what to replace, as in `quake_jax.accelerate`; None is all.
+
+    Returns:
+      A report, as `explain` gives: `replaced` has what the model now holds, by attribute; `left`
+      the functions that methods of its modules mention by name.
 
     Raises:
       ImportError: if Flax is not installed.
@@ -177,7 +185,7 @@ def substitute(
       >>> import jax.numpy as jnp, quake_jax.nnx
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(nnx.Linear(16, 64, rngs=rngs), nnx.gelu)
-      >>> quake_jax.nnx.substitute(model)
+      >>> report = quake_jax.nnx.substitute(model)  # printed, it is a table
       >>> y = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 16)))
     """
     _substitutes.require_flax("quake_jax.nnx")
@@ -190,11 +198,57 @@ def substitute(
         )
     options = checked_options(order, only, "nnx.substitute")
     functions = _substitutes.table({nnx.dot_product_attention: attention_fn}, options.only)
-    modules = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
-    for module in modules:
+    modules = [x for x in nnx.iter_graph(model) if isinstance(x[1], nnx.Pytree)]
+    report = Report()
+    for path, module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, (nnx.Pytree, nnx.Variable)):
                 continue  # a module of its own, perhaps with the interface of a list or a dict
             new = _substitutes.substitute_of(value, functions, options.order)
             if new is not value:
                 setattr(module, name, new)
+            for held in jax.tree.leaves(new, is_leaf=callable):
+                if isinstance(held, _substitutes.Substitute):
+                    where = ".".join(map(str, (*path, name)))
+                    report.add(held.name, held.func.__name__, "", where)
+    if options.order != EXACT:
+        called = {id(function): _substitutes.name_of(function) for function in functions}
+        if "attention" in called.values():
+            called[id(jax.nn.dot_product_attention)] = "attention"
+        for cls in dict.fromkeys(type(module) for _, module in modules):
+            for name, where in _mentioned(cls, called):
+                report.add(name, None, "called by name: quake_jax.accelerate reaches it", where)
+    return report
+
+
+def _mentioned(cls: type, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """(name, place) of the functions, given by id, that the methods of a class mention."""
+    from flax import nnx
+
+    bases = [base for base in cls.__mro__ if not issubclass(nnx.Module, base)]
+    methods = {name: method for base in reversed(bases) for name, method in vars(base).items()}
+    methods.pop("__init__", None)  # what is put into attributes there is found in them
+    for method in methods.values():
+        function = inspect.unwrap(getattr(method, "__func__", method))
+        if inspect.isfunction(function):
+            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            full = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+            yield from _mentioned_in(function.__code__, {**function.__globals__, **full}, names)
+
+
+def _mentioned_in(code: types.CodeType, scope: Mapping[str, Any], names: Mapping[int, str]):
+    value = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            value = scope.get(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            is_module = isinstance(value, types.ModuleType)
+            value = getattr(value, step.argval, None) if is_module else None
+        else:
+            value = None
+        if id(value) in names:
+            place = f"{code.co_filename}:{step.positions.lineno} ({code.co_name})"
+            yield names[id(value)], place
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _mentioned_in(inner, scope, names)

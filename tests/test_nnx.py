@@ -1,7 +1,9 @@
 """`quake_jax.nnx.substitute` on models of Flax NNX."""
 
 import functools
+import inspect
 import pickle
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import quake_jax
 import quake_jax.nnx
 from quake_jax._core.constants import MAX_REL_ERROR
 
+silu = jax.nn.silu
 nnx = pytest.importorskip("flax.nnx")
 
 WIDTH, HEADS, LENGTH = 16, 2, 6
@@ -48,7 +51,7 @@ class ViT(nnx.Module):
 def vit(order=None, **keywords):
     model = ViT(rngs=nnx.Rngs(0))
     if order is not None:
-        assert quake_jax.nnx.substitute(model, order, **keywords) is None
+        assert quake_jax.nnx.substitute(model, order, **keywords).replaced
     return model
 
 
@@ -77,6 +80,33 @@ class FunctionalBlock(Block):
         return x + self.down(nnx.gelu(self.up(self.norm2(x)), approximate=False))
 
 
+class CallingByName(nnx.Module):
+    def __init__(self):
+        self.held = [functools.partial(nnx.gelu, approximate=False), nnx.relu]
+        self.inner = nnx.List([Holder()])
+
+    def __call__(self, x):
+        return self.helper(jax.nn.gelu(self.held[0](x)) + jax.nn.gelu(x))
+
+    @nnx.jit
+    def helper(self, x):
+        return jax.vmap(lambda y: jnp.tanh(y) + silu(y))(x)
+
+
+def test_the_report_names_what_is_called_by_name():
+    report = quake_jax.nnx.substitute(CallingByName())
+    assert ("gelu", "gelu", "held") in {(r.name, r.replacement, r.where) for r in report.replaced}
+    assert any(r.where.startswith("inner.0.") for r in report.replaced)
+    left = {r.name: r for r in report.left}
+    assert {name: r.count for name, r in left.items()} == {"gelu": 2, "tanh": 1, "silu": 1}
+    line = inspect.getsourcelines(CallingByName.__call__)[1] + 1
+    assert left["gelu"].where == f"{__file__}:{line} (__call__)"
+    assert "quake_jax.accelerate" in left["gelu"].reason
+    report = quake_jax.nnx.substitute(CallingByName(), only="tanh")
+    assert [r.name for r in report.left] == ["tanh"]
+    assert not quake_jax.nnx.substitute(CallingByName(), "exact").left
+
+
 def test_accelerate_reaches_functional_calls():
     x, model = images(16), vit()  # accelerate leaves what is too small to gain
     expected = model(x)
@@ -99,6 +129,55 @@ def test_products_that_another_library_has_changed_stay_so():
         counts = primitives(model, x)
     assert counts["round"] == primitives(vit(), x).get("round", 0) + 2 * 4
     assert counts["quake_softmax"] == 2 and "quake_dot_product_attention" not in counts
+
+
+class Changing(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm, self.drop = nnx.BatchNorm(WIDTH, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(jax.nn.gelu(self.norm(x)))
+
+
+def call(model, x):
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    (
+        lambda: nnx.jit(quake_jax.accelerate(call)),
+        lambda: quake_jax.accelerate(nnx.jit(call)),
+        lambda: quake_jax.accelerate(lambda models, x: call(models["one"], x)),
+        lambda: quake_jax.accelerate(nnx.remat(call)),
+    ),
+    ids=("nnx.jit outside", "nnx.jit inside", "in a dict", "remat"),
+)
+def test_a_warning_where_changes_of_a_model_are_lost(how, request):
+    x, model, function = images(), Changing(), how()
+    argument = {"one": model} if "dict" in request.node.name else model
+    with jax.enable_checks(), pytest.warns(UserWarning, match=r"changes NNX.*norm\.mean.*lost"):
+        function(argument, x)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(function(argument, x), model(x), 1e-3, 1e-3)
+
+
+def test_no_warning_where_the_state_is_returned():
+    definition, state = nnx.split(Changing())
+    before = state
+
+    @quake_jax.accelerate
+    def step(state, x):
+        model = nnx.merge(definition, state)
+        return model(x), nnx.state(model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, state = step(state, images())
+    assert not np.array_equal(state["norm"]["mean"][...], before["norm"]["mean"][...])
 
 
 def test_gradients_under_nnx_transforms():

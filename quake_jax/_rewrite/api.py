@@ -17,7 +17,7 @@ import numpy as np
 from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
-from quake_jax._rewrite import Options, Report, jaxprs
+from quake_jax._rewrite import Options, Report, jaxprs, variables
 
 _ATTRIBUTE = "__quake_jax__"
 # What compares by identity and yet has nothing in it that a program could read and that changes
@@ -111,14 +111,26 @@ def _joined(arrays, static: _Static):
 
 def _traced(fun: Callable, static: _Static, arrays):
     """The program of a call of `fun`, and the structure of its result."""
+    origins: dict[str, int | None] = {}  # of changed variables: which of the arrays they were
 
     def flat(*arrays):
         args, kwargs = _joined(arrays, static)
-        return fun(*args, **kwargs)
+        before = variables.of_models(args, kwargs)
+        y = fun(*args, **kwargs)
+        after = variables.of_models(args, kwargs)
+        changed = {name: x for name, x in after.items() if x is not before.get(name)}
+        places = {id(x): i for i, x in enumerate(arrays)}
+        origins.update({name: places.get(id(before.get(name))) for name in changed})
+        return (y, changed) if changed else y
 
     flat = jaxprs.name_like(flat, fun)
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    return closed, jax.tree.structure(shapes)
+    tree = jax.tree.structure(shapes[0] if origins else shapes)
+    if origins:
+        closed, lost = variables.without_changes(closed, tree.num_leaves, origins)
+        if lost:
+            variables.warn_of_changes(fun, lost)
+    return closed, tree
 
 
 def _checked(fun, function: str) -> None:
@@ -175,7 +187,8 @@ def accelerate(
       whole step. Otherwise, called outside jit, it compiles, once for each set of shapes, dtypes
       and static arguments, as jax.jit does, and shares what it has compiled with other calls of
       `accelerate` for the same function and options. As there, what `fun` reads besides its
-      arguments (a mutable model, say) is a constant of the program.
+      arguments (a mutable model, say) is a constant of the program. What it changes in a model of
+      Flax NNX that it is given is lost, as there; a warning says so.
 
       Results agree to the order's error. Where the original overflows on its way to a finite
       result (e^x / Σ e^x without a maximum, log(1 + e^x)) the replacement gives that result.

@@ -10,10 +10,16 @@ def without_constants(jaxpr):
 
 
 def with_equations(jaxpr, equations, outvars):
-    """A Jaxpr or ClosedJaxpr with other equations and results, of the same types and names."""
+    """A Jaxpr or ClosedJaxpr with other equations and results, of the same types and names.
+
+    There may be fewer results: the first ones.
+    """
 
     def edited(inner):
-        return inner.replace(eqns=equations, outvars=outvars, debug_info=inner.debug_info)
+        names = inner.debug_info
+        if len(outvars) < len(inner.outvars):
+            names = names._replace(result_paths=names.result_paths[: len(outvars)])
+        return inner.replace(eqns=equations, outvars=outvars, debug_info=names)
 
     return jaxpr.map_jaxpr(edited) if hasattr(jaxpr, "consts") else edited(jaxpr)
 

@@ -41,6 +41,11 @@ _FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+def name_of(original: Callable) -> str:
+    """By which `only` knows a function that `table` has."""
+    return next((name for name, (other, _) in _FUNCTIONS.items() if other is original), "attention")
+
+
 class Substitute(functools.partial):
     """A function of quake_jax that a module holds in place of `original`, at some order.
 
@@ -50,6 +55,10 @@ class Substitute(functools.partial):
 
     original: Callable
     order: Order | None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.original.func if _is_partial(self.original) else self.original)
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Substitute):
