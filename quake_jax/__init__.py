@@ -11,12 +11,13 @@ that quake_jax has been tested with.
 
 import importlib as _importlib
 
+# First of all: says so if JAX is too old or too new for what follows.
+from quake_jax._core import jax_names as _jax_names  # noqa: F401
+
+# isort: split
 from quake_jax import approximations as approximations
 from quake_jax import reference as reference
 from quake_jax._attention.api import *  # noqa: F403
-
-# First of all: says so if JAX is too old or too new for what follows.
-from quake_jax._core import jax_names as _jax_names  # noqa: F401  # isort: split
 from quake_jax._core.config import default_order as default_order
 from quake_jax._core.config import set_default_order as set_default_order
 from quake_jax._core.extension import disabled_export_checks as disabled_export_checks

@@ -19,9 +19,9 @@ from jax.typing import ArrayLike
 
 from quake_jax._core.config import EXACT, Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
+from quake_jax._flax import substitutes
+from quake_jax._flax.attention import attention, check_others
 from quake_jax._rewrite import Report, checked_options
-from quake_jax.linen import _substitutes
-from quake_jax.linen._attention_fn import _attention, _check_others
 
 __all__ = ["attention_fn", "substitute"]
 
@@ -99,7 +99,7 @@ def attention_fn(
       ...     2, 16, attention_fn=fast, decode=False, rngs=nnx.Rngs(0))
       >>> y = layer(jnp.ones((1, 8, 16)))
     """
-    _substitutes.require_flax("quake_jax.nnx")
+    substitutes.require_flax("quake_jax.nnx")
     from flax import nnx
     from flax.nnx.nn import dtypes
 
@@ -109,7 +109,7 @@ def attention_fn(
     bias = optional_array(bias, "nnx.attention_fn", "bias")
     mask = optional_array(mask, "nnx.attention_fn", "mask")
     is_causal = static_bool(is_causal, "nnx.attention_fn", "is_causal")
-    _check_others("nnx.attention_fn", dtype, dropout_rng, dropout_rate, module)
+    check_others("nnx.attention_fn", dtype, dropout_rng, dropout_rate, module)
     promote_dtype = promote_dtype or dtypes.promote_dtype
     promoted = promote_dtype((query, key, value), dtype=dtype)
     if order == EXACT or promoted[0].dtype not in KERNEL_DTYPES:
@@ -134,7 +134,7 @@ def attention_fn(
     sow = None
     if module is not None:
         sow = functools.partial(module.sow, nnx.Intermediate, "attention_weights")
-    return _attention(
+    return attention(
         *promoted,
         bias,
         mask,
@@ -188,7 +188,7 @@ def substitute(
       >>> report = quake_jax.nnx.substitute(model)  # printed, it is a table
       >>> y = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 16)))
     """
-    _substitutes.require_flax("quake_jax.nnx")
+    substitutes.require_flax("quake_jax.nnx")
     from flax import nnx
 
     if not isinstance(model, nnx.Pytree):
@@ -197,22 +197,22 @@ def substitute(
             f"substitute(model, order=3); got {type(model).__name__}"
         )
     options = checked_options(order, only, "nnx.substitute")
-    functions = _substitutes.table({nnx.dot_product_attention: attention_fn}, options.only)
+    functions = substitutes.table({nnx.dot_product_attention: attention_fn}, options.only)
     modules = [x for x in nnx.iter_graph(model) if isinstance(x[1], nnx.Pytree)]
     report = Report()
     for path, module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, (nnx.Pytree, nnx.Variable)):
                 continue  # a module of its own, perhaps with the interface of a list or a dict
-            new = _substitutes.substitute_of(value, functions, options.order)
+            new = substitutes.substitute_of(value, functions, options.order)
             if new is not value:
                 setattr(module, name, new)
             for held in jax.tree.leaves(new, is_leaf=callable):
-                if isinstance(held, _substitutes.Substitute):
+                if isinstance(held, substitutes.Substitute):
                     where = ".".join(map(str, (*path, name)))
                     report.add(held.name, held.func.__name__, "", where)
     if options.order != EXACT:
-        called = {id(function): _substitutes.name_of(function) for function in functions}
+        called = {id(function): substitutes.name_of(function) for function in functions}
         if "attention" in called.values():
             called[id(jax.nn.dot_product_attention)] = "attention"
         for cls in dict.fromkeys(type(module) for _, module in modules):

@@ -138,7 +138,7 @@ def _of_row(row) -> Function:
         row.exact,
         kernel.limits,
         functools.partial(kernel.formula, _Mpmath()),
-        functools.partial(kernel.formula, table.Float64()),
+        functools.partial(kernel.formula, table.FLOAT64),
         bound_of=kernel.shares,
         public=row.public.__name__,
         primitive=f"quake_{kernel.shares or row.name}",

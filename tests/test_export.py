@@ -250,15 +250,15 @@ def plain(x):
 
 
 def picklable():
-    from quake_jax.linen import _substitutes
+    from quake_jax._flax import substitutes
 
-    functions = _substitutes.table({}, None)
+    functions = substitutes.table({}, None)
     return {
         "a public function": quake_jax.softmax,
         "attention_fn": quake_jax.linen.attention_fn,
         "an accelerated function that is a module's": decorated,
         "a report": quake_jax.explain(plain, inputs((64, 64))),
-        "a substitute": _substitutes.substitute_of(jax.nn.gelu, functions, 3),
+        "a substitute": substitutes.substitute_of(jax.nn.gelu, functions, 3),
         "an interceptor with approximations": quake_jax.linen.interceptor(
             2, {"softmax", "gelu"}, softmax="e2softmax", gelu="shiftgelu"
         ),

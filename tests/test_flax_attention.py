@@ -16,7 +16,7 @@ import quake_jax
 import quake_jax.linen
 import quake_jax.nnx
 from quake_jax._core import config, switches
-from quake_jax.linen import _attention_fn
+from quake_jax._flax import attention as _attention_fn
 
 nn = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")

@@ -133,7 +133,7 @@ def _tangent_of_tile(
     *,
     scale,
     soft_cap,
-    **masks,
+    **limits,
 ):
     """The tangent of the outputs of the queries at `positions`: (B, T, N, V)."""
     batch, length, heads, _ = query.shape
@@ -153,7 +153,7 @@ def _tangent_of_tile(
         s, ds = jax.jvp(logits, [primals[i] for i in moving], [tangents[i] for i in moving])
     else:
         s, ds = logits(), None
-    kept = masks.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **masks)
+    kept = masks.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **limits)
     if kept is not None:
         kept = reference.grouped(kept, kv_heads)
         s = jnp.where(kept, s, masks.MASKED_LOGIT)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._attention import batching, reference
+from quake_jax._attention import mapped, reference
 from quake_jax._attention.operands import axes_of
 from quake_jax._core import jax_names, partitioning
 from quake_jax._core.jax_names import mlir
@@ -16,7 +16,7 @@ from quake_jax._core.primitive import custom_call, make_primitive, typed
 
 
 def _shapes(*avals, **parameters):
-    inputs, results = batching.axes_of_call(avals, parameters)
+    inputs, results = mapped.axes_of_call(avals, parameters)
     extents, split = {}, {None: None}
     for labels, x in zip(inputs, avals, strict=True):
         for label, size, entry in zip(labels, x.shape, x.sharding.spec, strict=True):
@@ -42,7 +42,7 @@ def _shapes(*avals, **parameters):
 
 def _lower(context, *operands, target: str, **parameters):
     avals = context.avals_in
-    inputs, results = batching.axes_of_call(avals, parameters)
+    inputs, results = mapped.axes_of_call(avals, parameters)
     if partitioning.can_split_along_axes(context):
         values = partitioning.lower_split_along_axes(
             context,
@@ -80,7 +80,7 @@ def _lower(context, *operands, target: str, **parameters):
 
 def _unmapped(*operands, **parameters):
     call = functools.partial(dot_product_attention, **parameters)
-    return batching.unmapped(call, operands, **parameters)
+    return mapped.unmapped(call, operands, **parameters)
 
 
 def _with_batch_axes(*operands, **parameters):
@@ -109,7 +109,7 @@ def _batch(bind, operands, axes, **parameters):
         if a is not None or k[0] == "map":
             x = x[None] if a is None else x
             x = x if k[0] == "map" else x[:, None]
-            x = batching.merged(jnp.broadcast_to(x, (parts, inner_parts, *x.shape[2:])))
+            x = mapped.merged(jnp.broadcast_to(x, (parts, inner_parts, *x.shape[2:])))
         both.append(x)
     values = bind(*both, **parameters)
     return [y.reshape(parts, inner_parts, *y.shape[1:]) for y in values], [0, 0]
@@ -117,9 +117,9 @@ def _batch(bind, operands, axes, **parameters):
 
 def _elsewhere(*operands: jax.Array, **parameters):
     call = functools.partial(reference.dot_product_attention, **parameters)
-    _, results = batching.axes_of_call(operands, parameters)
+    _, results = mapped.axes_of_call(operands, parameters)
     if results[0][0] == "map":
-        return tuple(batching.unmapped(call, operands, **parameters))
+        return tuple(mapped.unmapped(call, operands, **parameters))
     return call(*operands)
 
 

@@ -350,6 +350,7 @@ def logaddexp(x1: ArrayLike, x2: ArrayLike, /, *, order: Order | None = None) ->
 
 _ERF = {"approximate": False}
 for _row in (
+    Fused("glu_split", "split", "sigmoid", glu, gate_first=False),
     Fused("bias_silu", "biased", "silu", bias_silu),
     Fused("bias_gelu_tanh", "biased", "gelu_tanh", bias_gelu),
     Fused("bias_gelu_erf", "biased", "gelu_erf", bias_gelu, _ERF),
@@ -359,7 +360,6 @@ for _row in (
     Fused("geglu_tanh_split", "split", "gelu_tanh", geglu),
     Fused("geglu_erf", "gated", "gelu_erf", geglu, _ERF),
     Fused("geglu_erf_split", "split", "gelu_erf", geglu, _ERF),
-    Fused("glu_split", "split", "sigmoid", glu, gate_first=False),
 ):
     FUSED[_row.name] = _row
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class Kernel:
 
     Attributes:
       formula: formula(m, x), the function in a form that keeps its relative accuracy. `m` has the
-        mathematical functions of numbers of any kind: `Float64` here, mpmath in the tests.
+        mathematical functions of numbers of any kind: `FLOAT64` here, mpmath in the tests.
       limits: the values at 0, +inf and -inf.
       slope: slope(x, y, order) is dy/dx in float32; see `derivative`.
       forms: how programs write it, beside `exact`, for the rewriter: functions of jax.numpy.
@@ -137,19 +138,14 @@ def apply(name: str, order: Order | None, x) -> jax.Array:
     return row.call(resolved_order(order, row.public.__name__), x)
 
 
-class Float64:
-    """The functions that `Kernel.formula` uses, of arrays of float64 (or of any dtype)."""
-
-    erfc = staticmethod(jax.scipy.special.erfc)
-
-    def __getattr__(self, name: str) -> Callable:
-        return getattr(jnp, name)
+# The functions that `Kernel.formula` uses, of arrays of float64 (or of any dtype).
+FLOAT64 = types.SimpleNamespace(**vars(jnp), erfc=jax.scipy.special.erfc)
 
 
 def in_float64(function: Function, x) -> np.ndarray:
     """The exact values of a row at x, in double precision."""
     with jax.enable_x64(True):
-        return np.asarray(function.kernel.formula(Float64(), jnp.asarray(x, jnp.float64)))
+        return np.asarray(function.kernel.formula(FLOAT64, jnp.asarray(x, jnp.float64)))
 
 
 # Kernels of several arrays, each of which belongs to an activation in the table.

@@ -46,7 +46,8 @@ class Activation:
 @functools.cache
 def _table() -> tuple[Activation, ...]:
     rows, with_alpha = [], []
-    for row in table.FUNCTIONS.values():
+    # What shares a kernel comes first: where both write the same, it says more.
+    for row in sorted(table.FUNCTIONS.values(), key=lambda row: row.kernel.shares is None):
         if row.on_request:
             continue
         name, kernel = row.public.__name__, row.kernel

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quake_jax._flax.substitutes import require_flax
 from quake_jax.linen._attention_fn import attention_fn as attention_fn
 from quake_jax.linen._interceptor import interceptor as interceptor
 from quake_jax.linen._interceptor import substitute as substitute
-from quake_jax.linen._substitutes import require_flax
 
 if TYPE_CHECKING:
     from quake_jax.linen._modules import MlpBlock as MlpBlock

@@ -14,9 +14,10 @@ import jax
 
 from quake_jax._core.config import Order
 from quake_jax._core.jax_names import make_user_context
+from quake_jax._flax import substitutes
+from quake_jax._flax.attention import products_are_changed
 from quake_jax._rewrite import Options, checked_options, rewrite
-from quake_jax.linen import _substitutes
-from quake_jax.linen._attention_fn import attention_fn, products_are_changed
+from quake_jax.linen._attention_fn import attention_fn
 
 # Part of JAX's jit cache key: what a program was substituted by, and whether it was traced inside
 # a module call that is being rewritten as a whole.
@@ -48,7 +49,7 @@ def _functions(names: frozenset[str], attention: Callable) -> dict[Callable, Cal
     """What is replaced where a field holds it."""
     import flax.linen
 
-    return _substitutes.table({flax.linen.dot_product_attention: attention}, names)
+    return substitutes.table({flax.linen.dot_product_attention: attention}, names)
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def _substituted_fields(module, functions, order: Order | None) -> Iterator[None
         if field.name in ("parent", "name") or field.name not in module.__dict__:
             continue
         value = module.__dict__[field.name]
-        new = _substitutes.substitute_of(value, functions, order)
+        new = substitutes.substitute_of(value, functions, order)
         if new is not value:
             changed[field.name] = value
             # A bound module refuses a change; this one ends with the call.
@@ -211,7 +212,7 @@ def interceptor(
       >>> with nn.intercept_methods(quake_jax.linen.interceptor()):
       ...     y = model.apply(variables, jnp.ones((32, 16)))
     """
-    _substitutes.require_flax("quake_jax.linen")
+    substitutes.require_flax("quake_jax.linen")
     return Interceptor(
         checked_options(order, only, "linen.interceptor", softmax=softmax, gelu=gelu)
     )
@@ -256,6 +257,6 @@ def substitute(
       >>> with quake_jax.linen.substitute():
       ...     y = jax.jit(model.apply)(variables, jnp.ones((32, 16)))
     """
-    _substitutes.require_flax("quake_jax.linen")
+    substitutes.require_flax("quake_jax.linen")
     options = checked_options(order, only, "linen.substitute", softmax=softmax, gelu=gelu)
     return _substituting(Interceptor(options))

@@ -17,7 +17,7 @@ from flax.linen.dtypes import promote_dtype
 
 from quake_jax._core.config import Order
 from quake_jax._elementwise import gated
-from quake_jax.linen import _substitutes
+from quake_jax._flax import substitutes
 from quake_jax.linen._attention_fn import attention_fn
 
 
@@ -79,7 +79,7 @@ def _activated(
             return gated.bias_gelu(x, bias, **keywords, order=order)
         if function is jax.nn.silu and not keywords:
             return gated.bias_silu(x, bias, order=order)
-    substitute = _substitutes.substitute_of(activation, _substitutes.table({}, None), order)
+    substitute = substitutes.substitute_of(activation, substitutes.table({}, None), order)
     return substitute(x if bias is None else x + bias)
 
 

@@ -1,0 +1,1 @@
+"""What quake_jax.linen and quake_jax.nnx share; it imports no Flax."""
