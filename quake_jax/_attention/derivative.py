@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from quake_jax._attention import primitive, reference
+from quake_jax._attention import masks, primitive, reference
 from quake_jax._attention.operands import Present, by_name, count_of_arrays, parts_of_packed
 
 # The derivative holds a few tiles of about so many weights, of at least so many queries.
