@@ -1,6 +1,6 @@
 """Tests of the examples on checkpoints in Hugging Face's layout: small ones with random weights.
 Their outputs are compared with torch's transformers, once and for all in REFERENCE, and live where
-transformers is installed (the extra `compat`).
+transformers is installed (the extra `models`).
 """
 
 import itertools
@@ -291,7 +291,7 @@ def transformers_outputs(kind, folder) -> np.ndarray:
     """What `run_model` returns, computed by transformers."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install '.[bench]'")
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install '.[compat]'"
+        "transformers", reason="needs transformers: pip install '.[models]'"
     )
     with torch.no_grad():
         if kind == "gpt2":
@@ -339,7 +339,7 @@ def test_transformers_agrees(tmp_path, kind, options):
 def test_transformers_generates_the_same_tokens(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install '.[bench]'")
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install '.[compat]'"
+        "transformers", reason="needs transformers: pip install '.[models]'"
     )
     folder = write_checkpoint(tmp_path, "gpt2", eos_token_id=299)
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
@@ -360,7 +360,7 @@ def test_transformers_generates_the_same_tokens(tmp_path):
 def test_transformers_preprocesses_images_alike(tmp_path):
     pytest.importorskip("torch", reason="needs torch: pip install '.[bench]'")
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install '.[compat]'"
+        "transformers", reason="needs transformers: pip install '.[models]'"
     )
     image = random_image(31, 17)
     for changes in ({}, {"resample": 3}, {"do_normalize": False}, {"do_rescale": False}):
