@@ -49,11 +49,9 @@ def twice_as_wide(shape):
     return ((*shape[:-1], 2 * shape[-1]),)
 
 
-def halves(x, gate_first: bool) -> tuple:
-    """The gate and the value that lie side by side in an array, of NumPy or of JAX."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return (first, second) if gate_first else (second, first)
+def halves(x, gate_first: bool, m=np) -> list:
+    """The gate and the value that lie side by side in an array; `m` is its library."""
+    return m.split(x, 2, -1)[:: 1 if gate_first else -1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,19 +183,24 @@ def _of_fused(row) -> Function:
             **common,
         )
 
-    def gated(f):
+    def gated(f, m):
         if row.kind == "gated":
             return lambda gate, value: f(gate) * value
 
         def of_both(x):
-            gate, value = halves(x, row.gate_first)
+            gate, value = halves(x, row.gate_first, m)
             return f(gate) * value
 
         return of_both
 
     operands = two if row.kind == "gated" else twice_as_wide
     return Function(
-        row.name, row.quake, gated(exact), formula=gated(formula), operands=operands, **common
+        row.name,
+        row.quake,
+        gated(exact, jnp),
+        formula=gated(formula, np),
+        operands=operands,
+        **common,
     )
 
 

@@ -102,7 +102,7 @@ def test_no_array(function):
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
 def test_integers_where_the_replaced_function_refuses_them(dtype):
-    refusing = [f for f in FUNCTIONS if not takes(f, dtype)]
+    refusing = [f for f in FUNCTIONS if f not in ROWS and not takes(f, dtype)]
     assert {"sigmoid", "silu", "glu_split", "swiglu", "swiglu_split"} <= {f.name for f in refusing}
     for function in refusing:
         x = [jnp.ones(s, dtype) for s in function.operands((4,))]
