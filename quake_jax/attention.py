@@ -43,9 +43,20 @@ _NO_LIMIT = -1
 
 # The derivative.
 
+# What is constant where a key is masked: all of a logit, as in jax.nn; the product of query and
+# key, to which the bias is added afterwards; or nothing, if a mask is itself added. That shows
+# where a query sees no key: elsewhere the weight of a masked logit is 0.
+WHOLE, PRODUCT, NOTHING = "whole", "product", "nothing"
+
 
 def _call(parameters, *operands):
-    return tuple(_primitives.dot_product_attention(*operands, **dict(parameters)))
+    parameters = dict(parameters)
+    parameters.pop("constant")
+    if parameters.pop("is_masked_by_bias"):
+        at = (1 if parameters["packed_axis"] else 3) + bool(parameters["present"] & _BIAS)
+        operands = (*operands[:at], *operands[at + 1 :])
+        parameters["present"] -= _MASK
+    return tuple(_primitives.dot_product_attention(*operands, **parameters))
 
 
 _call.__name__ = _call.__qualname__ = "dot_product_attention"
@@ -161,6 +172,8 @@ def _tangent_of_tile(
     *,
     scale,
     soft_cap,
+    constant,
+    is_masked_by_bias,
     **masks,
 ):
     """The tangent of the outputs of the queries at `positions`: (B, T, N, V)."""
@@ -170,22 +183,33 @@ def _tangent_of_tile(
     dquery = None if dquery is None else dquery.astype(jnp.float32)
     primals, tangents = (query, key, bias), (dquery, dkey, dbias)
     moving = [i for i, t in enumerate(tangents) if t is not None]
+    kept = reference.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **masks)
+    if kept is not None:
+        kept = reference.grouped(kept.reshape((1,) * (4 - kept.ndim) + kept.shape), kv_heads)
+
+    def masked(x):
+        if kept is None:
+            return x
+        if is_masked_by_bias:
+            return jnp.where(kept, x, jax.lax.stop_gradient(x))
+        if constant == NOTHING:
+            return x + jnp.where(kept, jnp.float32(0), jnp.float32(reference.MASKED_LOGIT))
+        return jnp.where(kept, x, reference.MASKED_LOGIT)
 
     def logits(*changed):
         x = list(primals)
         for i, value in zip(moving, changed, strict=True):
             x[i] = value
-        return reference.attention_logits(*x, scale=scale, soft_cap=soft_cap)
+        query, key, bias = x
+        s = reference.attention_logits(query, key, None, scale=scale, soft_cap=soft_cap)
+        s = masked(s) if constant == PRODUCT else s
+        s = s if bias is None else s + reference.grouped(bias, kv_heads).astype(s.dtype)
+        return s if constant == PRODUCT else masked(s)
 
     if moving:
         s, ds = jax.jvp(logits, [primals[i] for i in moving], [tangents[i] for i in moving])
     else:
         s, ds = logits(), None
-    kept = reference.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **masks)
-    if kept is not None:
-        kept = reference.grouped(kept.reshape((1,) * (4 - kept.ndim) + kept.shape), kv_heads)
-        s = jnp.where(kept, s, reference.MASKED_LOGIT)
-        ds = None if ds is None else jnp.where(kept, ds, 0)
     lse = lse.transpose(0, 2, 1).reshape(batch, kv_heads, heads // kv_heads, length)
     # The division makes up for the error of the residual, which is the kernel's and, where all
     # logits are as large as a masked one, rounds log(S) away. So p does not depend on it.
@@ -278,8 +302,14 @@ def _attend(
     soft_cap: float | None,
     packed_axis: int,
     order: Order,
+    constant: str = WHOLE,
+    is_masked_by_bias: bool = False,
 ):
-    """The public functions, once what is static is known. If packed, query is qkv with a batch."""
+    """The public functions, once what is static is known. If packed, query is qkv with a batch.
+
+    What they do not have is `constant`, and `is_masked_by_bias`: then the bias has large negative
+    numbers where the mask, if there is one, says that logits are constant.
+    """
     packed = query
     if packed_axis:
         query, key, value = reference.attention_operands([packed], packed_axis, 0)[:3]
@@ -358,6 +388,8 @@ def _attend(
             "window_right": min(limits[1], _LONGEST),
             "packed_axis": packed_axis,
             "present": sum(b for b, x in zip(bits, optional, strict=True) if x is not None),
+            "constant": constant,
+            "is_masked_by_bias": is_masked_by_bias and mask is not None,
         }
         operands = (
             *((packed,) if packed_axis else (query, key, value)),
@@ -457,7 +489,7 @@ def _without_kernel(function, arrays, *, scale, soft_cap, is_causal, window, imp
     )
 
 
-_attend_call = jax.jit(
+attend_call = jax.jit(
     _attend,
     static_argnames=(
         "function",
@@ -469,12 +501,14 @@ _attend_call = jax.jit(
         "soft_cap",
         "packed_axis",
         "order",
+        "constant",
+        "is_masked_by_bias",
     ),
     inline=_compat.INLINE,
 )
 
 
-def _static_arguments(
+def static_arguments(
     function, scale, is_causal, window, implementation, return_residual, soft_cap, order
 ) -> tuple[dict, jax.Array | None]:
     """The keyword arguments as `_attend` takes them, and the scale if it is traced."""
@@ -585,7 +619,7 @@ def dot_product_attention(
       >>> y = quake_jax.dot_product_attention(q, q, q, is_causal=True)
     """
     function = "dot_product_attention"
-    static, traced_scale = _static_arguments(
+    static, traced_scale = static_arguments(
         function,
         scale,
         is_causal,
@@ -606,7 +640,7 @@ def dot_product_attention(
     )
     arrays = [as_array(x, function, name) for name, x in names[:3]]
     arrays += [optional_array(x, function, name) for name, x in names[3:]]
-    return _attend_call(*arrays, traced_scale, packed_axis=0, **static)
+    return attend_call(*arrays, traced_scale, packed_axis=0, **static)
 
 
 def packed_dot_product_attention(
@@ -650,7 +684,7 @@ def packed_dot_product_attention(
       >>> y = quake_jax.packed_dot_product_attention(qkv, is_causal=True)
     """
     function = "packed_dot_product_attention"
-    static, traced_scale = _static_arguments(
+    static, traced_scale = static_arguments(
         function,
         scale,
         is_causal,
@@ -688,7 +722,7 @@ def packed_dot_product_attention(
             ("key_value_seq_lengths", key_value_seq_lengths),
         )
     ]
-    result = _attend_call(
+    result = attend_call(
         qkv if has_batch else qkv[None],
         None,
         None,

@@ -15,6 +15,7 @@ from quake_jax._rewrite.attend import Plan, attend
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Labels
 from quake_jax._rewrite.match import Match, Reject
+from quake_jax.attention import NOTHING, PRODUCT, WHOLE
 
 # Fewer weights than that cost less than the call.
 SMALLEST = 256
@@ -50,6 +51,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     arrays = _sources(query, key, value)
     labels = _classified(*arrays, logits, keys, shape, repeats)
     conditions, window, is_full = masks.conditions(logits.masks, labels)
+    _check_sums(logits, labels)
     as_bias = not (is_full or masks.is_one_selection(logits.masks))
     if as_bias:
         masks.check_as_bias(logits.masks)
@@ -63,6 +65,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         repeats=repeats,
         masks=tuple((tuple(axes.items()), negated) for _, axes, negated in conditions),
         numbers=tuple((m.number, m.is_added) for m in logits.masks) if as_bias else (),
+        constant=WHOLE if is_full else _constant(logits),
         biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.biases),
         factors=tuple(tuple(axes.items()) for _, axes in factors),
         scale=logits.scale,
@@ -92,6 +95,32 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         attend,
         (("plan", plan),),
     )
+
+
+def _check_sums(logits, labels: Labels) -> None:
+    """Raise Reject if a query may see no key whose logits a sum in 16 bits has rounded."""
+    coarse = [bias for bias in logits.biases if bias.rounds_by]
+    if not coarse:
+        return
+    known = [bias.mask for bias in coarse if bias.mask is not None]
+    is_full = masks.conditions([*logits.masks, *known], labels)[2]
+    if len(known) < len(coarse) or not is_full:
+        size, dtype = coarse[0].rounds_by, coarse[0].value.dtype
+        raise Reject(f"a query may see no key: {dtype} rounds its logits by {size:g}", "attention")
+
+
+def _constant(logits) -> str:
+    """What is constant where a mask that is no sum masks, as in `quake_jax.attention`."""
+    selections = {i for i, mask in enumerate(logits.masks) if not mask.is_added}
+    # The selections that a bias does not pass because it is added behind them.
+    behind = {frozenset(i for i in selections if i < b.masks_before) for b in logits.biases}
+    if not selections:
+        return NOTHING
+    if not behind or behind == {frozenset()}:
+        return WHOLE
+    if behind == {frozenset(selections)}:
+        return PRODUCT
+    raise Reject("a bias is added between its masks", "attention")
 
 
 def _sources(query, key, value):

@@ -33,6 +33,7 @@ class Plan:
       repeats: (label, n) if query has n times the heads that key and value have, or None.
       masks: the axes of each mask, and whether it is True where a key takes no part.
       numbers: if the masks are to be one bias: what each puts in a logit's place, or adds to it.
+      constant: what is constant where a mask that is no sum masks, as in `quake_jax.attention`.
       biases: the axes of each, and its factor.
       factors: the axes of arrays that multiply the result.
       scale, is_scale_traced, soft_cap: of the logits.
@@ -48,6 +49,7 @@ class Plan:
     repeats: tuple[int, int] | None
     masks: tuple[tuple[_Axes, bool], ...]
     numbers: tuple[tuple[float, bool], ...]
+    constant: str
     biases: tuple[tuple[_Axes, float], ...]
     factors: tuple[_Axes, ...]
     scale: float
@@ -86,11 +88,11 @@ def attend(*arrays, plan: Plan, order):
     if plan.is_scale_traced:
         scale = next(remaining).astype(jnp.float32) * scale
     if plan.numbers:
-        terms, kept = [*terms, _bias_of_masks(kept, plan.numbers)], []
+        terms.append(_bias_of_masks(kept, plan.numbers))
+        kept = [m for m, (_, is_added) in zip(kept, plan.numbers, strict=True) if not is_added]
     mask = functools.reduce(operator.and_, kept) if kept else None
     bias = _sum(terms)
-    keywords = {"scale": scale, "logits_soft_cap": plan.soft_cap, "order": order}
-    out = _kernel(plan, operands, bias, mask, **keywords, **_positions(plan))
+    out = _kernel(plan, operands, bias, mask, scale, order)
     if plan.nan_rows:
         is_kept = _kept(plan, mask).any(-1)  # (batch, heads, length)
         out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, jnp.nan)
@@ -100,31 +102,49 @@ def attend(*arrays, plan: Plan, order):
     return _result(plan, out).astype(plan.result_dtype)
 
 
-def _positions(plan: Plan) -> dict:
-    """The keyword arguments that say which keys a query sees by position."""
-    if plan.window is None:
-        return {}
-    left, right = plan.window
-    if right == 0 and left >= plan.labels.size(plan.labels.length):
-        return {"is_causal": True}
-    return {"local_window_size": plan.window}
+def _kernel(plan: Plan, operands, bias, mask, scale, order):
+    is_causal, window = False, plan.window
+    if window is not None and window[1] == 0:
+        is_causal = window[0] >= plan.labels.size(plan.labels.length)
+    static, traced_scale = public.static_arguments(
+        "dot_product_attention",
+        scale,
+        is_causal,
+        None if is_causal else window,
+        None,
+        False,
+        plan.soft_cap,
+        order,
+    )
+    packed_axis = 0 if plan.packed_axis is None else plan.packed_axis + 5
+    return public.attend_call(
+        *_query_key_value(plan, operands),
+        bias,
+        mask,
+        None,
+        None,
+        traced_scale,
+        packed_axis=packed_axis,
+        constant=plan.constant,
+        is_masked_by_bias=bool(plan.numbers),
+        **static,
+    )
 
 
-def _kernel(plan: Plan, operands, bias, mask, **keywords):
+def _query_key_value(plan: Plan, operands):
+    """Query, key and value as the kernel reads them; the array that is all three, and two Nones."""
     if plan.packed_axis is not None:
         (qkv,) = operands
         batch, length, heads = map(plan.labels.size, plan.rows)
         lanes = (3, heads) if plan.packed_axis == -3 else (heads, 3)
-        qkv = qkv.astype(plan.dtype).reshape(batch, length, *lanes, -1)
-        axis = plan.packed_axis
-        return public.packed_dot_product_attention(qkv, bias, mask, qkv_axis=axis, **keywords)
+        return qkv.astype(plan.dtype).reshape(batch, length, *lanes, -1), None, None
     sizes = plan.sizes
     key_sizes = dict(sizes)
     if plan.repeats is not None:
         label, n = plan.repeats
         key_sizes[label] //= n
     keys = plan.labels.batch, (plan.labels.keys,), plan.labels.heads
-    query, key, value = (
+    return tuple(
         _operand(x, dict(axes), parts, own).astype(plan.dtype)
         for x, axes, parts, own in zip(
             operands,
@@ -134,7 +154,6 @@ def _kernel(plan: Plan, operands, bias, mask, **keywords):
             strict=True,
         )
     )
-    return public.dot_product_attention(query, key, value, bias, mask, **keywords)
 
 
 def _operand(x, axes: dict, parts, sizes: dict):

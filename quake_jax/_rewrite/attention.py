@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax.numpy as jnp
+
 from quake_jax._rewrite import arrangement, softmax, views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Axes
-from quake_jax._rewrite.masks import MASKED_BY_SUM, Mask
+from quake_jax._rewrite.masks import MASKED, MASKED_BY_SUM, Mask
 from quake_jax._rewrite.match import Match, Reject, check_unused
 
 
@@ -24,6 +26,11 @@ class Bias:
     value: Value
     axes: Axes  # of `value`
     factor: float
+    masks_before: int  # how many masks are applied before it is added
+    # If it has numbers beside which a sum in 16 bits rounds logits: their size, and the mask that
+    # it is but for that, if it is one.
+    rounds_by: float = 0.0
+    mask: Mask | None = None
 
 
 @dataclasses.dataclass
@@ -234,12 +241,15 @@ def _add_step(node: Node, axes: Axes, depth: int) -> Logits | None:
         if any(mask.number > MASKED_BY_SUM for mask in found.masks):
             return None  # the bias would show in rows without any key
         mask = _mask_of_bias(bias, axes) if sign == 1.0 else None
-        if mask is not None:
+        # In float16 the sum rounds a logit that is added to -65504.
+        if mask and mask.number <= MASKED_BY_SUM and str(bias.dtype) != "float16":
             found.masks.append(mask)
         else:
             view = views.view(bias)
             own = {label: a for label, a in axes.items() if _extent(bias, a) != 1}
-            found.biases.append(Bias(view.source, _through(own, view.axes), sign))
+            added = Bias(view.source, _through(own, view.axes), sign, len(found.masks))
+            added.rounds_by, added.mask = _rounding(bias), mask
+            found.biases.append(added)
         return found
     return None
 
@@ -264,10 +274,25 @@ def _mask_of_bias(bias: Value, axes: Axes) -> Mask | None:
     mask = Mask(which, inner, numbers[1] != 0, min(numbers), is_added=True)
     for cast in filter(views.is_cast, reversed(view.nodes)):
         mask.becomes(mask.number, cast.output.dtype)
-    # In float16 the sum rounds a logit that is added to -65504.
-    if not mask.number <= MASKED_BY_SUM or str(bias.dtype) == "float16":
-        return None
     return mask
+
+
+def _rounding(bias: Value) -> float:
+    """The size of numbers in a bias beside which its dtype rounds logits, if float32 does not."""
+    size = _largest(bias)
+    coarse = bias.dtype.itemsize < 4 and size * float(jnp.finfo(bias.dtype).eps) > 1 / 8
+    return size if coarse and size < -MASKED else 0.0
+
+
+def _largest(value: Value, depth: int = 6) -> float:
+    """The largest absolute number that equations are seen to put into a bias."""
+    source = views.view(value, views.is_cast).source
+    number = views.uniform(source)
+    if number is not None:
+        return abs(number)
+    if source.primitive not in ("select_n", "add", "sub", "mul", "neg") or depth == 0:
+        return 0.0
+    return max(_largest(v, depth - 1) for v in source.node.inputs)
 
 
 def _scale_step(node: Node, axes: Axes, depth: int) -> Logits | None:
