@@ -796,6 +796,15 @@ STAYING = {
         (*BTNH, MASK.astype(jnp.int32)),
         "product and its softmax is mul",
     ),
+    "-inf times a mask": (
+        changed(
+            lambda s, m: (
+                jnp.where(CAUSAL, s, -jnp.inf) * m.astype(s.dtype) - 1e10 * (1 - m.astype(s.dtype))
+            )
+        ),
+        (*BTNH, MASK),
+        "product and its softmax is mul",
+    ),
     "a maximum": (
         changed(lambda s: jnp.maximum(s, -1.0)),
         BTNH,
@@ -834,6 +843,12 @@ def test_what_only_looks_like_attention(name):
     actual, expected = quake_jax.accelerate(fun)(*args), jax.jit(fun)(*args)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_bias_after_a_mask_that_is_rounded_stays():
+    fun = changed(lambda s, m: (jnp.where(m, s, -1e9) + BIAS).astype(jnp.bfloat16))
+    assert replacements(fun, *BTNH, MASK) == ["softmax"]
+    assert "a conversion from float32 to bfloat16" in reasons(fun, *BTNH, MASK)["attention"]
 
 
 def test_weights_in_8_bits_stay():
