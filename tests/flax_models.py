@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,23 @@ EXPONENTIALS = {"exp", "exp2", "tanh", "logistic", "erf", "erfc"}
 
 def primitives(function, *args) -> dict[str, int]:
     """How often each primitive is in a program, at any depth."""
-    counts: dict[str, int] = {}
+    return dict(Counter(eqn.primitive.name for eqn in equations(function, *args)))
 
-    def count(jaxpr):
+
+def equations(function, *args) -> list:
+    """The equations of a program, at any depth."""
+    found = []
+
+    def collect(jaxpr):
         for eqn in jaxpr.eqns:
-            counts[eqn.primitive.name] = counts.get(eqn.primitive.name, 0) + 1
+            found.append(eqn)
             for value in jax.tree.leaves(list(eqn.params.values())):
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
-                    count(inner)
+                    collect(inner)
 
-    count(jax.make_jaxpr(function)(*args).jaxpr)
-    return counts
+    collect(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
 
 
 def key(seed: int) -> jax.Array:
@@ -33,6 +39,11 @@ def key(seed: int) -> jax.Array:
 
 def variables_of(init, *args):
     """Variables of the shapes that `init` makes, with other values: faster than compiling it."""
+    return values_of(jax.eval_shape(init, *args))
+
+
+def values_of(shapes):
+    """Variables of these shapes, so large that a wrong function shows in the outputs."""
     rng = np.random.default_rng(1)
 
     def filled(path, shape):
@@ -41,7 +52,7 @@ def variables_of(init, *args):
         low = 0.1 if "var" in str(path[-1]) else -0.3  # a variance is positive
         return jnp.asarray(rng.uniform(low, 0.3, shape.shape), shape.dtype)
 
-    return jax.tree_util.tree_map_with_path(filled, jax.eval_shape(init, *args))
+    return jax.tree_util.tree_map_with_path(filled, shapes)
 
 
 def exponentials(counts: dict[str, int]) -> set[str]:

@@ -23,9 +23,13 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Every family of kernels, from many threads.
-LOAD = ("tests/load_worker.py", "--calls", "20", "--round", "10")
+LOAD = ("tests/core/load_worker.py", "--calls", "20", "--round", "10")
 # What reaches the compiled module in the most ways.
-TESTS = ("tests/test_errors.py", "tests/test_threads.py", "tests/test_attention.py")
+TESTS = (
+    "tests/functions/test_errors.py",
+    "tests/core/test_threads.py",
+    "tests/attention/test_attention.py",
+)
 # Of pytest's options, those whose value is the next argument.
 WITH_VALUE = "-c -k -m -n -o -p -r -W --deselect --ignore --rootdir".split()
 # An array that may say that it is larger than its memory. JAX takes aligned memory as it is.
@@ -73,8 +77,8 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        # Python and XLA keep memory until the process ends: leaks are tests/test_load.py's. The
-        # programs that LLVM compiles are not instrumented, and need no shadow of their own.
+        # Python and XLA keep memory until the process ends: leaks are tests/core/test_load.py's.
+        # The programs that LLVM compiles are not instrumented, and need no shadow of their own.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0:exitcode=86"
         ":allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=86",

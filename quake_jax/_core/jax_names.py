@@ -36,7 +36,7 @@ try:
     from jax.extend.core import DropVar, Primitive, Var, jaxpr_as_fun
     from jax.interpreters import batching, mlir
 
-    # What is used of the modules among these; tests/test_versions.py finds what is missing here.
+    # What is used of the modules among these; tests/core/test_versions.py finds what is missing.
     _USED_LATER = (
         batching.primitive_batchers,
         checkify.error_checks,

@@ -1,7 +1,7 @@
 """Which versions of JAX quake_jax has been tested with: refuses older ones, warns of newer ones.
 
 Everything else that states the range (pyproject.toml, the workflows, the documents) is compared
-with the two constants here by tests/test_versions.py.
+with the two constants here by tests/core/test_versions.py.
 """
 
 from __future__ import annotations

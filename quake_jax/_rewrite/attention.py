@@ -374,7 +374,10 @@ def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | 
     if found is None:
         return None
     found.nodes |= {node, *between}
-    for cast in filter(views.is_cast, reversed(between)):
+    casts = list(filter(views.is_cast, reversed(between)))
+    if found.late_biases and any(cast.output.dtype != source.dtype for cast in casts):
+        return None  # which would round what the biases make of the masks' numbers
+    for cast in casts:
         for mask in found.masks:
             mask.becomes(mask.number, cast.output.dtype)
     return found
@@ -457,7 +460,9 @@ def _blended(
         if set(cases) != {0, 1} or cases[1][0] != 0:
             continue
         found = _logits(inner, axes, sizes, depth)
-        if found is None or found.late_biases:
+        # 0 times -inf is NaN.
+        is_finite = found is not None and all(mask.number != -math.inf for mask in found.masks)
+        if not is_finite or found.late_biases:
             continue
         found.nodes.add(product.node)
         is_float16 = str(other.dtype) == "float16"
