@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import inspect
 import itertools
-import math
 import re
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from oracle import in_double
 from support import DTYPES, ORDERS, orders_in, run_python
 
 import quake_jax
@@ -46,51 +46,6 @@ def keep(*shape, seed=0):
 
 def lengths(*values):
     return jnp.asarray(values, jnp.int32)
-
-
-def in_double(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    *,
-    scale=None,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    local_window_size=None,
-    logits_soft_cap=None,
-):
-    """Output and log-sum-exp in float64, of operands with a batch axis."""
-    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
-    group = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
-    x = np.einsum("btnh,bsnh->bnts", q, k) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    if logits_soft_cap is not None:
-        x = logits_soft_cap * np.tanh(x / logits_soft_cap)
-    if bias is not None:
-        x = x + np.asarray(bias, np.float64)
-    t, s = np.arange(x.shape[2])[:, None], np.arange(x.shape[3])
-    kept = np.ones(x.shape, bool)
-    if mask is not None:
-        kept &= np.asarray(mask)
-    if is_causal:
-        kept &= s <= t
-    if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        kept &= (t <= s + left) & (t >= s - right)
-    if query_seq_lengths is not None:
-        kept &= t < np.asarray(query_seq_lengths)[:, None, None, None]
-    if key_value_seq_lengths is not None:
-        kept &= s < np.asarray(key_value_seq_lengths)[:, None, None, None]
-    x = np.where(kept, x, reference.MASKED_LOGIT)
-    largest = x.max(-1, keepdims=True)
-    e = np.exp(x - largest)
-    out = np.einsum("bnts,bsnh->btnh", e / e.sum(-1, keepdims=True), v)
-    if query_seq_lengths is not None:
-        out *= (t.T < np.asarray(query_seq_lengths)[:, None])[:, :, None, None]
-    return out, (largest[..., 0] + np.log(e.sum(-1))).transpose(0, 2, 1)
 
 
 def half_unit(dtype):

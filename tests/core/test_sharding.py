@@ -30,6 +30,7 @@ from support import (
 
 import quake_jax
 from quake_jax import _rewrite
+from quake_jax._elementwise import table
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 
@@ -748,9 +749,10 @@ def block(x, w, bias):
 
 
 ACTIVATIONS = {
-    name: getattr(jax.nn, name)
-    for name in ("elu", "gelu", "glu", "log_sigmoid", "log_softmax", "mish", "selu", "sigmoid")
-} | {name: getattr(jax.nn, name) for name in ("silu", "softmax", "softplus", "tanh")}
+    row.public.__name__: row.replaces
+    for row in table.FUNCTIONS.values()
+    if row.replaces and not row.on_request
+} | {name: getattr(jax.nn, name) for name in ("glu", "softmax", "log_softmax")}
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

@@ -32,36 +32,33 @@ from support import (
 )
 
 import quake_jax
-
-SIGNATURES = (
-    (quake_jax.exp, jnp.exp),
-    (quake_jax.exp2, jnp.exp2),
-    (quake_jax.expm1, jnp.expm1),
-    (quake_jax.sigmoid, jax.nn.sigmoid),
-    (quake_jax.log_sigmoid, jax.nn.log_sigmoid),
-    (quake_jax.softplus, jax.nn.softplus),
-    (quake_jax.silu, jax.nn.silu),
-    (quake_jax.swish, jax.nn.swish),
-    (quake_jax.mish, jax.nn.mish),
-    (quake_jax.elu, jax.nn.elu),
-    (quake_jax.selu, jax.nn.selu),
-    (quake_jax.celu, jax.nn.celu),
-    (quake_jax.tanh, jnp.tanh),
-    (quake_jax.gelu, jax.nn.gelu),
-    (quake_jax.glu, jax.nn.glu),
-    (quake_jax.softmax, jax.nn.softmax),
-    (quake_jax.log_softmax, jax.nn.log_softmax),
-    (quake_jax.logsumexp, jax.nn.logsumexp),
-)
+from quake_jax._elementwise import table
 
 
-@pytest.mark.parametrize(("quake", "exact"), SIGNATURES, ids=[e.__name__ for _, e in SIGNATURES])
+def public(function):
+    """The public function of a row, with all of its arguments."""
+    return getattr(quake_jax, function.name)
+
+
+REPLACED = {row.public: row.replaces for row in table.FUNCTIONS.values() if row.replaces}
+REPLACED |= {f: getattr(jax.nn, f.__name__) for f in (quake_jax.glu, *map(public, ROWS))}
+
+OF_ALPHA = [f for f in REPLACED if "alpha" in inspect.signature(f).parameters]
+
+
+@pytest.mark.parametrize(("quake", "exact"), REPLACED.items(), ids=lambda f: f.__name__)
 def test_signature_is_that_of_the_replaced_function_plus_order(quake, exact):
     *ours, order = inspect.signature(quake).parameters.values()
     theirs = inspect.signature(exact).parameters.values()
     assert [(p.name, p.kind, p.default) for p in ours] == [
         (p.name, p.kind, p.default) for p in theirs
     ]
+    assert (order.name, order.kind, order.default) == ("order", order.KEYWORD_ONLY, None)
+
+
+@parametrize_functions()
+def test_order_is_the_last_and_given_by_its_name(function):
+    *_, order = inspect.signature(function.quake).parameters.values()
     assert (order.name, order.kind, order.default) == ("order", order.KEYWORD_ONLY, None)
 
 
@@ -111,8 +108,7 @@ def _attention(q, bias, mask, lengths, scale):
 # Functions with everything in them that may be an array; the first operand has a gradient.
 WITH_ARRAYS = {
     **{f.name: (f.quake, f.inputs((3, 8))) for f in FUNCTIONS},
-    "elu": (quake_jax.elu, (inputs((2, 3)), jnp.float32(2))),
-    "celu": (quake_jax.celu, (inputs((2, 3)), jnp.float32(2))),
+    **{f.__name__: (f, (inputs((2, 3)), jnp.float32(2))) for f in OF_ALPHA},
     "softmax_where": (
         lambda x, where: quake_jax.softmax(x, where=where),
         (inputs((3, 8)), jnp.arange(8) % 3 > 0),
@@ -194,12 +190,8 @@ def test_promotion_and_weak_types_are_those_of_the_replaced_function(function):
 
 @pytest.mark.parametrize(
     ("quake", "exact"),
-    [
-        *((f.quake, f.exact) for f in PAIRS),
-        (quake_jax.elu, jax.nn.elu),
-        (quake_jax.celu, jax.nn.celu),
-    ],
-    ids=[*(f.name for f in PAIRS), "elu", "celu"],
+    [*((f.quake, f.exact) for f in PAIRS), *((f, REPLACED[f]) for f in OF_ALPHA)],
+    ids=[f.name for f in PAIRS] + [f.__name__ for f in OF_ALPHA],
 )
 def test_promotion_of_two_operands_is_that_of_the_replaced_function(quake, exact):
     others = [2, 1.5, np.int8(2), jnp.ones(3, jnp.float16), np.ones((2, 1), np.float64)]
@@ -288,7 +280,8 @@ SHAPES_AND_AXES = [
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("function", ROWS, ids=lambda f: f.name)
 def test_axes(function, dtype):
-    quake, exact = getattr(quake_jax, function.name), getattr(jax.nn, function.name)
+    quake = public(function)
+    exact = REPLACED[quake]
     for shape, axis in SHAPES_AND_AXES:
         x = inputs(shape, dtype)
         expected = in_float64(exact, x, axis=tuple(axis) if isinstance(axis, list) else axis)
@@ -302,7 +295,7 @@ def test_axes(function, dtype):
 
 def test_one_axis_is_reduced_where_it_is():
     for function in ROWS:
-        quake = getattr(quake_jax, function.name)
+        quake = public(function)
         for axis in (0, 1, 2):
             jaxpr = str(jax.make_jaxpr(lambda a, f=quake, n=axis: f(a, n))(inputs((2, 3, 4))))
             assert f"axis={axis}" in jaxpr and "transpose" not in jaxpr
@@ -337,7 +330,8 @@ WHERE_SHAPES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("function", ROWS, ids=lambda f: f.name)
 def test_where(function, dtype):
-    quake, exact = getattr(quake_jax, function.name), getattr(jax.nn, function.name)
+    quake = public(function)
+    exact = REPLACED[quake]
     for shape, where_shape, axis in WHERE_SHAPES:
         x = inputs(shape, dtype)
         where = jnp.asarray(np.random.default_rng(1).random(where_shape) < 0.6)
@@ -361,7 +355,7 @@ def test_whatever_is_masked_is_ignored():
     x = inputs((4, 6))
     where = jnp.arange(6) < 4
     for function in ROWS:
-        f = getattr(quake_jax, function.name)
+        f = public(function)
         masked = {"softmax": 0, "log_softmax": -jnp.inf}
         for axis in (-1, 0):
             mask = where if axis == -1 else where[:, None]
@@ -437,7 +431,7 @@ def test_special_rows(function, dtype):
     x = jnp.asarray(rows, dtype)
     for order in ORDERS:
         for axis in (-1, 0):
-            y = getattr(quake_jax, function.name)(x if axis else x.T, axis, order=order)
+            y = public(function)(x if axis else x.T, axis, order=order)
             y = np.asarray(y if axis or function is LOGSUMEXP else y.T, np.float64)
             large = float(x[4, 0])
             expected = {
@@ -459,10 +453,7 @@ def test_special_rows(function, dtype):
 def test_special_values(function, dtype):
     special = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e4, -1e4], dtype)
     at_zero, right, left = function.limits
-    grows = right == np.inf and not function.name.startswith("exp")
-    slope = 1.0507009873554805 if function.name == "selu" else 1.0
-    large = slope * float(special[5]) if grows else right
-    low = float(special[6]) if function.name == "log_sigmoid" else left
+    large, low = function.expected(special[5:])
     for order in ORDERS:
         y = np.asarray(function.quake(special, order=order), np.float64)
         bound = function.bound(order, dtype)
@@ -542,8 +533,8 @@ def test_broadcasting_of_two_operands():
 def test_elu_and_celu_of_any_alpha(dtype):
     x = inputs((3, 8), dtype).at[0, :3].set(jnp.array([-jnp.inf, jnp.inf, 0], dtype))
     alphas = [2, 0.5, 1, np.float32(1), jnp.array([[0.25], [1], [3]], dtype), -1.5, True]
-    for name in ("elu", "celu"):
-        quake, exact = getattr(quake_jax, name), getattr(jax.nn, name)
+    for quake in OF_ALPHA:
+        exact = REPLACED[quake]
         function = next(f for f in ELEMENTWISE if f.name == "expm1")
         for alpha in alphas:
             wide = float(alpha) if jnp.ndim(alpha) == 0 else np.asarray(alpha, np.float64)

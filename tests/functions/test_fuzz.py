@@ -2,8 +2,8 @@
 
 An example has one shape, which is compiled once for every order, and several draws of data; a case
 is one comparison of (function, shape, dtype, order, data) with NumPy in double precision. The suite
-runs a few hundred cases, the same each time. `pytest -m fuzz tests/test_fuzz.py` runs more than
-30,000 new ones in minutes, and prints how many; `--hypothesis-seed=N` repeats a run.
+runs a few hundred cases, the same each time. `pytest -m fuzz tests/functions/test_fuzz.py` runs
+more than 30,000 new ones in minutes, and prints how many; `--hypothesis-seed=N` repeats a run.
 """
 
 import collections
@@ -15,20 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
+from attention_problems import HALF_ULP, normal, options, tolerance
+from attention_problems import examples as derandomized
+from attention_problems import operands as attention_operands
 from hypothesis import strategies as st
-from support import BIASED, DTYPES, ELEMENTWISE, ORDERS, PAIRS, SPLITS
-from test_attention import in_double
-from test_attention_properties import HALF_ULP, normal, options, tolerance
-from test_attention_properties import examples as derandomized
-from test_attention_properties import operands as attention_operands
+from oracle import (
+    FUNCTIONS,
+    assert_between,
+    exact_pointwise,
+    exact_row,
+    in_double,
+    in_double_precision,
+    pointwise_error,
+    row_error,
+)
+from support import DTYPES, ORDERS, ROWS, takes
 
 import quake_jax
-from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
+from quake_jax._core.constants import MAX_REL_ERROR
+from quake_jax._elementwise import table
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and overflow
 
-SMALLEST = 2.0**-126  # what is below may be 0
 DRAWS = 8  # of data, for what is compiled once
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 65, 127, 129, 260)
 
@@ -67,95 +75,6 @@ def at_length(check, problems, example_count: int, at_least: int) -> None:
     before = COUNTS.total()
     run()
     assert COUNTS.total() - before >= at_least
-
-
-# The oracle: NumPy and SciPy in double precision, in forms that do not cancel.
-
-
-def _zero_at_minus_infinity(function):
-    return lambda x: np.where(x == -np.inf, 0.0, function(x))
-
-
-def _softplus(x):
-    return np.logaddexp(0.0, x)
-
-
-SELU_SCALE, SELU_ALPHA = 1.0507009873554804934, 1.6732632423543772848
-EXACT = {
-    "exp": np.exp,
-    "exp2": np.exp2,
-    "expm1": np.expm1,
-    "sigmoid": scipy.special.expit,
-    "log_sigmoid": lambda x: -_softplus(-x),
-    "softplus": _softplus,
-    "silu": _zero_at_minus_infinity(lambda x: x * scipy.special.expit(x)),
-    "mish": _zero_at_minus_infinity(lambda x: x * np.tanh(_softplus(x))),
-    "quick_gelu": _zero_at_minus_infinity(lambda x: x * scipy.special.expit(1.702 * x)),
-    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
-    "selu": lambda x: SELU_SCALE * np.where(x > 0, x, SELU_ALPHA * np.expm1(x)),
-    "tanh": np.tanh,
-    "gelu_tanh": _zero_at_minus_infinity(
-        lambda x: x * scipy.special.expit(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3))
-    ),
-    "gelu_erf": _zero_at_minus_infinity(lambda x: x * scipy.special.ndtr(x)),
-    "logaddexp": np.logaddexp,
-}
-FUNCTIONS = {f.name: f for f in (*ELEMENTWISE, *PAIRS, *SPLITS, *BIASED)}
-
-
-def gate_and_value(name, x):
-    """The operands of activation(gate) · value, in double precision; None for other functions."""
-    if name == "glu_split":
-        value, gate = np.split(x[0], 2, -1)
-        return gate, value
-    if name.endswith("_split"):
-        return np.split(x[0], 2, -1)
-    return x if name in ("swiglu", "geglu_tanh", "geglu_erf") else None
-
-
-def exact_pointwise(name, x, is_double=False):
-    """The exact values, and the absolute slack that underflow has."""
-    activation = EXACT[FUNCTIONS[name].bound_of or name]
-    gated = gate_and_value(name, x)
-    if gated is not None:
-        a, value = activation(gated[0]), gated[1]
-        # The activation alone may underflow; 0 · inf is then NaN, as in float32 by jax.nn.
-        undecided = (np.abs(a) < 1.1 * SMALLEST) & (a != 0) & np.isinf(value)
-        return np.where(undecided, np.nan, a * value), SMALLEST * np.fmax(1, np.abs(value))
-    if name.startswith("bias"):
-        total = x[0] + x[1]
-        return activation(total if is_double else in_double_precision([total])[0]), SMALLEST
-    return activation(*x), SMALLEST
-
-
-def assert_between(actual, expected, error, what) -> None:
-    """Assert that results are numbers within `error` of the exact ones, rounded to their dtype."""
-    actual = np.asarray(actual)
-    assert actual.shape == expected.shape, what
-    error = np.where(np.isnan(error), 0, error)  # of an infinite result
-    low, high = (
-        np.asarray(v).astype(actual.dtype).astype(np.float64)
-        for v in (expected - error, expected + error)
-    )
-    # inf - inf: an infinite result has no error.
-    low, high = (np.where(np.isinf(expected), expected, v) for v in (low, high))
-    got = actual.astype(np.float64)
-    wrong = np.where(np.isnan(expected), ~np.isnan(got), ~((low <= got) & (got <= high)))
-    if wrong.any():
-        at = tuple(np.argwhere(wrong)[0])
-        raise AssertionError(
-            f"{what}: {wrong.sum()} of {wrong.size} wrong; at {at} got {got[at]!r}, expected "
-            f"{expected[at]!r} from {low[at]!r} to {high[at]!r}"
-        )
-
-
-def pointwise_error(name, expected, slack, order):
-    function = FUNCTIONS[name]
-    key = function.bound_of or name
-    if key in MAX_ABS_ERROR:
-        return MAX_ABS_ERROR[key][order] + 2.0**-22 * np.abs(expected)
-    relative = MAX_REL_ERROR[key][order] + (0 if key == name else 2.0**-22)
-    return relative * np.abs(expected) + slack
 
 
 # Data.
@@ -237,18 +156,18 @@ def shapes(draw, least_rank=0, most=6000):
 
 
 INTEGERS = ("int32", "int8", "uint8", "bool")
-# These refuse some of them, as jax.nn does; test_errors.py.
-FLOATS_ONLY = ("sigmoid", "log_sigmoid", "silu", "swiglu", "swiglu_split", "glu_split", "bias_silu")
+# Some functions refuse some of them, as jax.nn does; test_errors.py.
+TAKEN = {name: [d for d in INTEGERS if takes(f, d)] for name, f in FUNCTIONS.items()}
 
 
 @st.composite
 def pointwise_problems(draw):
     name = draw(st.sampled_from(sorted(FUNCTIONS)))
-    more = ("float64",) if name in FLOATS_ONLY else ("float64", *INTEGERS)
-    dtype = draw(st.sampled_from((*DTYPES * 4, *more)))
-    shape = draw(shapes(least_rank=0 if name in EXACT else 1))
+    dtype = draw(st.sampled_from((*DTYPES * 4, "float64", *TAKEN[name])))
+    fused = name in table.FUSED
+    shape = draw(shapes(least_rank=int(fused)))
     transform = draw(st.sampled_from(TRANSFORMS))
-    layout = draw(st.sampled_from(sorted(LAYOUTS))) if name in EXACT else "plain"
+    layout = "plain" if fused else draw(st.sampled_from(sorted(LAYOUTS)))
     axis = draw(st.integers(0, 4))
     return Problem(name, shape, dtype, transform, layout, draw(st.integers(0, 2**32 - 1)), axis)
 
@@ -256,7 +175,7 @@ def pointwise_problems(draw):
 def mapped_axis(problem, rank: int) -> int | None:
     """An axis that vmap and scan may take away, or None."""
     # The last one is that of a bias, and of a gate beside its value.
-    available = rank - (problem.name not in EXACT)
+    available = rank - (problem.name in table.FUSED)
     return None if available <= 0 else problem.axis % available
 
 
@@ -285,12 +204,6 @@ def transformed(function, problem):
     return call if problem.transform == "eager" else jax.jit(call)
 
 
-def in_double_precision(x):
-    """Operands as the kernels read them: integers become float32, and denormals 0."""
-    wide = [np.asarray(a).astype(np.float32).astype(np.float64) for a in x]
-    return [np.where(np.abs(a) < SMALLEST, 0.0, a) for a in wide]
-
-
 def check_pointwise(problem: Problem) -> None:
     function, rng = FUNCTIONS[problem.name], problem.rng()
     with jax.enable_x64(problem.dtype == "float64"):
@@ -317,29 +230,9 @@ def check_pointwise(problem: Problem) -> None:
 # Reductions.
 
 
-def exact_row(name, x, axis, where=None, b=None, keepdims=False):
-    """softmax, log_softmax or logsumexp in double precision, and max - x or 0 for its error."""
-    kept = np.ones(x.shape, bool) if where is None else where
-    if b is not None:
-        kept = kept & (b != 0)
-    kept = np.broadcast_to(kept, np.broadcast_shapes(kept.shape, x.shape))
-    x = np.where(kept, x, -np.inf)
-    largest = x.max(axis, keepdims=True, initial=-np.inf)
-    finite = np.where(np.isfinite(largest), largest, 0)
-    e = np.exp(x - finite) * (1 if b is None else np.where(kept, b, 0))
-    total = e.sum(axis, keepdims=True)
-    if name == "logsumexp":
-        y = np.log(total) + finite
-        return y if keepdims else y.reshape(np.sum(y, axis).shape)
-    undefined = np.isinf(largest) | np.isnan(largest)
-    y = e / total if name == "softmax" else (x - finite) - np.log(total)
-    y = np.where(undefined, np.nan, y)
-    return np.where(kept, y, 0.0 if name == "softmax" else -np.inf)
-
-
 @st.composite
 def row_problems(draw):
-    name = draw(st.sampled_from(("softmax", "log_softmax", "logsumexp")))
+    name = draw(st.sampled_from([f.name for f in ROWS]))
     shape = draw(shapes(least_rank=0))
     if shape and draw(st.integers(0, 9)) == 0:
         shape = (draw(st.sampled_from((1, 3))), draw(st.sampled_from((4095, 4097, 8192))))
@@ -392,18 +285,6 @@ def row_call(problem):
     return call if problem.transform == "eager" else jax.jit(call)
 
 
-def row_error(name, expected, x, where, b, axis, order):
-    if name == "softmax":
-        # At order 1 exponentials, before they are divided by their sum, are smaller by up to 2^0.3.
-        return MAX_REL_ERROR[name][order] * np.abs(expected) + 2 * SMALLEST
-    scale = np.abs(expected)
-    if name == "log_softmax":
-        kept = np.ones(x.shape, bool) if where is None else where
-        largest = np.where(kept, x, -np.inf).max(axis, keepdims=True, initial=-np.inf)
-        scale = np.abs(x - largest)
-    return MAX_ABS_ERROR[name][order] + 2.0**-22 * np.where(np.isfinite(scale), scale, 0)
-
-
 def check_rows(problem: Problem) -> None:
     rng, chosen = problem.rng(), dict(problem.options)
     is_double = problem.dtype == "float64"
@@ -440,7 +321,7 @@ def check_rows(problem: Problem) -> None:
 
 @st.composite
 def derivative_problems(draw):
-    name = draw(st.sampled_from((*sorted(FUNCTIONS), "softmax", "log_softmax", "logsumexp")))
+    name = draw(st.sampled_from((*sorted(FUNCTIONS), *(f.name for f in ROWS))))
     rank = draw(st.integers(1, 3))
     shape = tuple(draw(st.sampled_from((1, 2, 5, 8, 17, 33))) for _ in range(rank))
     dtype = draw(st.sampled_from(DTYPES))
