@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from quake_jax._attention import masks, primitive, reference
-from quake_jax._attention.masks import MASKED_LOGIT, Constant
 from quake_jax._attention.operands import (
     Present,
     by_name,
@@ -194,11 +193,11 @@ def _masked_logits(query, key, bias, kept, masking, *, scale, soft_cap):
             return logits
         if masking.is_by_bias:
             return jnp.where(kept, logits, jax.lax.stop_gradient(logits))
-        if masking.constant is Constant.NOTHING:
-            return logits + jnp.where(kept, jnp.float32(0), jnp.float32(MASKED_LOGIT))
-        return jnp.where(kept, logits, MASKED_LOGIT)
+        if masking.constant is masks.Constant.NOTHING:
+            return logits + jnp.where(kept, jnp.float32(0), jnp.float32(masks.MASKED_LOGIT))
+        return jnp.where(kept, logits, masks.MASKED_LOGIT)
 
-    if masking.constant is not Constant.PRODUCT:
+    if masking.constant is not masks.Constant.PRODUCT:
         return masked(reference.attention_logits(query, key, bias, scale=scale, soft_cap=soft_cap))
     product = reference.attention_logits(query, key, None, scale=scale, soft_cap=soft_cap)
     return reference.with_bias(masked(product), bias)

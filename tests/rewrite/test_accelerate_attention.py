@@ -725,7 +725,9 @@ KEYLESS = {
     ("name", "mask"),
     [
         *((name, "array") for name in KEYLESS),
-        *((name, "lengths") for name in KEYLESS if "bias" in name or name.endswith("sum")),
+        ("sum", "lengths"),
+        ("selection, then a bias", "lengths"),
+        ("selection of -1e9, then a bias", "lengths"),
         ("sum", "constant"),
     ],
 )
@@ -974,6 +976,19 @@ def test_sums_that_round_logits_stay_where_a_query_may_see_no_key(name):
     is_known = name != "by product"
     assert replacements(seen, *short) == (ATTENTION if is_known else ["softmax"])
     check_16_bits(seen, *short)
+
+
+def test_a_sum_that_rounds_between_groups_of_heads():
+    """Its mask is known, by labels that cutting heads into groups changes."""
+
+    def fun(q, k, v):
+        s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, 2, 2, H), k).reshape(B, N, T, -1)
+        weights = jax.nn.softmax(s + added(CAUSAL, -1e4).astype(s.dtype)).reshape(B, 2, 2, T, -1)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+    short = [x.astype("bfloat16") for x in GROUPED]
+    assert replacements(fun, *short) == ATTENTION
+    check_16_bits(fun, *short)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
