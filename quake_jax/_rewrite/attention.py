@@ -428,7 +428,7 @@ def _blended(
     product: Value, other: Value, sign: float, axes: Axes, sizes: dict, depth: int
 ) -> Logits | None:
     """logits · m ± c · (1 - m), a selection if m is a mask as numbers; None otherwise."""
-    if product.primitive != "mul" or product.shape != other.shape and other.ndim:
+    if product.primitive != "mul":
         return None
     for inner, factor in (product.node.inputs, product.node.inputs[::-1]):
         if inner.shape != product.shape:
