@@ -1058,7 +1058,7 @@ POSITIONS = {
         compared(lambda i, j: i.astype(jnp.float32) + 0.5 >= j.astype(jnp.float32)),
         {"present=2"},
     ),
-    "later": (compared(lambda i, j: i <= j), {"window_left=0", "present=0"}),
+    "later": (compared(lambda i, j: i <= j), {"window_left=0", "window_right=16384", "present=0"}),
     # Some queries keep no key, which a window has no word for.
     "strictly earlier": (compared(lambda i, j: i > j), {"present=2", "window_left=-1"}),
     "blocks": (compared(lambda i, j: i // 4 >= j // 4), {"present=2", "window_left=-1"}),
