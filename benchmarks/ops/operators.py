@@ -78,7 +78,7 @@ class Operator:
         fill("quake", self.quake or name)
 
     def of_quake_jax(self, order: int) -> Callable:
-        """The operator of quake_jax at one order; BenchmarkError if quake_jax cannot be imported."""
+        """The operator of quake_jax at one order; BenchmarkError where there is no quake_jax."""
         from benchmarks.harness.errors import quake_jax
 
         function = getattr(quake_jax(self.quake), self.quake)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from quake_jax._attention import reference
 from quake_jax._attention.arguments import check_arrays, four_axes
 from quake_jax._attention.derivative import attention
-from quake_jax._attention.masks import in_window
+from quake_jax._attention.masks import Masking, in_window
 from quake_jax._attention.operands import (
     LARGEST_HEAD,
     LONGEST,
@@ -23,6 +23,8 @@ from quake_jax._attention.operands import (
 )
 from quake_jax._core.config import EXACT, Order
 from quake_jax._core.drop_in import KERNEL_DTYPES
+
+_AS_JAX_NN = Masking()
 
 
 def attend(
@@ -35,17 +37,22 @@ def attend(
     key_lengths,
     traced_scale,
     *,
-    function: str,
     packed_axis: int,
-    return_residual: bool,
     scale: float | None,
-    order: Order,
-    implementation: str | None,
+    soft_cap: float | None,
     is_causal: bool,
     window: tuple[int, int] | None,
-    soft_cap: float | None,
+    order: Order,
+    function: str = "dot_product_attention",
+    return_residual: bool = False,
+    implementation: str | None = None,
+    masking: Masking = _AS_JAX_NN,
 ):
-    """The public functions, once what is static is known. If packed, query is qkv with a batch."""
+    """The public functions, once what is static is known; also what stands for other programs.
+
+    If packed, query is qkv with a batch. The public functions have no `masking`, and what takes the
+    kernel's place does not know of it.
+    """
     packed = query
     if packed_axis:
         query, key, value = parts_of_packed(packed, packed_axis)
@@ -72,7 +79,7 @@ def attend(
             "is_causal": int(is_causal),
             **_limits(window),
         }
-        out, lse = _with_kernel(arrays, packed, packed_axis, traced_scale, parameters)
+        out, lse = _with_kernel(arrays, packed, packed_axis, traced_scale, parameters, masking)
     else:
         out, lse = _without_kernel(
             function,
@@ -131,6 +138,7 @@ def _with_kernel(
     packed_axis: int,
     traced_scale: jax.Array | None,
     parameters: dict,
+    masking: Masking,
 ) -> tuple[jax.Array, jax.Array]:
     dtype = arrays.query.dtype
     if traced_scale is not None:
@@ -148,7 +156,7 @@ def _with_kernel(
     )
     operands = _split_alike(operands, packed_axis, arrays.present)
     parameters |= {"packed_axis": packed_axis, "present": arrays.present}
-    out, lse = attention(tuple(parameters.items()), *operands)
+    out, lse = attention(tuple(parameters.items()), masking, *operands)
     return out.astype(dtype), lse
 
 

@@ -14,24 +14,35 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from quake_jax._attention import masks, primitive, reference
-from quake_jax._attention.operands import Present, by_name, count_of_arrays, parts_of_packed
+from quake_jax._attention.operands import (
+    Present,
+    by_name,
+    count_of_arrays,
+    parts_of_packed,
+    without_mask,
+)
 
 # The derivative holds a few tiles of about so many weights, of at least so many queries.
 _TILE_WEIGHTS = 1 << 22
 _TILE_QUERIES = 32
 
 
-def _call(parameters, *operands):
-    return tuple(primitive.dot_product_attention(*operands, **dict(parameters)))
+def _call(parameters, masking, *operands):
+    parameters = dict(parameters)
+    if masking.is_by_bias:
+        operands, parameters["present"] = without_mask(
+            operands, parameters["packed_axis"], parameters["present"]
+        )
+    return tuple(primitive.dot_product_attention(*operands, **parameters))
 
 
 _call.__name__ = _call.__qualname__ = "dot_product_attention"
-attention = jax.custom_jvp(_call, nondiff_argnums=(0,))
+attention = jax.custom_jvp(_call, nondiff_argnums=(0, 1))
 
 
 @functools.partial(attention.defjvp, symbolic_zeros=True)
-def _tangent_rule(parameters, operands, tangents):
-    out, lse = attention(parameters, *operands)
+def _tangent_rule(parameters, masking, operands, tangents):
+    out, lse = attention(parameters, masking, *operands)
     parameters = dict(parameters)
     packed_axis, present = parameters.pop("packed_axis"), parameters.pop("present")
     parameters.pop("order")
@@ -43,7 +54,7 @@ def _tangent_rule(parameters, operands, tangents):
     if packed_axis:
         moving = [None] * 3 if moving[0] is None else parts_of_packed(moving[0], packed_axis)
     moving.append(tangents[at] if present & Present.BIAS else None)
-    tangent = _tangent(arrays, moving, jax.lax.stop_gradient(lse), **parameters)
+    tangent = _tangent(arrays, moving, jax.lax.stop_gradient(lse), masking=masking, **parameters)
     # The residual is a constant in derivatives, as in jax.nn.
     return (out, lse), (tangent.astype(out.dtype), jnp.zeros_like(lse))
 
@@ -133,6 +144,7 @@ def _tangent_of_tile(
     *,
     scale,
     soft_cap,
+    masking,
     **limits,
 ):
     """The tangent of the outputs of the queries at `positions`: (B, T, N, V)."""
@@ -142,22 +154,19 @@ def _tangent_of_tile(
     dquery = None if dquery is None else dquery.astype(jnp.float32)
     primals, tangents = (query, key, bias), (dquery, dkey, dbias)
     moving = [i for i, t in enumerate(tangents) if t is not None]
+    kept = masks.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **limits)
+    kept = None if kept is None else reference.grouped(kept, kv_heads)
 
     def logits(*changed):
         x = list(primals)
         for i, value in zip(moving, changed, strict=True):
             x[i] = value
-        return reference.attention_logits(*x, scale=scale, soft_cap=soft_cap)
+        return _masked_logits(*x, kept, masking, scale=scale, soft_cap=soft_cap)
 
     if moving:
         s, ds = jax.jvp(logits, [primals[i] for i in moving], [tangents[i] for i in moving])
     else:
         s, ds = logits(), None
-    kept = masks.kept_keys(positions, key.shape[1], mask, query_lengths, key_lengths, **limits)
-    if kept is not None:
-        kept = reference.grouped(kept, kv_heads)
-        s = jnp.where(kept, s, masks.MASKED_LOGIT)
-        ds = None if ds is None else jnp.where(kept, ds, 0)
     lse = lse.transpose(0, 2, 1).reshape(batch, kv_heads, heads // kv_heads, length)
     # The division makes up for the error of the residual, which is the kernel's and, where all
     # logits are as large as a masked one, rounds log(S) away. So p does not depend on it.
@@ -174,3 +183,21 @@ def _tangent_of_tile(
         valid = positions[None, :] < query_lengths[:, None]
         out = jnp.where(valid[:, :, None, None], out, 0)
     return out
+
+
+def _masked_logits(query, key, bias, kept, masking, *, scale, soft_cap):
+    """Logits (B, K, N / K, T, S), constant where `masking` says so in those that are not kept."""
+
+    def masked(logits):
+        if kept is None:
+            return logits
+        if masking.is_by_bias:
+            return jnp.where(kept, logits, jax.lax.stop_gradient(logits))
+        if masking.constant is masks.Constant.NOTHING:
+            return logits + jnp.where(kept, jnp.float32(0), jnp.float32(masks.MASKED_LOGIT))
+        return jnp.where(kept, logits, masks.MASKED_LOGIT)
+
+    if masking.constant is not masks.Constant.PRODUCT:
+        return masked(reference.attention_logits(query, key, bias, scale=scale, soft_cap=soft_cap))
+    product = reference.attention_logits(query, key, None, scale=scale, soft_cap=soft_cap)
+    return reference.with_bias(masked(product), bias)

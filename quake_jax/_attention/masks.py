@@ -1,8 +1,10 @@
-"""Which keys a query sees: the one place that says it."""
+"""Which keys a query sees, and what a logit of another is: the one place that says it."""
 
 from __future__ import annotations
 
+import enum
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,30 @@ import numpy as np
 
 # What jax.nn puts in the place of a masked float32 logit.
 MASKED_LOGIT = float(np.float32(-0.7 * float(np.finfo(np.float32).max)))
+
+
+class Constant(enum.Enum):
+    """What is constant where a key is masked.
+
+    That shows in derivatives where a query sees no key: elsewhere a masked logit's weight is 0.
+    """
+
+    WHOLE = enum.auto()  # all of the logit, as in jax.nn
+    PRODUCT = enum.auto()  # what query and key make of it; the bias is added afterwards
+    NOTHING = enum.auto()  # the mask is itself added
+
+
+class Masking(NamedTuple):
+    """How logits are masked.
+
+    Attributes:
+      constant: what of a masked logit is constant.
+      is_by_bias: whether the bias holds what masks put into logits or add to them; the mask, if
+        there is one, then only says which logits are constant.
+    """
+
+    constant: Constant = Constant.WHOLE
+    is_by_bias: bool = False
 
 
 def in_window(t, s, left: int | None, right: int | None):

@@ -79,6 +79,16 @@ def by_name(operands: Sequence[jax.Array], packed_axis: int, present: int) -> Op
     return Operands(*arrays, *(next(rest) if present & flag else None for flag in Present))
 
 
+def without_mask(
+    operands: Sequence[jax.Array], packed_axis: int, present: int
+) -> tuple[Sequence[jax.Array], int]:
+    """The operands of the primitive but for a mask, and which of the optional ones those have."""
+    if not present & Present.MASK:
+        return operands, present
+    at = count_of_arrays(packed_axis) + bool(present & Present.BIAS)
+    return (*operands[:at], *operands[at + 1 :]), present - Present.MASK
+
+
 def axes_of(ranks: Sequence[int], packed_axis: int, present: int) -> tuple[list, list]:
     """Along which axes a call may be split, of operands of these ranks and of the results.
 

@@ -32,7 +32,12 @@ def attention_logits(
     logits = scale * jnp.einsum("btkgh,bskh->bkgts", query, key.astype(dtype))
     if soft_cap:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    return logits if bias is None else logits + grouped(bias, kv_heads).astype(dtype)
+    return with_bias(logits, bias)
+
+
+def with_bias(logits: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Logits (B, K, N / K, T, S) and a bias of shape (B, N, T, S) or with axes of size 1."""
+    return logits if bias is None else logits + grouped(bias, logits.shape[1]).astype(logits.dtype)
 
 
 def unfused_attention(

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from quake_jax._attention.masks import Constant, Masking
 from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._rewrite import masks, packing, views
 from quake_jax._rewrite.attend import Plan, attend
@@ -51,12 +52,14 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     labels = _classified(*arrays, logits, keys, shape, repeats)
     sizes = dict(labels.sizes)
     conditions, lengths, window, is_full = masks.conditions(logits.masks, labels)
+    _check_sums(logits, labels)
     as_bias = not (is_full or masks.is_one_selection(logits.masks))
     if as_bias:
         masks.check_as_bias(logits.masks)
         window, lengths = None, []
         conditions = [masks.viewed(m.value, m.axes, m.is_negated, sizes) for m in logits.masks]
     together = None if repeats or logits.late_biases else packing.packed(query, key, value, labels)
+    numbers = tuple((mask.number, mask.is_added) for mask in logits.masks)
     plan = Plan(
         labels=labels,
         operands=tuple(tuple(x.axes.items()) for x in arrays),
@@ -66,10 +69,11 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         lengths=tuple(
             (None if x.value is None else tuple(x.axes.items()), x.offset) for x in lengths
         ),
-        numbers=tuple((m.number, m.is_added) for m in logits.masks) if as_bias else (),
+        numbers=numbers if as_bias else (),
+        masking=Masking(Constant.WHOLE if is_full else _constant(logits), as_bias),
         biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.biases),
         late_biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.late_biases),
-        late_number=logits.masks[0].number if logits.late_biases else None,
+        late_mask=numbers[0] if logits.late_biases else None,
         factors=tuple(tuple(axes.items()) for _, axes in factors),
         scale=logits.scale,
         is_scale_traced=logits.traced_scale is not None,
@@ -85,7 +89,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         *((x.value for x in arrays) if together is None else together[:1]),
         *(mask for mask, _, _ in conditions),
         *(x.value for x in lengths if x.value is not None),
-        *(bias.value for bias in (*logits.biases, *logits.late_biases)),
+        *(bias.value for bias in logits.all_biases),
         *(factor for factor, _ in factors),
         *((logits.traced_scale,) if plan.is_scale_traced else ()),
     ]
@@ -99,6 +103,32 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         attend,
         (("plan", plan),),
     )
+
+
+def _check_sums(logits, labels: Labels) -> None:
+    """Raise Reject if a query may see no key whose logits a sum in 16 bits has rounded."""
+    coarse = [bias for bias in logits.all_biases if bias.rounds_by]
+    if not coarse:
+        return
+    known = [bias.mask for bias in coarse if bias.mask is not None]
+    *_, is_full = masks.conditions([*logits.masks, *known], labels)
+    if len(known) < len(coarse) or not is_full:
+        size, dtype = coarse[0].rounds_by, coarse[0].value.dtype
+        raise Reject(f"a query may see no key: {dtype} rounds its logits by {size:g}", "attention")
+
+
+def _constant(logits) -> Constant:
+    """What is constant where a mask that is no sum masks."""
+    selections = {i for i, mask in enumerate(logits.masks) if not mask.is_added}
+    # The selections that a bias does not pass because it is added behind them.
+    behind = {frozenset(i for i in selections if i < b.masks_before) for b in logits.biases}
+    if not selections:
+        return Constant.NOTHING
+    if not behind or behind == {frozenset()}:
+        return Constant.WHOLE
+    if behind == {frozenset(selections)}:
+        return Constant.PRODUCT
+    raise Reject("a bias is added between its masks", "attention")
 
 
 def _sources(query, key, value):
@@ -180,7 +210,7 @@ def _classified(query, key, value, logits, keys: int, shape, repeats) -> Labels:
         refuse("its keys or values are repeated")
     shared, alone = list(in_key), list(in_query - in_key)
     patterns = [masks.viewed(m.value, m.axes, m.is_negated, sizes)[1] for m in logits.masks]
-    patterns += [bias.axes for bias in (*logits.biases, *logits.late_biases)]
+    patterns += [bias.axes for bias in logits.all_biases]
     # Masks that tell queries apart do so by position.
     alone.sort(key=lambda i: (sum(i in axes for axes in patterns), sizes[i]))
     length = alone[-1:]

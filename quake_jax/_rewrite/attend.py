@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._attention import api as public
-from quake_jax._attention.masks import in_window
+from quake_jax._attention import call
+from quake_jax._attention.masks import Masking, kept_keys
+from quake_jax._attention.operands import NO_LIMIT
+from quake_jax._core.config import resolved_order
 from quake_jax._rewrite.labels import SIZE, Labels, apart
 
 # A bias of at most this leaves masked logits (at most -9e8) as good as none.
@@ -39,9 +41,11 @@ class Plan:
       masks: the axes of each mask, and whether it is True where a key takes no part.
       lengths: of keys: the axes of an array, or None for 0, and what is added to it.
       numbers: if the masks are to be one bias: what each puts in a logit's place, or adds to it.
+      masking: what is constant where a mask that is no sum masks.
       biases: the axes of each, and its factor.
       late_biases: the same of those that are added after the masks.
-      late_number: if there are such: what the masks put in a logit's place.
+      late_mask: if there are such: the number of the masks, and whether it is added to a logit or
+        put in its place.
       factors: the axes of arrays that multiply the result.
       scale, is_scale_traced, soft_cap: of the logits.
       window: (left, right) as in `quake_jax.dot_product_attention`, or None.
@@ -57,9 +61,10 @@ class Plan:
     masks: tuple[tuple[_Axes, bool], ...]
     lengths: tuple[tuple[_Axes | None, int], ...]
     numbers: tuple[tuple[float, bool], ...]
+    masking: Masking
     biases: tuple[tuple[_Axes, float], ...]
     late_biases: tuple[tuple[_Axes, float], ...]
-    late_number: float | None
+    late_mask: tuple[float, bool] | None
     factors: tuple[_Axes, ...]
     scale: float
     is_scale_traced: bool
@@ -101,24 +106,24 @@ def attend(*arrays, plan: Plan, order):
     if plan.is_scale_traced:
         scale = next(remaining).astype(jnp.float32) * scale
     if plan.numbers:
-        terms, kept = [*terms, _bias_of_masks(kept, plan.numbers)], []
+        terms.append(_bias_of_masks(kept, plan.numbers))
+        kept = [m for m, (_, is_added) in zip(kept, plan.numbers, strict=True) if not is_added]
     mask = functools.reduce(operator.and_, kept) if kept else None
     bias = _sum(terms if late is None else [*terms, late])
-    keywords = {"scale": scale, "logits_soft_cap": plan.soft_cap, "order": order}
 
     def kernel():
-        return _kernel(plan, operands, bias, mask, **keywords, **lengths, **_positions(plan))
+        return _kernel(plan, operands, bias, mask, lengths, scale, order)
 
     if late is None:
         out = kernel()
     else:
         # A bias may show in a mask's number only where it is huge or a query has no key.
-        kept = _kept(plan, mask, **lengths)
+        kept = _kept(plan, mask, lengths)
         is_plain = (jnp.abs(late) <= _LARGEST_LATE_BIAS).all() & kept.any(-1).all()
         arrays = (*operands, _sum(terms), late, kept, scale)
         out = jax.lax.cond(is_plain, kernel, lambda: _with_weights(plan, *arrays))
     if plan.nan_rows:
-        is_kept = _kept(plan, mask, **lengths).any(-1)  # (batch, heads, length)
+        is_kept = _kept(plan, mask, lengths).any(-1)  # (batch, heads, length)
         out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, jnp.nan)
     for axes, factor in zip(plan.factors, factors, strict=True):
         factor = _arranged(factor, dict(axes), plan.rows, plan.sizes, fill=False)
@@ -136,31 +141,41 @@ def _with_weights(plan: Plan, query, key, value, bias, late, kept, scale):
     if plan.soft_cap is not None:
         logits = plan.soft_cap * jnp.tanh(logits / plan.soft_cap)
     logits = logits if bias is None else logits + bias
-    weights = jax.nn.softmax(jnp.where(kept, logits, plan.late_number) + late)
+    number, is_added = plan.late_mask
+    masked = logits + jnp.float32(number) if is_added else number
+    weights = jax.nn.softmax(jnp.where(kept, logits, masked) + late)
     out = jnp.einsum("bnts,bsnv->btnv", weights, value.astype(jnp.float32))
     return out.astype(plan.dtype)
 
 
-def _positions(plan: Plan) -> dict:
-    """The keyword arguments that say which keys a query sees by position."""
-    if plan.window is None:
-        return {}
-    left, right = plan.window
-    if right == 0 and left >= plan.labels.size(plan.labels.length):
-        return {"is_causal": True}
-    return {"local_window_size": plan.window}
-
-
-def _kernel(plan: Plan, operands, bias, mask, **keywords):
-    if plan.packed_axis is not None:
+def _kernel(plan: Plan, operands, bias, mask, lengths, scale, order):
+    window = plan.window
+    is_causal = (
+        window is not None and window[1] == 0 and window[0] >= plan.labels.size(plan.labels.length)
+    )
+    if plan.packed_axis is None:
+        arrays, packed_axis = _in_form(plan, operands), 0
+    else:
         (qkv,) = operands
         batch, length, heads = map(plan.labels.size, plan.rows)
         lanes = (3, heads) if plan.packed_axis == -3 else (heads, 3)
         qkv = qkv.astype(plan.dtype).reshape(batch, length, *lanes, -1)
-        axis = plan.packed_axis
-        return public.packed_dot_product_attention(qkv, bias, mask, qkv_axis=axis, **keywords)
-    query, key, value = _in_form(plan, operands)
-    return public.dot_product_attention(query, key, value, bias, mask, **keywords)
+        arrays, packed_axis = (qkv, None, None), plan.packed_axis + qkv.ndim
+    return call.attend(
+        *arrays,
+        bias,
+        mask,
+        None,
+        lengths,
+        scale if plan.is_scale_traced else None,
+        packed_axis=packed_axis,
+        scale=None if plan.is_scale_traced else scale,
+        soft_cap=plan.soft_cap,
+        is_causal=is_causal,
+        window=None if is_causal else window,
+        order=resolved_order(order, "dot_product_attention"),
+        masking=plan.masking,
+    )
 
 
 def _in_form(plan: Plan, operands):
@@ -230,28 +245,31 @@ def _bias_of_masks(kept, numbers):
     return bias
 
 
-def _lengths(plan: Plan, arrays) -> dict:
-    """The keyword argument that says how many keys there are."""
+def _lengths(plan: Plan, arrays):
+    """How many keys there are, as an array by batch, or None."""
     lengths, size = [], plan.sizes[plan.labels.keys]
     for (axes, offset), x in zip(plan.lengths, arrays, strict=True):
         if axes is None:
             x, axes, offset = jnp.int32(offset), (), 0
         x = (jnp.clip(x, -offset, size - offset) + offset).astype(jnp.int32)
         lengths.append(_arranged(x, dict(axes), [plan.labels.batch], plan.sizes))
-    return {"key_value_seq_lengths": functools.reduce(jnp.minimum, lengths)} if lengths else {}
+    return functools.reduce(jnp.minimum, lengths) if lengths else None
 
 
-def _kept(plan: Plan, mask, key_value_seq_lengths=None):
+def _kept(plan: Plan, mask, lengths):
     """The keys that each query keeps, as a boolean array that broadcasts to the logits'."""
-    queries, keys = plan.labels.size(plan.labels.length), plan.sizes[plan.labels.keys]
-    # All of four axes, as jax_numpy_rank_promotion="raise" demands.
-    kept = jnp.ones((1, 1, queries, keys), bool) if mask is None else mask
-    s = jnp.arange(keys)[None, None, None, :]
-    if plan.window is not None:
-        kept = kept & in_window(jnp.arange(queries)[None, None, :, None], s, *plan.window)
-    if key_value_seq_lengths is not None:
-        kept = kept & (s < key_value_seq_lengths[:, None, None, None])
-    return kept
+    left, right = (NO_LIMIT, NO_LIMIT) if plan.window is None else plan.window
+    kept = kept_keys(
+        jnp.arange(plan.labels.size(plan.labels.length)),
+        plan.sizes[plan.labels.keys],
+        mask,
+        None,
+        lengths,
+        is_causal=False,
+        window_left=left,
+        window_right=right,
+    )
+    return jnp.ones((1, 1, 1, 1), bool) if kept is None else kept
 
 
 def _result(plan: Plan, out):

@@ -12,10 +12,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from quake_jax._rewrite import arrangement, masks, positions, softmax, views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Axes, parts_of, regrouped
-from quake_jax._rewrite.masks import MASKED_BY_SUM, Mask
+from quake_jax._rewrite.masks import MASKED, MASKED_BY_SUM, Mask
 from quake_jax._rewrite.match import Match, Reject, check_unused
 
 
@@ -26,6 +28,11 @@ class Bias:
     value: Value
     axes: Axes  # of `value`
     factor: float
+    masks_before: int  # how many masks are applied before it is added
+    # If it has numbers beside which a sum in 16 bits rounds logits: their size, and the mask that
+    # it is but for that, if it is one.
+    rounds_by: float = 0.0
+    mask: Mask | None = None
 
 
 @dataclasses.dataclass
@@ -43,6 +50,10 @@ class Logits:
     scale: float = 1.0
     traced_scale: Value | None = None
     soft_cap: float | None = None
+
+    @property
+    def all_biases(self) -> list[Bias]:
+        return [*self.biases, *self.late_biases]
 
 
 @dataclasses.dataclass
@@ -314,7 +325,8 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
 
     weights.axes, logits.axes = numbered(own), numbered(logits.axes)
     weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
-    for part in (*logits.masks, *logits.biases, *logits.late_biases):
+    biases = logits.all_biases
+    for part in (*logits.masks, *biases, *(b.mask for b in biases if b.mask is not None)):
         part.axes = numbered(part.axes)
     logits.sizes = {i: sizes[label] for label, i in numbers.items()}
     return numbers[reduced,]
@@ -362,7 +374,10 @@ def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | 
     if found is None:
         return None
     found.nodes |= {node, *between}
-    for cast in filter(views.is_cast, reversed(between)):
+    casts = list(filter(views.is_cast, reversed(between)))
+    if found.late_biases and any(cast.output.dtype != source.dtype for cast in casts):
+        return None  # which would round what the biases make of the masks' numbers
+    for cast in casts:
         for mask in found.masks:
             mask.becomes(mask.number, cast.output.dtype)
     return found
@@ -405,27 +420,33 @@ def _add_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
             # The bias may show in the masks' numbers.
             if str(node.output.dtype) != "float32" or not masks.is_one_selection(found.masks):
                 return None
-            found.late_biases.append(_bias(bias, axes, sign))
+            masks_before = len(found.masks)
+            found.late_biases += [b for b in found.biases if b.masks_before == masks_before]
+            found.biases = [b for b in found.biases if b.masks_before != masks_before]
+            found.late_biases.append(_bias(bias, axes, sign, masks_before))
             return found
         mask = _mask_of_bias(bias, axes) if sign == 1.0 else None
-        if mask is not None:
+        # In float16 the sum rounds a logit that is added to -65504.
+        if mask and mask.number <= MASKED_BY_SUM and str(bias.dtype) != "float16":
             found.masks.append(mask)
         else:
-            found.biases.append(_bias(bias, axes, sign))
+            added = _bias(bias, axes, sign, len(found.masks))
+            added.rounds_by, added.mask = _rounding(bias), mask
+            found.biases.append(added)
         return found
     return None
 
 
-def _bias(value: Value, axes: Axes, factor: float) -> Bias:
+def _bias(value: Value, axes: Axes, factor: float, masks_before: int) -> Bias:
     view = views.view(value)
-    return Bias(view.source, _through(positions.own(value, axes), view.axes), factor)
+    return Bias(view.source, _through(positions.own(value, axes), view.axes), factor, masks_before)
 
 
 def _blended(
     product: Value, other: Value, sign: float, axes: Axes, sizes: dict, depth: int
 ) -> Logits | None:
     """logits · m ± c · (1 - m), a selection if m is a mask as numbers; None otherwise."""
-    if product.primitive != "mul" or product.shape != other.shape and other.ndim:
+    if product.primitive != "mul":
         return None
     for inner, factor in (product.node.inputs, product.node.inputs[::-1]):
         if inner.shape != product.shape:
@@ -439,7 +460,9 @@ def _blended(
         if set(cases) != {0, 1} or cases[1][0] != 0:
             continue
         found = _logits(inner, axes, sizes, depth)
-        if found is None or found.late_biases:
+        # 0 times -inf is NaN.
+        is_finite = found is not None and all(mask.number != -math.inf for mask in found.masks)
+        if not is_finite or found.late_biases:
             continue
         found.nodes.add(product.node)
         is_float16 = str(other.dtype) == "float16"
@@ -460,16 +483,33 @@ def _mask_of_bias(bias: Value, axes: Axes) -> Mask | None:
     numbers = views.uniform(if_false), views.uniform(if_true)
     if which.shape != view.source.shape or None in numbers or 0 not in numbers:
         return None
+    if not min(numbers) < 0:
+        return None
     inner = {
         label: view.axes[a] for label, a in axes.items() if bias.ndim and view.axes[a] is not None
     }
     mask = Mask(which, inner, numbers[1] != 0, min(numbers), is_added=True)
     for cast in filter(views.is_cast, reversed(view.nodes)):
         mask.becomes(mask.number, cast.output.dtype)
-    # In float16 the sum rounds a logit that is added to -65504.
-    if not mask.number <= MASKED_BY_SUM or str(bias.dtype) == "float16":
-        return None
     return mask
+
+
+def _rounding(bias: Value) -> float:
+    """The size of numbers in a bias beside which its dtype rounds logits, if float32 does not."""
+    size = _largest(bias)
+    coarse = bias.dtype.itemsize < 4 and size * float(jnp.finfo(bias.dtype).eps) > 1 / 8
+    return size if coarse and size < -MASKED else 0.0
+
+
+def _largest(value: Value, depth: int = 6) -> float:
+    """The largest absolute number that equations are seen to put into a bias."""
+    source = views.view(value, views.is_cast).source
+    number = views.uniform(source)
+    if number is not None:
+        return abs(number)
+    if source.primitive not in ("select_n", "add", "sub", "mul", "neg") or depth == 0:
+        return 0.0
+    return max(_largest(v, depth - 1) for v in source.node.inputs)
 
 
 def _scale_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:
@@ -521,7 +561,7 @@ def _times(logits: Logits, c: float, dtype) -> bool:
     if logits.soft_cap is not None or (c < 0 and logits.masks):
         return False
     logits.scale *= c
-    for bias in (*logits.biases, *logits.late_biases):
+    for bias in logits.all_biases:
         bias.factor *= c
     for mask in logits.masks:
         mask.becomes(mask.number * c, dtype)

@@ -14,7 +14,7 @@ from quake_jax._rewrite.match import Reject
 
 # A masked logit of at most this is as good as none: e^(it - any other) is 0 and, in a row of
 # nothing else, all weights are equal.
-_MASKED = -9e8  # -1e9 in bfloat16
+MASKED = -9e8  # -1e9 in bfloat16
 # The same where it is added to a logit, which then must not show in the sum.
 MASKED_BY_SUM = -1e30
 # Of float16 the least number serves, unless a factor makes it smaller.
@@ -41,7 +41,7 @@ class Mask:
 def check_masked_numbers(masks: list[Mask]) -> None:
     """Raise Reject unless masked logits are as good as none."""
     for mask in masks:
-        if not mask.number <= (_LEAST_FLOAT16 if mask.is_float16 else _MASKED):  # or it is NaN
+        if not mask.number <= (_LEAST_FLOAT16 if mask.is_float16 else MASKED):  # or it is NaN
             raise Reject(f"it is masked by {mask.number:g}, which may not be enough", "attention")
 
 

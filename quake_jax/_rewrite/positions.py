@@ -114,7 +114,7 @@ def _add(found: Limits, small, large, is_strict: bool, labels: Labels) -> bool:
         offset = difference.offset
         offset = math.floor(offset) + 1 if is_strict else math.ceil(offset)
         difference = _Line(offset, difference.slopes)
-        unlimited = labels.size((keys, *labels.length))
+        unlimited = sum(sizes[label] for label in (keys, *labels.length))
         if difference.extremes(sizes)[1] <= 0:
             return True
         for slope, band in ((1, (unlimited, -offset)), (-1, (-offset, unlimited))):

@@ -2,6 +2,6 @@
 
 import sys
 
-from quake_jax.accuracy import main
+from quake_jax.accuracy.command import main
 
 sys.exit(main())

@@ -18,7 +18,7 @@ from support import DTYPES, ORDERS, orders_in, run_python
 
 import quake_jax
 from quake_jax import reference
-from quake_jax._attention import api as attention_module
+from quake_jax._attention import derivative
 from quake_jax._core.constants import MAX_REL_ERROR
 
 quake = quake_jax.dot_product_attention
@@ -290,8 +290,8 @@ def _tiles(request, monkeypatch):
     """Derivatives in one tile, and in tiles of 3 of 7 queries."""
     jax.clear_caches()
     if request.param == "tiles":
-        monkeypatch.setattr(attention_module, "_TILE_QUERIES", 3)
-        monkeypatch.setattr(attention_module, "_TILE_WEIGHTS", 1)
+        monkeypatch.setattr(derivative, "_TILE_QUERIES", 3)
+        monkeypatch.setattr(derivative, "_TILE_WEIGHTS", 1)
     yield
     jax.clear_caches()
 

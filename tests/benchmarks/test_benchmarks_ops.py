@@ -207,7 +207,9 @@ def result_of(bar, figure, **conditions):
     }
 
 
-@pytest.mark.parametrize("bar", {bar.kind: bar for bar in goals.BARS}.values(), ids=str)
+@pytest.mark.parametrize(
+    "bar", {bar.kind: bar for bar in goals.BARS}.values(), ids=lambda bar: bar.kind.what
+)
 def test_bars_are_judged_by_their_threshold(bar):
     def met(figure):
         judged = {verdict["name"]: verdict for verdict in goals.judge(result_of(bar, figure))}

@@ -887,7 +887,7 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize("value", CONSTANTS, ids=str)
+@pytest.mark.parametrize("value", CONSTANTS, ids=lambda value: type(value).__name__)
 def test_constants_among_the_arguments_are_traced_once(value):
     count = 0
 

@@ -602,9 +602,9 @@ def in_16_bits(x, dtype):
     return x.astype(dtype) if getattr(x, "dtype", None) == jnp.float32 else x
 
 
-# In float16 the others do not run, or mask by what is -inf there.
-IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat", "huggingface"]
-IN_BFLOAT16 = [*IN_FLOAT16, "jax.nn causal", "haiku", "heads first, mask"]
+# In float16 the others do not run, mask by what is -inf there, or stay (ROUNDING).
+IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat"]
+IN_BFLOAT16 = [*IN_FLOAT16, "huggingface", "jax.nn causal", "haiku", "heads first, mask"]
 
 
 @pytest.mark.parametrize(
@@ -691,6 +691,68 @@ def test_a_bias_after_the_mask(bias):
         ]
         for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def added(mask, number=LOWEST):
+    return jnp.where(mask, 0.0, number)
+
+
+# Whether the logits of a query without any key have derivatives depends on how it is masked: those
+# that a mask is added to do, those that it replaces do not, nor a bias in them.
+KEYLESS = {
+    "sum": lambda s, m, b: s + b + added(m),
+    "sum of -1e30, scaled": lambda s, m, b: (s + added(m, -1e30) + b) * 0.5,
+    "sum of a conjunction": lambda s, m, b: s + added(m & CAUSAL) + b,
+    "selection": lambda s, m, b: jnp.where(m, s + b, LOWEST),
+    "selection, then a bias": lambda s, m, b: jnp.where(m, s, LOWEST) + b,
+    "two sums": lambda s, m, b: s + added(CAUSAL, -1e30) + added(m, -1e35) + b,
+    "selection, then sum": lambda s, m, b: jnp.where(CAUSAL, s + b, LOWEST) + added(m, -1e37),
+    "sum, then selection": lambda s, m, b: jnp.where(CAUSAL, s + added(m, -1e37), LOWEST) + b,
+    "selections of two numbers": lambda s, m, b: jnp.where(
+        CAUSAL, jnp.where(m, s + b, -1e30), LOWEST
+    ),
+    "soft cap": lambda s, m, b: 5 * jnp.tanh(s / 5) + b + added(m),
+    "selection by product": lambda s, m, b: (s + b) * m - 1e10 * (1 - m.astype(s.dtype)),
+    "selection of -1e9, then a bias": lambda s, m, b: jnp.where(m, s, -1e9) + b,
+    "sum, scaled, then a bias": lambda s, m, b: (s + added(m, -1e30)) * 0.5 + b,
+    "selection, a bias, scaled, a bias": lambda s, m, b: (
+        (jnp.where(m, s, -1e30) + b) * 0.5 + b[..., :1]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        *((name, "array") for name in KEYLESS),
+        ("sum", "lengths"),
+        ("selection, then a bias", "lengths"),
+        ("selection of -1e9, then a bias", "lengths"),
+        ("sum", "constant"),
+    ],
+)
+def test_derivatives_of_queries_without_keys(name, mask):
+    # No query of the second batch has a key, whatever else masks.
+    masks = {"array": MASK.at[1].set(False), "lengths": jnp.array([9, 0])}
+    args = (*BTNH, BIAS, *((masks[mask],) if mask in masks else ()))
+
+    def fun(q, k, v, b, m=masks["array"]):
+        m = jnp.arange(T) < m[:, None, None, None] if mask == "lengths" else m
+        return attend(q, k, v, lambda s: KEYLESS[name](s, m, b))
+
+    assert replacements(fun, *args) == ATTENTION
+
+    def derivatives(f):
+        """The derivatives and, of some, their own in one direction."""
+        slopes = jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), range(4))
+        if name not in ("sum", "selection, then a bias"):
+            return jax.jit(slopes)(*args)
+        directions = jax.tree.map(jnp.cos, args[:4])
+        return jax.jit(lambda *x: jax.jvp(lambda *y: slopes(*y, *x[4:]), x[:4], directions))(*args)
+
+    results = (jax.tree.leaves(derivatives(f)) for f in (quake_jax.accelerate(fun), fun))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 # What must not become attention; the softmax in it may still be replaced.
@@ -796,6 +858,15 @@ STAYING = {
         (*BTNH, MASK.astype(jnp.int32)),
         "product and its softmax is mul",
     ),
+    "-inf times a mask": (
+        changed(
+            lambda s, m: (
+                jnp.where(CAUSAL, s, -jnp.inf) * m.astype(s.dtype) - 1e10 * (1 - m.astype(s.dtype))
+            )
+        ),
+        (*BTNH, MASK),
+        "product and its softmax is mul",
+    ),
     "a maximum": (
         changed(lambda s: jnp.maximum(s, -1.0)),
         BTNH,
@@ -836,6 +907,12 @@ def test_what_only_looks_like_attention(name):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
+def test_a_bias_after_a_mask_that_is_rounded_stays():
+    fun = changed(lambda s, m: (jnp.where(m, s, -1e9) + BIAS).astype(jnp.bfloat16))
+    assert replacements(fun, *BTNH, MASK) == ["softmax"]
+    assert "a conversion from float32 to bfloat16" in reasons(fun, *BTNH, MASK)["attention"]
+
+
 def test_weights_in_8_bits_stay():
     def fun(q, k, v):
         weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
@@ -860,11 +937,58 @@ def test_masks_in_16_bits(dtype, change):
     short = [x.astype(dtype) for x in BTNH]
     fun = changed(change)
     assert replacements(fun, *short, MASK) == ATTENTION
+    check_16_bits(fun, *short, MASK)
+
+
+def check_16_bits(fun, *args):
     actual, expected = (
-        np.asarray(f(*short, MASK), np.float32) for f in (quake_jax.accelerate(fun), jax.jit(fun))
+        np.asarray(f(*args), np.float32) for f in (quake_jax.accelerate(fun), jax.jit(fun))
     )
-    eps = float(jnp.finfo(dtype).eps)
+    eps = float(jnp.finfo(args[0].dtype).eps)
     np.testing.assert_allclose(actual, expected, rtol=8 * eps, atol=8 * eps)
+
+
+# What a mask adds rounds logits in 16 bits, which shows where a query sees no key.
+ROUNDING = {
+    "lowest": ("float16", lambda s, m: s + added(m, -65504.0).astype(s.dtype)),
+    "two of the lowest": (
+        "float16",
+        lambda s, m: (
+            s + added(m, -65504.0).astype(s.dtype) + added(CAUSAL, -65504.0).astype(s.dtype)
+        ),
+    ),
+    "by product": ("float16", lambda s, m: s - (1 - m.astype(s.dtype)) * 65504),
+    "-1e4": ("bfloat16", lambda s, m: s + added(m, -1e4).astype(s.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_sums_that_round_logits_stay_where_a_query_may_see_no_key(name):
+    dtype, change = ROUNDING[name]
+    short = [x.astype(dtype) for x in BTNH]
+    fun = changed(change)
+    report = quake_jax.explain(fun, *short, MASK)
+    assert [r.replacement for r in report.replaced] == ["quake_jax.softmax"]
+    assert any("may see no key" in r.reason for r in report.left)
+    check_16_bits(fun, *short, MASK)
+    # Not so where each sees some.
+    seen = lambda q, k, v: fun(q, k, v, CAUSAL)  # noqa: E731
+    is_known = name != "by product"
+    assert replacements(seen, *short) == (ATTENTION if is_known else ["softmax"])
+    check_16_bits(seen, *short)
+
+
+def test_a_sum_that_rounds_between_groups_of_heads():
+    """Its mask is known, by labels that cutting heads into groups changes."""
+
+    def fun(q, k, v):
+        s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, 2, 2, H), k).reshape(B, N, T, -1)
+        weights = jax.nn.softmax(s + added(CAUSAL, -1e4).astype(s.dtype)).reshape(B, 2, 2, T, -1)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+    short = [x.astype("bfloat16") for x in GROUPED]
+    assert replacements(fun, *short) == ATTENTION
+    check_16_bits(fun, *short)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -934,7 +1058,7 @@ POSITIONS = {
         compared(lambda i, j: i.astype(jnp.float32) + 0.5 >= j.astype(jnp.float32)),
         {"present=2"},
     ),
-    "later": (compared(lambda i, j: i <= j), {"window_left=0", "present=0"}),
+    "later": (compared(lambda i, j: i <= j), {"window_left=0", "window_right=16384", "present=0"}),
     # Some queries keep no key, which a window has no word for.
     "strictly earlier": (compared(lambda i, j: i > j), {"present=2", "window_left=-1"}),
     "blocks": (compared(lambda i, j: i // 4 >= j // 4), {"present=2", "window_left=-1"}),
