@@ -1,4 +1,4 @@
-"""Eight CPU devices for the sharding tests, and fixtures that several folders use."""
+"""Eight CPU devices for the sharding tests, fixtures of several folders, and what is quick."""
 
 import os
 
@@ -17,6 +17,33 @@ from collections.abc import Callable
 
 import pytest
 from support import ROOT
+
+# `pytest -m quick`: at least one file of every family, of those that take seconds.
+QUICK = (
+    "accuracy/test_exhaustive.py",
+    "attention/test_attention_properties.py",
+    "benchmarks/test_benchmarks_harness.py",
+    "core/test_config.py",
+    "core/test_import.py",
+    "core/test_versions.py",
+    "functions/test_errors.py",
+    "functions/test_fuzz.py",
+    "functions/test_promotion.py",
+    "linen/test_linen_modules.py",
+    "project/test_docs.py",
+    "project/test_house.py",
+    "project/test_packaging.py",
+    "rewrite/test_accelerate_approximations.py",
+)
+LONG = {"exhaustive", "soak", "fuzz", "models"}
+
+
+def pytest_collection_modifyitems(items):
+    files = {ROOT / "tests" / name for name in QUICK}
+    for item in items:
+        if item.path in files and not LONG & {marker.name for marker in item.iter_markers()}:
+            item.add_marker("quick")
+
 
 # benchmarks is not installed; at the end of the path, the folder hides nothing that is.
 sys.path.append(str(ROOT))
