@@ -17,8 +17,8 @@ from support import KERNELS
 
 import quake_jax
 from quake_jax import accuracy
-from quake_jax.accuracy import command, elementwise
 from quake_jax._core.constants import MAX_REL_ERROR
+from quake_jax.accuracy import command, elementwise
 
 SMALLEST_NORMAL = 2.0**-126
 TRUTH = {f.name: f.truth for f in KERNELS}

@@ -23,7 +23,7 @@ from oracle import (
     pointwise_error,
     row_error,
 )
-from support import DTYPES, FAMILIES, ORDERS, ROWS, parametrize_functions
+from support import DTYPES, FAMILIES, FUNCTIONS, ORDERS, ROWS, parametrize_functions
 
 import quake_jax
 from quake_jax import accuracy, approximations
