@@ -1,7 +1,7 @@
 // The element-wise non-linearities as functors; Tanh is in core/tanh-inl.h. Included inside an instruction
 // set's namespace. A functor's apply<Order>() takes one or two vectors of float32 and returns one.
 //
-// Adding one: a functor here and a row in QUAKE_ELEMENTWISE_KERNELS (kernels.h); docs/design.md has the rest.
+// Adding one: a functor here and a row in QUAKE_UNARY_KERNELS (kernels.h); docs/design.md has the rest.
 
 struct Exp {
   template <int Order>

@@ -1,6 +1,6 @@
 // exp, softmax and GELU from piecewise linear tables of 16 or 32 entries: NN-LUT (Yu et al., DAC 2022, arXiv
 // 2112.02191) where a table fits into one or two AVX-512 registers and a permutation looks it up. A study, in
-// the loops of generic/ and beside the project's own kernels; what comes out is in docs/approximations.md.
+// the loops of cpu_kernels/ and beside the project's own kernels; what comes out is in docs/approximations.md.
 
 #include <immintrin.h>
 
@@ -23,7 +23,7 @@ namespace {
 using nn_lut::Function;
 using nn_lut::Method;
 
-// The loops of generic/ are templates over the order; here it stands for a method and a number of entries.
+// The loops of cpu_kernels/ are templates over the order; here it stands for a method and a number of entries.
 constexpr int code(Method method, int entries) { return 100 * static_cast<int>(method) + entries; }
 constexpr Method method_of(int code) { return static_cast<Method>(code / 100); }
 constexpr int entries_of(int code) { return code % 100; }
