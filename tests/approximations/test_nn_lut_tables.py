@@ -1,6 +1,6 @@
 """Checks that the tables of the NN-LUT kernels are what benchmarks/studies/nn_lut fits.
 
-The kernels are checked against the tables by benchmarks/studies/nn_lut, their errors measured there.
+The kernels are checked against the tables there, and their errors measured.
 """
 
 import dataclasses
