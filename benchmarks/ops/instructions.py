@@ -97,7 +97,7 @@ _LINE = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*([^#<]*)")
 
 def parse(listing: Iterable[str]) -> dict[str, list[Instruction]]:
     """Read what `objdump --disassemble --demangle --no-show-raw-insn` prints: the instructions of
-    each kernel of `generic/map.h`, by its name and template arguments without namespaces,
+    each kernel of `elementwise/map-inl.h`, by its name and template arguments without namespaces,
     `map<Tanh, float, 3>`.
     """
     kernels: dict[str, list[Instruction]] = {}

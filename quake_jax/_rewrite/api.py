@@ -40,9 +40,10 @@ class _Static:
         self.tree = tree
         self.leaves = leaves
         # 1, 1.0 and True are equal but make different programs, as 0.0 and -0.0 do.
+        exact = (float, complex)
         self._key = (
             tree,
-            tuple((type(x), repr(x) if isinstance(x, float) else x) for x in leaves),
+            tuple((type(x), repr(x) if isinstance(x, exact) else x) for x in leaves),
         )
 
     def __hash__(self):

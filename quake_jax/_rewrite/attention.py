@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from quake_jax._rewrite import arrangement, masks, positions, softmax, views
 from quake_jax._rewrite.graph import Node, Value
@@ -501,15 +502,25 @@ def _rounding(bias: Value) -> float:
     return size if coarse and size < -MASKED else 0.0
 
 
-def _largest(value: Value, depth: int = 6) -> float:
+# What masks as numbers are made by.
+_MAKE_MASKS = frozenset(
+    "select_n add sub mul div neg max min clamp concatenate pad stop_gradient".split()
+)
+
+
+def _largest(value: Value, depth: int = 8) -> float:
     """The largest absolute number that equations are seen to put into a bias."""
     source = views.view(value, views.is_cast).source
     number = views.uniform(source)
     if number is not None:
         return abs(number)
-    if source.primitive not in ("select_n", "add", "sub", "mul", "neg") or depth == 0:
+    if source.primitive in _MAKE_MASKS and depth > 0:
+        return max(_largest(v, depth - 1) for v in source.node.inputs)
+    elements = views.constant(source) if views.is_float(source) else None
+    if elements is None or not elements.size:
         return 0.0
-    return max(_largest(v, depth - 1) for v in source.node.inputs)
+    # In a row with smaller ones too (penalties of distance, say) those count that round nothing.
+    return float(np.abs(elements.astype(np.float32)).min(-1).max())
 
 
 def _scale_step(node: Node, axes: Axes, sizes: dict, depth: int) -> Logits | None:

@@ -383,12 +383,6 @@ def _is_scalar(node: Node) -> bool:
     return all(isinstance(n, int) and n == 1 for n in node.output.shape)
 
 
-def _place(node: Node) -> str:
-    """Where the user's source makes a node, or calls what does."""
-    calls = (g.equation for g in _around(node) if g.equation is not None)
-    return next(filter(None, (place(e.source_info) for e in (node.equation, *calls))), "")
-
-
 def _around(node: Node) -> Iterator[Group]:
     return _around_group(node.group)
 

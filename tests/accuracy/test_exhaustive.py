@@ -18,6 +18,7 @@ from support import KERNELS
 import quake_jax
 from quake_jax import accuracy
 from quake_jax._core.constants import MAX_REL_ERROR
+from quake_jax.accuracy import command, elementwise
 
 SMALLEST_NORMAL = 2.0**-126
 TRUTH = {f.name: f.truth for f in KERNELS}
@@ -112,7 +113,7 @@ def test_a_fall_between_two_ranges_is_counted_once():
 @pytest.fixture
 def quick(monkeypatch):
     """A thin sample of the float32 inputs."""
-    monkeypatch.setattr(accuracy, "_SAMPLE_STRIDE", 10007)
+    monkeypatch.setattr(command, "SAMPLE_STRIDE", 10007)
 
 
 TWO = ["--function", "tanh", "--function", "silu"]
@@ -155,7 +156,7 @@ def test_command_writes_json_and_markdown(quick, tmp_path, capsys):
 
 def test_a_result_beyond_its_bound_fails(quick, tmp_path, capsys, monkeypatch):
     wrong = {**MAX_REL_ERROR, "tanh": {**MAX_REL_ERROR["tanh"], 2: 1e-5}}
-    monkeypatch.setattr(accuracy, "MAX_REL_ERROR", wrong)
+    monkeypatch.setattr(elementwise, "MAX_REL_ERROR", wrong)
     path = tmp_path / "accuracy.md"
     assert accuracy.main([*TWO, "--dtype", "float32", "--markdown", str(path)]) == 1
     failures = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED: ")]
@@ -203,7 +204,7 @@ def test_a_bad_value_is_one_line(arguments, message, capsys):
 
 def test_a_function_without_a_bound_is_one_line(monkeypatch, capsys):
     without = {name: bounds for name, bounds in MAX_REL_ERROR.items() if name != "tanh"}
-    monkeypatch.setattr(accuracy, "MAX_REL_ERROR", without)
+    monkeypatch.setattr(command, "MAX_REL_ERROR", without)
     with pytest.raises(SystemExit):
         accuracy.main(["--function", "tanh"])
     error = capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Checks that the tables of the NN-LUT kernels are what tools/nn_lut_tables.py fits.
+"""Checks that the tables of the NN-LUT kernels are what benchmarks/studies/nn_lut fits.
 
-The kernels are checked against the tables by cpu_kernels/tests/nn_lut, their errors measured there.
+The kernels are checked against the tables there, and their errors measured.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture(scope="module")
 def tool():
     name = "_nn_lut_tables_under_test"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "nn_lut_tables.py")
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / "benchmarks" / "studies" / "nn_lut" / "make_tables.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -790,6 +790,8 @@ def test_static_values_that_are_equal_but_not_the_same():
     assert fast(x, 1.0).dtype == jnp.float32
     assert fast(x, 1).dtype == jnp.int32
     assert bool(jnp.signbit(fast(x, -0.0)).all()) and not bool(jnp.signbit(fast(x, 0.0)).any())
+    angle = quake_jax.accelerate(lambda x, c: (jax.nn.softmax(x), jnp.angle(c)))
+    assert angle(x, complex(-1, 0.0))[1] > 0 > angle(x, complex(-1, -0.0))[1]
 
 
 def test_unhashable_static_arguments():
