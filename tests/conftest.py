@@ -35,13 +35,20 @@ QUICK = (
     "project/test_packaging.py",
     "rewrite/test_accelerate_approximations.py",
 )
+QUICK_FILES = {ROOT / "tests" / name for name in QUICK}
 LONG = {"exhaustive", "soak", "fuzz", "models"}
 
 
+def pytest_ignore_collect(collection_path, config):
+    # Importing the others takes a quarter of a minute.
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return collection_path not in QUICK_FILES or None
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    files = {ROOT / "tests" / name for name in QUICK}
     for item in items:
-        if item.path in files and not LONG & {marker.name for marker in item.iter_markers()}:
+        if item.path in QUICK_FILES and not LONG & {marker.name for marker in item.iter_markers()}:
             item.add_marker("quick")
 
 
