@@ -124,8 +124,8 @@ def parse(listing: Iterable[str]) -> dict[str, list[Instruction]]:
         listing: The lines.
 
     Returns:
-        The instructions of each kernel of `generic/map.h`, by its name and template arguments
-        without namespaces: `map<Tanh, float, 3>`.
+        The instructions of each kernel of `elementwise/map-inl.h`, by its name and template
+        arguments without namespaces: `map<Tanh, float, 3>`.
     """
     kernels: dict[str, list[Instruction]] = {}
     current = None

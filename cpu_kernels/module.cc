@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "accuracy_bindings.h"
-#include "dispatch.h"
-#include "ffi_handlers.h"
+#include "accuracy/bindings.h"
+#include "isa/dispatch.h"
+#include "targets.h"
 
 namespace nb = nanobind;
 

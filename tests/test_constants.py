@@ -30,7 +30,7 @@ def _load(name, path):
 
 K = _load("_quake_constants_under_test", ROOT / "quake_jax" / "_constants.py")
 tool = _load("_derive_constants_under_test", ROOT / "tools" / "derive_constants.py")
-HEADER = (ROOT / "cpu_kernels" / "generic" / "constants.h").read_text(encoding="utf-8")
+HEADER = (ROOT / "cpu_kernels" / "core" / "constants.h").read_text(encoding="utf-8")
 BOUNDS = (ROOT / "cpu_kernels" / "tests" / "bounds.h").read_text(encoding="utf-8")
 
 ORDERS = (1, 2, 3, 4, 5)
@@ -490,7 +490,7 @@ def test_logsumexp_bound_covers_a_row_summed_in_blocks(order):
 
 # --- Piecewise polynomials ----------------------------------------------------------------------
 
-SEGMENTS = (ROOT / "cpu_kernels" / "generic" / "segments.h").read_text(encoding="utf-8")
+SEGMENTS = (ROOT / "cpu_kernels" / "core" / "segments.h").read_text(encoding="utf-8")
 
 
 def _segments(name, order):

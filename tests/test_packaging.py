@@ -135,7 +135,7 @@ def test_a_good_wheel_passes(wheel, check_wheel, capsys):
         ({"_quake_jax_cpu.abi3.so": None}, "extension modules"),
         ({f"{_INFO}licenses/LICENSE": None}, "no licence"),
         ({"tests/test_api.py": b""}, "tests/test_api.py"),
-        ({"cpu_kernels/kernels.h": b""}, "cpu_kernels/kernels.h"),
+        ({"cpu_kernels/table.h": b""}, "cpu_kernels/table.h"),
         ({"quake_jax/py.typed": None}, "quake_jax/py.typed"),
         ({"_quake_jax_cpu.abi3.so": b"\0/home/me/quake/cpu_kernels/a.cc\0"}, "paths of the build"),
         ({"_quake_jax_cpu.abi3.so": b"\0.debug_info\0"}, "debugging information"),

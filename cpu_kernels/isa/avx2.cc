@@ -2,12 +2,12 @@
 
 #include <immintrin.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "isa/sets.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = false;
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
@@ -54,11 +54,7 @@ QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) { return _mm256_max_ps(x, acc
 
 QUAKE_INLINE vf round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 QUAKE_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
-QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
-QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return _mm256_rcp_ps(d); }
-
-QUAKE_INLINE vf lookup(const float (&)[32], vi) { return vf{}; }  // never called: kHasLookup is false
 
 QUAKE_INLINE vf order1_bits(vf v) {
   v = clamp_above(v, 0x7f800000);
@@ -107,12 +103,12 @@ QUAKE_INLINE void store_quad_sum(float* p, vf v) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
 }
 
-#include "generic/partial_words.h"
-#include "generic/bfloat_words.h"
-#include "generic/all.h"
+#include "core/partial_words-inl.h"
+#include "core/bfloat_words-inl.h"
+#include "isa/kernels-inl.h"
 
 }  // namespace
 
-extern const KernelTable kAvx2Table = make_table("avx2");
+void isa::fill_avx2(KernelTable& table) { fill_all<bfloat16, float, float16>(table); }
 
 }  // namespace quake

@@ -2,18 +2,18 @@
 
 #include <immintrin.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "isa/sets.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = false;
-#include "isa/avx512_shim.h"
-#include "generic/bfloat_words.h"
-#include "generic/all.h"
+#include "isa/avx512-inl.h"
+#include "core/bfloat_words-inl.h"
+#include "isa/kernels-inl.h"
 
 }  // namespace
 
-extern const KernelTable kAvx512Table = make_table("avx512");
+void isa::fill_avx512(KernelTable& table) { fill_all<bfloat16, float, float16>(table); }
 
 }  // namespace quake

@@ -1,15 +1,15 @@
-// AVX-512 with BF16, which rounds to bfloat16 in one instruction: the kernels for that type alone. dispatch.cc
-// takes the others from AVX-512.
+// AVX-512 with BF16, which rounds to bfloat16 in one instruction: the kernels for that type alone. It extends
+// AVX-512, whose kernels serve the other types.
 
 #include <immintrin.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "isa/sets.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = true;
-#include "isa/avx512_shim.h"
+#include "isa/avx512-inl.h"
 
 QUAKE_INLINE vh float_to_bfloat(vf x) { return (vh)_mm512_cvtneps_pbh(x); }
 
@@ -42,10 +42,14 @@ QUAKE_INLINE vi load_bfloats(const std::uint16_t* p, std::size_t n) {
   return (vi)_mm512_maskz_loadu_epi16(_bzhi_u32(~0u, static_cast<unsigned>(n)), p);
 }
 
-#include "generic/all.h"
+#include "isa/kernels-inl.h"
 
 }  // namespace
 
-extern const KernelTable kAvx512Bf16Table = make_table("avx512bf16");
+void isa::fill_avx512bf16(KernelTable& table) {
+  fill_attention_products<bfloat16>(table.attention);
+  fill_elementwise<bfloat16>(table.elementwise);
+  fill_rows<bfloat16>(table.rows);
+}
 
 }  // namespace quake

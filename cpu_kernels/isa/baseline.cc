@@ -3,12 +3,12 @@
 
 #include <emmintrin.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "isa/sets.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = false;
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
@@ -85,11 +85,7 @@ QUAKE_INLINE vf floor(vf x) {
 }
 // To nearest even, for |x| < 2^31.
 QUAKE_INLINE vf round(vf x) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(x)); }
-QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
-QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return 1.0f / d; }
-
-QUAKE_INLINE vf lookup(const float (&)[32], vi) { return vf{}; }  // never called: kHasLookup is false
 
 QUAKE_INLINE vf order1_bits(vf v) {
   v = clamp_above(v, 0x7f800000);
@@ -122,13 +118,13 @@ QUAKE_INLINE vf join_low(vf a, vf b) { return _mm_shuffle_ps(a, b, 0x44); }
 QUAKE_INLINE vf join_high(vf a, vf b) { return _mm_shuffle_ps(a, b, 0xee); }
 QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
 
-#include "generic/partial_floats.h"
-#include "generic/partial_words.h"
-#include "generic/bfloat_words.h"
-#include "generic/all.h"
+#include "core/partial_floats-inl.h"
+#include "core/partial_words-inl.h"
+#include "core/bfloat_words-inl.h"
+#include "isa/kernels-inl.h"
 
 }  // namespace
 
-extern const KernelTable kBaselineTable = make_table("baseline");
+void isa::fill_baseline(KernelTable& table) { fill_all<bfloat16, float, float16>(table); }
 
 }  // namespace quake

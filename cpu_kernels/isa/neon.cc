@@ -2,12 +2,12 @@
 
 #include <arm_neon.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "isa/sets.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = false;
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
 constexpr bool kHasScalef = false;
@@ -45,11 +45,7 @@ QUAKE_INLINE vf max_skip_nan(vf accumulated, vf x) {
 
 QUAKE_INLINE vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
 QUAKE_INLINE vf floor(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
-QUAKE_INLINE vf fraction(vf x) { return x; }    // never called without scalef
-QUAKE_INLINE vf scalef(vf p, vf) { return p; }  // never called
 QUAKE_INLINE vf reciprocal_estimate(vf d) { return (vf)vrecpeq_f32((float32x4_t)d); }
-
-QUAKE_INLINE vf lookup(const float (&)[32], vi) { return vf{}; }  // never called: kHasLookup is false
 
 QUAKE_INLINE vf order1_bits(vf v) {
   v = clamp_above(v, 0x7f800000);
@@ -80,13 +76,13 @@ QUAKE_INLINE vf join_low(vf a, vf b) { return (vf)vzip1q_f64((float64x2_t)a, (fl
 QUAKE_INLINE vf join_high(vf a, vf b) { return (vf)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
 QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
 
-#include "generic/partial_floats.h"
-#include "generic/partial_words.h"
-#include "generic/bfloat_words.h"
-#include "generic/all.h"
+#include "core/partial_floats-inl.h"
+#include "core/partial_words-inl.h"
+#include "core/bfloat_words-inl.h"
+#include "isa/kernels-inl.h"
 
 }  // namespace
 
-extern const KernelTable kNeonTable = make_table("neon");
+void isa::fill_neon(KernelTable& table) { fill_all<bfloat16, float, float16>(table); }
 
 }  // namespace quake

@@ -17,9 +17,9 @@
 #include <string>
 #include <vector>
 
-#include "denormals.h"
-#include "dispatch.h"
-#include "storage.h"
+#include "core/denormals.h"
+#include "isa/dispatch.h"
+#include "accuracy/storage.h"
 
 namespace quake::tests {
 

@@ -1,5 +1,5 @@
-// The accuracy sweep as a program, for `python -m quake_jax.accuracy --program`: the kernels of a processor that
-// Python does not run on, here or under an emulator. One question a call, answered in JSON:
+// The accuracy sweep as a program, for `python -m quake_jax.accuracy --program`: the kernels of a processor
+// that Python does not run on, here or under an emulator. One question a call, answered in JSON:
 //   sweep supported_isas
 //   sweep measure_accuracy FUNCTION DTYPE FIRST COUNT STRIDE ISA,… ORDER,…
 //   sweep evaluate FUNCTION DTYPE ISA|exact ORDER BITS,…
@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "accuracy.h"
-#include "dispatch.h"
+#include "accuracy/sweep.h"
+#include "isa/dispatch.h"
 
 namespace quake {
 namespace {
@@ -67,11 +67,11 @@ void print_kernel(const KernelAccuracy& kernel) {
   print_extreme("absolute", kernel.absolute);
   print_extreme("ulp", kernel.ulp);
   print_extreme("fall", kernel.fall);
-  std::printf("\"falls\": %llu, \"nan_made\": %llu, \"nan_lost\": %llu, \"out_of_range\": %llu, \"denormal\": %llu}",
-              static_cast<unsigned long long>(kernel.falls), static_cast<unsigned long long>(kernel.nan_made),
-              static_cast<unsigned long long>(kernel.nan_lost),
-              static_cast<unsigned long long>(kernel.out_of_range),
-              static_cast<unsigned long long>(kernel.denormal));
+  std::printf(
+      "\"falls\": %llu, \"nan_made\": %llu, \"nan_lost\": %llu, \"out_of_range\": %llu, \"denormal\": %llu}",
+      static_cast<unsigned long long>(kernel.falls), static_cast<unsigned long long>(kernel.nan_made),
+      static_cast<unsigned long long>(kernel.nan_lost), static_cast<unsigned long long>(kernel.out_of_range),
+      static_cast<unsigned long long>(kernel.denormal));
 }
 
 template <class T, class Print>
@@ -104,10 +104,12 @@ void answer(const std::vector<std::string>& question) {
       inputs.push_back(static_cast<std::uint32_t>(whole_number(bits)));
     }
     const KernelTable* table = question[3] == "exact" ? nullptr : find_table(question[3]);
-    print_list(evaluate(find_function(question[1]), find_dtype(question[2]), table, order_of(question[4]), inputs),
-               print_number);
+    print_list(
+        evaluate(find_function(question[1]), find_dtype(question[2]), table, order_of(question[4]), inputs),
+        print_number);
   } else {
-    throw std::invalid_argument("supported_isas, measure_accuracy or evaluate with its arguments (see sweep.cc)");
+    throw std::invalid_argument(
+        "supported_isas, measure_accuracy or evaluate with its arguments (see sweep.cc)");
   }
 }
 

@@ -1,8 +1,8 @@
 #!/bin/sh
-# valgrind.sh BUILD: runs the kernel tests of a build without sanitizers, and with XLA's headers, under valgrind, with
-# fewer sizes; minutes.
-# valgrind 3.19 shows programs a CPU with AVX2 and without AVX-512, and does not flush denormals: that a test fails
-# there (exit code 1) is of no account here, what valgrind says (99) is, and so is any other end.
+# valgrind.sh BUILD: runs the kernel tests of a build without sanitizers, and with XLA's headers, under
+# valgrind, with fewer sizes; minutes. valgrind 3.19 shows programs a CPU with AVX2 and without AVX-512, and
+# does not flush denormals: that a test fails there (exit code 1) is of no account here, what valgrind says (99)
+# is, and so is any other end.
 set -eu
 build=${1:?usage: valgrind.sh BUILD}
 command -v valgrind >/dev/null || { echo "valgrind.sh: valgrind is not installed" >&2; exit 1; }

@@ -1,7 +1,8 @@
 // NN-LUT against orders 1 to 3 on this machine: errors, and time in L1 and L2. From the repository root:
 //   cmake -S . -B build/kernels -DQUAKE_PYTHON_MODULE=OFF -DQUAKE_KERNEL_TESTS=ON &&
 //   cmake --build build/kernels --target bench_nn_lut && build/kernels/cpu_kernels/tests/bench_nn_lut
-// With --check only the check that the kernels are what their tables say; exit status 1 if not, 77 without AVX-512.
+// With --check only the check that the kernels are what their tables say; exit status 1 if not, 77 without
+// AVX-512.
 
 #include <algorithm>
 #include <chrono>
@@ -12,7 +13,7 @@
 #include <random>
 #include <vector>
 
-#include "denormals.h"
+#include "core/denormals.h"
 #include "nn_lut/nn_lut.h"
 
 namespace {

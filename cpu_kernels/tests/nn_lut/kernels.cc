@@ -1,22 +1,24 @@
 // exp, softmax and GELU from piecewise linear tables of 16 or 32 entries: NN-LUT (Yu et al., DAC 2022, arXiv
-// 2112.02191) where a table fits into one or two AVX-512 registers and a permutation looks it up. A study, in the
-// loops of generic/ and beside the project's own kernels; what comes out is in docs/approximations.md.
+// 2112.02191) where a table fits into one or two AVX-512 registers and a permutation looks it up. A study, in
+// the loops of generic/ and beside the project's own kernels; what comes out is in docs/approximations.md.
 
 #include <immintrin.h>
 
-#include "generic/prelude.h"
+#include "core/prelude.h"
+#include "elementwise/kernels.h"
+#include "rows/kernels.h"
 #include "nn_lut/nn_lut.h"
 #include "nn_lut/tables.h"
 
 namespace quake {
 namespace {
 
-constexpr bool kOnlyBFloat16 = false;
-#include "isa/avx512_shim.h"
-#include "generic/bfloat_words.h"
-#include "generic/simd.h"
-#include "generic/exp2.h"
-#include "generic/activations.h"
+#include "isa/avx512-inl.h"
+#include "core/bfloat_words-inl.h"
+#include "core/vector-inl.h"
+#include "core/exponential-inl.h"
+#include "core/tanh-inl.h"
+#include "elementwise/activations-inl.h"
 
 using nn_lut::Function;
 using nn_lut::Method;
@@ -156,8 +158,8 @@ requires(Code > kMaxOrder) QUAKE_INLINE vf exp_product(vf x, vf, NoCorrection, f
   return lut_exp<Code>(x);
 }
 
-#include "generic/map.h"
-#include "generic/softmax.h"
+#include "elementwise/map-inl.h"
+#include "rows/softmax-inl.h"
 
 using nn_lut::Kernel;
 

@@ -1,11 +1,12 @@
-// The seam between the NN-LUT kernels (kernels.cc, built for AVX-512) and what times and checks them (bench.cc).
+// The seam between the NN-LUT kernels (kernels.cc, built for AVX-512) and what times and checks them
+// (bench.cc).
 
 #ifndef QUAKE_TESTS_NN_LUT_NN_LUT_H_
 #define QUAKE_TESTS_NN_LUT_NN_LUT_H_
 
 #include <cstddef>
 
-#include "kernels.h"
+#include "table.h"
 
 namespace quake::nn_lut {
 
@@ -20,8 +21,8 @@ enum class Method {
   kFraction,  // exp only: the table is of 2^f, f in [0, 1), the exponent is split off as in the project
 };
 
-// slopes[k] z + intercepts[k] between breakpoints k - 1 and k. Except for kSearch, the functions are exp(-z) and
-// -z Q(z) = gelu(-z) for z from 0 to upper, where they are 0.
+// slopes[k] z + intercepts[k] between breakpoints k - 1 and k. Except for kSearch, the functions are exp(-z)
+// and -z Q(z) = gelu(-z) for z from 0 to upper, where they are 0.
 template <int N>
 struct Table {
   float upper, scale, offset;
@@ -35,8 +36,8 @@ inline constexpr Table<N> kTable = {};
 struct Kernel {
   Function function;
   const char* name;
-  ElementwiseFn map;         // the function
-  RowsFn softmax = nullptr;  // softmax with this exponential
+  ElementwiseKernels::UnaryFn map;       // the function
+  RowKernels::RowsFn softmax = nullptr;  // softmax with this exponential
   Method method = Method::kOrder;
   int entries = 0;  // of the table, if there is one
   float upper = 0;

@@ -1,0 +1,50 @@
+// One call of attention: what its two ways of running (blocks.h, few_rows.h) have in common.
+
+#ifndef QUAKE_ATTENTION_CALL_H_
+#define QUAKE_ATTENTION_CALL_H_
+
+#include <atomic>
+#include <cstddef>
+
+#include "attention/kernels.h"
+#include "attention/masks.h"
+#include "attention/partials.h"
+#include "attention/plan.h"
+#include "attention/problem.h"
+
+namespace quake {
+
+class AttentionCall {
+ public:
+  AttentionCall(const AttentionProblem& problem, const AttentionKernels& kernels, int order_index);
+
+  const char* query_row(std::size_t batch, const Row& row) const;
+  const char* key_row(const AttentionProblem::Operand& operand, std::size_t batch, std::size_t kv_head,
+                      std::size_t key) const;
+
+  // Soft cap, bias and masks of a tile's scores, which are those of the keys [key, key + count). Masks change
+  // the pieces in `mixed` alone.
+  void adjust(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t key, std::size_t count,
+              std::uint32_t mixed, float* scores) const;
+  // Fetches what adjust() will read, while the scores are computed.
+  void prefetch_adjustments(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t key,
+                            std::size_t count, bool mixed) const;
+  // Writes a row of the output, and its residual.
+  void finish_row(std::size_t batch, const Row& row, float maximum, const WeightSum& sum,
+                  const float* accumulators) const;
+
+  const AttentionProblem& p;
+  const AttentionKernels& kernels;
+  const int order, dtype;  // as the table is indexed
+  const Plan plan;
+  Masks masks;
+  Partials partials;                // of splits
+  std::atomic<bool> failed{false};  // memory was refused
+
+ private:
+  const char* bias_at(std::size_t batch, const Row& row, std::size_t key) const;
+};
+
+}  // namespace quake
+
+#endif  // QUAKE_ATTENTION_CALL_H_

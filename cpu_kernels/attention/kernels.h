@@ -1,0 +1,97 @@
+// The kernels of fused attention: their slice of an instruction set's table.
+
+#ifndef QUAKE_ATTENTION_KERNELS_H_
+#define QUAKE_ATTENTION_KERNELS_H_
+
+#include "core/packed.h"
+#include "core/types.h"
+
+namespace quake {
+
+// The sum of the weights of a row of attention: as they are multiplied with the values, which may have rounded
+// them and is what the output is divided by, and as they were computed, for the log-sum-exp.
+struct WeightSum {
+  float used = 0, exact = 0;
+};
+
+// The pieces of fused attention; driver.cc puts them together. Sums, scores and what is done to them are
+// float32. What the two products multiply is packed into words (core/packed.h): float32, into which the packing
+// converts 16-bit types, or pairs of bfloat16, where the instruction set multiplies them directly. The kernels
+// of a dtype belong together.
+//
+// words(n) is that of the dtype's layout. A row tile is up to `row_tile` query rows; its packed queries are
+// [words(size)][row_tile], rows that do not exist being 0. A key tile is up to kKeyTile keys; its packed keys
+// are a PackedMatrix of size x keys, its packed values one of keys x value size. Scores are rows of
+// kScoreStride, and so are the weights that replace them, of words(count) words.
+struct AttentionKernels {
+  static constexpr std::size_t kKeyTile = 256;
+  // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.
+  static constexpr std::size_t kScoreStride = kKeyTile + 16;
+
+  // Up to this many rows of a key/value head, reading keys and values once is all that counts: they are read
+  // where they lie (…_in_place), and the rows are not cut into tiles.
+  static constexpr std::size_t kFewRows = 8;
+
+  std::size_t row_tile, lanes;
+  PackedLayout layout[kDTypes];
+
+  // `count` pointers to rows of `size` elements. Rows past row_tile are not packed, but where they can be read
+  // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score:
+  // bfloat16 queries have no room for it.
+  using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                                 PackedWord* out);
+  using PackKeysFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                              PackedWord* out);
+  using PackValuesFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                                std::size_t capacity, PackedWord* out);
+  PackQueriesFn pack_queries[kDTypes];
+  PackKeysFn pack_keys[kDTypes];
+  PackValuesFn pack_values[kDTypes];
+
+  // scores = scale * queries · keys, of whole vectors of keys.
+  using ScoreFn = void (*)(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
+                           std::size_t count, std::size_t size, float scale, float* scores);
+  ScoreFn score[kDTypes];
+  // scores = cap * tanh(scores / cap)
+  void (*soft_cap[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float cap);
+  // One row: scores += bias, whose elements are `stride` apart.
+  void (*add_bias[kDTypes])(float* scores, const void* bias, std::ptrdiff_t stride, std::size_t count);
+  // One row: scores = kept ? scores : fill, with contiguous mask bytes.
+  void (*apply_mask)(float* scores, const unsigned char* mask, std::size_t count, float fill);
+  // One step of online softmax: raises the rows' maxima, replaces the scores by words of e^(score - maximum),
+  // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past
+  // `count` up to a whole vector become 0.
+  using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
+                           float* accumulators, std::size_t accumulator_stride, std::size_t size);
+  WeighFn weigh[kDTypes][kMaxOrder];
+  // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
+  using AccumulateFn = void (*)(const PackedWord* weights, std::size_t rows, const PackedWord* values,
+                                std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
+                                std::size_t accumulator_stride);
+  AccumulateFn accumulate[kDTypes];
+  // out = accumulators / sum
+  void (*finish[kDTypes])(const float* accumulators, std::size_t size, float sum, void* out);
+  // What log(sum) lacks: the exponential of order 1 has a constant factor.
+  float log_sum_correction[kMaxOrder];
+
+  // For few rows, where packing would cost more than the products: score and accumulate from keys and values
+  // where they lie. A step takes a few keys of all heads, so that memory is read in the order in which heads
+  // and keys usually lie, which hardware fetches ahead. The rows of a head follow those of the head before, in
+  // the queries (of `query_stride` floats, padded with 0 to whole vectors), scores and accumulators alike. What
+  // is done in between is float32's.
+  struct InPlace {
+    std::size_t heads, count;            // key/value heads, and keys
+    std::ptrdiff_t head_stride, stride;  // in elements
+  };
+  //
+  // `out` = scale * the query, as float32, padded with 0 to whole vectors.
+  void (*convert_query[kDTypes])(const void* in, std::size_t size, float scale, float* out);
+  void (*score_in_place[kDTypes])(const float* queries, std::size_t query_stride, std::size_t rows,
+                                  const void* keys, InPlace at, std::size_t size, float* scores);
+  void (*accumulate_in_place[kDTypes])(const float* scores, std::size_t rows, const void* values, InPlace at,
+                                       std::size_t size, float* accumulators, std::size_t accumulator_stride);
+};
+
+}  // namespace quake
+
+#endif  // QUAKE_ATTENTION_KERNELS_H_

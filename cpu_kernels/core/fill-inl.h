@@ -1,0 +1,18 @@
+// How the families fill their slices of the table. Included inside an instruction set's namespace.
+
+template <class T>
+constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+constexpr DType kDTypeOf<bfloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDTypeOf<float16> = DType::kFloat16;
+
+// A slot for every order: kernel<Order>() returns a kernel.
+template <class Fn, class Kernel>
+void fill_orders(Fn (&slots)[kMaxOrder], const Kernel& kernel) {
+  slots[0] = kernel.template operator()<1>();
+  slots[1] = kernel.template operator()<2>();
+  slots[2] = kernel.template operator()<3>();
+  slots[3] = kernel.template operator()<4>();
+  slots[4] = kernel.template operator()<5>();
+}

@@ -1,0 +1,62 @@
+// What the packed words of the matrix product hold (PackedWord): how they are made, loaded and multiplied.
+// Included inside an instruction set's namespace, after vector-inl.h.
+
+// The words of float32 vectors.
+QUAKE_INLINE const float* as_floats(const PackedWord* p) { return reinterpret_cast<const float*>(p); }
+QUAKE_INLINE float* as_floats(PackedWord* p) { return reinterpret_cast<float*>(p); }
+
+// One element, as a float32.
+template <class T>
+struct FloatWords {
+  static constexpr std::size_t kPerWord = 1;
+  static constexpr bool kFromMemory = sizeof(T) == sizeof(float);  // packing does not convert
+  static constexpr bool kScaleInQueries = true;
+  using Vector = vf;
+
+  QUAKE_INLINE vf load_words(const PackedWord* p) { return load(as_floats(p)); }
+  QUAKE_INLINE vf broadcast(const PackedWord* p) { return set1(*as_floats(p)); }
+  QUAKE_INLINE vf multiply_add(vf a, vf b, vf c) { return fma(a, b, c); }
+  // The words of a row, up to a whole vector, of which `left` elements are left; the others are 0.
+  QUAKE_INLINE vf convert(const T* row, std::size_t left) {
+    return load_up_to(row, left < kLanes ? left : kLanes);
+  }
+};
+
+// Two neighbours, as bfloat16. A template, so that an instruction set without their products can read past it;
+// T is bfloat16.
+template <class T>
+struct BFloatPairs {
+  static constexpr std::size_t kPerWord = 2;
+  static constexpr bool kFromMemory = true;
+  static constexpr bool kScaleInQueries = false;
+  using Vector = vi;
+
+  QUAKE_INLINE vi load_words(const PackedWord* p) { return as_int(load(as_floats(p))); }
+  QUAKE_INLINE vi broadcast(const PackedWord* p) {
+    std::int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return word - vi{};
+  }
+  QUAKE_INLINE vf multiply_add(vi a, vi b, vf c) { return pair_products(a, b, c); }
+  QUAKE_INLINE vf convert(const T* row, std::size_t left) {
+    return as_float(load_bfloats(&row->bits, left < 2 * kLanes ? left : 2 * kLanes));
+  }
+};
+
+template <class Words>
+constexpr std::size_t words(std::size_t elements) {
+  return ceil_div(elements, Words::kPerWord);
+}
+
+// The words that a type is packed into, and those that are multiplied: packing converts what the instruction
+// set does not multiply as it is.
+template <class T, bool kInPairs = kHasBFloatProducts>
+struct WordsOf {
+  using Packed = FloatWords<T>;
+  using Product = FloatWords<float>;
+};
+template <>
+struct WordsOf<bfloat16, true> {
+  using Packed = BFloatPairs<bfloat16>;
+  using Product = BFloatPairs<bfloat16>;
+};

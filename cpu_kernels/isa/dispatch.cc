@@ -1,0 +1,86 @@
+#include "isa/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <stdexcept>
+
+#include "isa/sets.h"
+
+namespace quake {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const char* extended;  // the set that it adds to, or "none"
+  bool (*runs_here)();   // but for what the extended one takes
+  void (*fill)(KernelTable&);
+};
+
+// The rows of the sets that were compiled (CMakeLists.txt defines QUAKE_HAVE_name as 1 or 0). The compiler's
+// builtin asks cpuid, and whether the operating system saves the wide registers.
+constexpr InstructionSet kSets[] = {
+#define QUAKE_ROW_1(...) {__VA_ARGS__},
+#define QUAKE_ROW_0(...)
+#define QUAKE_ROW_IF(built, ...) QUAKE_ROW_##built(__VA_ARGS__)
+#define QUAKE_ROW(built, ...) QUAKE_ROW_IF(built, __VA_ARGS__)
+#define HAS(feature) &&__builtin_cpu_supports(#feature)
+#define QUAKE_ISA(processor, name, extended, features) \
+  QUAKE_ROW(                                           \
+      QUAKE_HAVE_##name, #name, #extended, []() -> bool { return true features; }, isa::fill_##name)
+#include "isa/list.h"
+#undef QUAKE_ISA
+#undef HAS
+};
+
+const KernelTable* find(const std::list<KernelTable>& tables, const char* name) {
+  for (const KernelTable& table : tables) {
+    if (std::strcmp(table.isa, name) == 0) return &table;
+  }
+  return nullptr;
+}
+
+std::list<KernelTable> make_tables() {
+  std::list<KernelTable> tables;
+  for (const InstructionSet& set : kSets) {
+    const bool extends = std::strcmp(set.extended, "none") != 0;
+    const KernelTable* const extended = extends ? find(tables, set.extended) : nullptr;
+    if ((extends && !extended) || !set.runs_here()) continue;
+    KernelTable& table = tables.emplace_back(extended ? *extended : KernelTable{});
+    table.isa = set.name;
+    set.fill(table);
+  }
+  return tables;
+}
+
+}  // namespace
+
+const std::vector<const KernelTable*>& supported_tables() {
+  static const std::list<KernelTable> tables = make_tables();
+  static const std::vector<const KernelTable*> pointers = [] {
+    std::vector<const KernelTable*> all;
+    for (const KernelTable& table : tables) all.push_back(&table);
+    return all;
+  }();
+  return pointers;
+}
+
+const KernelTable& active_table() {
+  static const KernelTable& table = []() -> const KernelTable& {
+    const std::vector<const KernelTable*>& tables = supported_tables();
+    const char* wanted = std::getenv("QUAKE_JAX_ISA");
+    if (wanted == nullptr || *wanted == '\0') return *tables.back();
+    std::string names;
+    for (const KernelTable* candidate : tables) {
+      if (std::string(wanted) == candidate->isa) return *candidate;
+      names += names.empty() ? "" : ", ";
+      names += candidate->isa;
+    }
+    throw std::runtime_error("QUAKE_JAX_ISA is '" + std::string(wanted) +
+                             "', but this machine and build support: " + names +
+                             ". Unset it to use the best one.");
+  }();
+  return table;
+}
+
+}  // namespace quake

@@ -1,0 +1,22 @@
+// Chooses the kernel table for this machine, once per process.
+
+#ifndef QUAKE_ISA_DISPATCH_H_
+#define QUAKE_ISA_DISPATCH_H_
+
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace quake {
+
+// The tables that were compiled in and that this machine can run, best last; never empty.
+const std::vector<const KernelTable*>& supported_tables();
+
+// The table in use: the best supported one, or the one that the environment variable QUAKE_JAX_ISA
+// names. Throws std::runtime_error with the list of supported names if that name is not among them.
+const KernelTable& active_table();
+
+}  // namespace quake
+
+#endif  // QUAKE_ISA_DISPATCH_H_

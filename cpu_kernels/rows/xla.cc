@@ -1,0 +1,126 @@
+// The FFI handlers of reductions of an axis: they decode and validate XLA's buffers and call the driver.
+
+#include "rows/xla.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "rows/driver.h"
+#include "isa/dispatch.h"
+#include "xla/binding.h"
+#include "xla/buffers.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla/pool.h"
+
+namespace quake {
+namespace {
+
+using namespace handlers;
+
+ffi::Error check_axis(const char* target, std::int32_t axis, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y,
+                      bool removed) {
+  const auto from = x.dimensions(), to = y.dimensions();
+  const auto rank = static_cast<std::int32_t>(from.size());
+  if (axis < 0 || axis >= rank) {
+    return invalid(target, "axis is " + std::to_string(axis) + " for " + describe(x) + ", expected 0 to " +
+                               std::to_string(rank - 1));
+  }
+  std::vector<std::int64_t> expected(from.begin(), from.end());
+  if (removed) expected.erase(expected.begin() + axis);
+  if (!std::ranges::equal(expected, to)) {
+    return mismatch(target, x, y, removed ? "a result without the axis" : "the same shape");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error call_reduction(const char* target, Reduction reduction, ffi::ThreadPool pool, std::int32_t order,
+                          std::int32_t axis, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
+  if (call.has_error()) return call.error();
+  const bool removed = reduction == Reduction::kLogSumExp;
+  if (ffi::Error error = check_axis(target, axis, x, *y, removed); error.failure()) return error;
+  if (x.element_count() == 0) {
+    // A result without the axis may have elements all the same: the logarithm of an empty sum.
+    if (y->element_count() > 0) return invalid(target, "the axis of " + describe(x) + " is empty");
+    return ffi::Error::Success();
+  }
+  return outcome(target, run_reduction(active_table().rows, reduction, call->dtype, call->order_index,
+                                       view_axis(shape(x), static_cast<std::size_t>(axis)), bytes(x),
+                                       y->untyped_data(), on_pool(pool)));
+}
+
+ffi::Error call_masked(const char* target, Reduction reduction, ffi::ThreadPool pool, std::int32_t order,
+                       std::int32_t axis, ffi::AnyBuffer x, ffi::AnyBuffer mask,
+                       ffi::Result<ffi::AnyBuffer> y) {
+  const ffi::ErrorOr<Call> call = check(target, order, x, {&*y});
+  if (call.has_error()) return call.error();
+  if (ffi::Error error = check_axis(target, axis, x, *y, false); error.failure()) return error;
+  const auto dims = x.dimensions(), mask_dims = mask.dimensions();
+  bool fits =
+      mask.element_type() == ffi::PRED && mask_dims.size() == dims.size() && mask_dims.back() == dims.back();
+  for (std::size_t i = 0; fits && i < dims.size(); ++i) {
+    fits = mask_dims[i] == dims[i] || mask_dims[i] == 1;
+  }
+  if (!fits || axis + 1 != static_cast<std::int32_t>(dims.size())) {
+    return mismatch(target, x, mask, "the last axis, and a boolean mask that broadcasts over the others");
+  }
+  if (x.element_count() == 0) return ffi::Error::Success();
+  const MaskedProblem problem = {.in = bytes(x),
+                                 .out = y->untyped_data(),
+                                 .shape = shape(x),
+                                 .mask = static_cast<const unsigned char*>(mask.untyped_data()),
+                                 .mask_shape = shape(mask)};
+  return outcome(target, run_masked_reduction(active_table().rows, reduction, call->dtype, call->order_index,
+                                              problem, on_pool(pool)));
+}
+
+// ---- The handlers: one function per target ----
+
+constexpr const char* kReductionNames[] = {"quake_jax_softmax", "quake_jax_log_softmax", "quake_jax_logsumexp"};
+constexpr const char* kMaskedNames[] = {"quake_jax_softmax_where", "quake_jax_log_softmax_where"};
+
+template <Reduction reduction>
+XLA_FFI_Error* reduction_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      bind()
+          .Attr<std::int32_t>("axis")
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return call_reduction(kReductionNames[static_cast<int>(reduction)], reduction, arguments...);
+          })
+          .release();
+  return handler->Call(frame);
+}
+
+template <Reduction reduction>
+XLA_FFI_Error* masked_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      bind()
+          .Attr<std::int32_t>("axis")
+          .Arg<ffi::AnyBuffer>()
+          .Arg<ffi::AnyBuffer>()
+          .Ret<ffi::AnyBuffer>()
+          .To([](auto... arguments) {
+            return call_masked(kMaskedNames[static_cast<int>(reduction)], reduction, arguments...);
+          })
+          .release();
+  return handler->Call(frame);
+}
+
+}  // namespace
+
+FfiTargets rows_targets() {
+  return {
+      {kReductionNames[0], reduction_handler<Reduction::kSoftmax>},
+      {kReductionNames[1], reduction_handler<Reduction::kLogSoftmax>},
+      {kReductionNames[2], reduction_handler<Reduction::kLogSumExp>},
+      {kMaskedNames[0], masked_handler<Reduction::kSoftmax>},
+      {kMaskedNames[1], masked_handler<Reduction::kLogSoftmax>},
+  };
+}
+
+}  // namespace quake

@@ -1,0 +1,412 @@
+// Calls of handlers as values: what they take and give, run between guard pages, and the same computed by the
+// kernels alone.
+
+#ifndef QUAKE_TESTS_XLA_HANDLER_CALLS_H_
+#define QUAKE_TESTS_XLA_HANDLER_CALLS_H_
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention/driver.h"
+#include "targets.h"
+#include "tests/xla/fake_xla.h"
+#include "tests/harness.h"
+
+namespace quake::tests {
+
+inline constexpr XLA_FFI_DataType kXlaTypes[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
+                                                 XLA_FFI_DataType_F16};  // in the order of DType
+
+using Dims = std::vector<std::int64_t>;
+
+inline std::size_t count_of(const Dims& dims) {
+  std::size_t count = 1;
+  for (const std::int64_t size : dims) count *= static_cast<std::size_t>(size);
+  return count;
+}
+
+inline std::size_t size_of(XLA_FFI_DataType type) {
+  switch (type) {
+    case XLA_FFI_DataType_PRED:
+    case XLA_FFI_DataType_S8:
+      return 1;
+    case XLA_FFI_DataType_F16:
+    case XLA_FFI_DataType_BF16:
+      return 2;
+    case XLA_FFI_DataType_F64:
+    case XLA_FFI_DataType_S64:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
+struct Operand {
+  XLA_FFI_DataType type;
+  Dims dims;
+  std::vector<char> bytes;
+};
+
+struct Result {
+  XLA_FFI_DataType type;
+  Dims dims;
+  std::size_t bytes() const { return count_of(dims) * size_of(type); }
+};
+
+struct HandlerCall {
+  std::string target;
+  std::vector<Attribute> attributes;
+  std::vector<Operand> operands;
+  std::vector<Result> results;
+  // The same by calling kernels directly: operands' and results' data, in order.
+  std::function<void(const std::vector<const char*>&, const std::vector<char*>&)> direct;
+
+  void set(const std::string& name, std::int32_t value) {
+    for (Attribute& a : attributes) {
+      if (a.name == name) a.value = value;
+    }
+  }
+};
+
+inline XLA_FFI_Handler* find_handler(const std::string& target) {
+  static const std::vector<FfiTarget> targets = ffi_targets();
+  for (const FfiTarget& t : targets) {
+    if (target == t.name) return t.handler;
+  }
+  std::fprintf(stderr, "no target %s\n", target.c_str());
+  std::exit(2);
+}
+
+// Where a buffer lies between its inaccessible pages.
+enum class Place { kStart, kEnd };
+
+struct Outcome {
+  std::string error;
+  std::vector<std::vector<char>> results;
+};
+
+// Every buffer has inaccessible pages of its own on both sides. Results are filled with `fill` before.
+inline Outcome run_call(const HandlerCall& call, Pool& pool, Place place, char fill = 0x7f) {
+  std::vector<std::unique_ptr<GuardedBuffer>> memory;
+  const auto put = [&](std::size_t bytes) {
+    memory.emplace_back(new GuardedBuffer(std::max<std::size_t>(bytes, 1)));
+    return place == Place::kEnd ? memory.back()->at_end(bytes) : memory.back()->at_start();
+  };
+  std::vector<Buffer> arguments, results;
+  for (const Operand& operand : call.operands) {
+    char* data = put(operand.bytes.size());
+    std::copy(operand.bytes.begin(), operand.bytes.end(), data);
+    arguments.push_back({operand.type, operand.dims, data});
+  }
+  for (const Result& result : call.results) {
+    char* data = put(result.bytes());
+    std::fill_n(data, result.bytes(), fill);
+    results.push_back({result.type, result.dims, data});
+  }
+  Outcome outcome;
+  outcome.error = call_handler(find_handler(call.target), pool, call.attributes, arguments, results);
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const char* data = static_cast<const char*>(results[i].data);
+    outcome.results.emplace_back(data, data + call.results[i].bytes());
+  }
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const std::vector<char>& before = call.operands[i].bytes;
+    check(std::equal(before.begin(), before.end(), static_cast<const char*>(arguments[i].data)),
+          "%s: operand %zu was written to", call.target.c_str(), i);
+  }
+  return outcome;
+}
+
+inline Outcome run_directly(const HandlerCall& call) {
+  ScopedFlushDenormals flush;
+  Outcome outcome;
+  std::vector<const char*> in;
+  std::vector<char*> out;
+  for (const Operand& operand : call.operands) in.push_back(operand.bytes.data());
+  for (const Result& result : call.results) outcome.results.emplace_back(result.bytes());
+  for (std::vector<char>& bytes : outcome.results) out.push_back(bytes.data());
+  call.direct(in, out);
+  return outcome;
+}
+
+// ---- Calls of every target; the direct computation runs on one thread, in one piece ----
+
+inline Operand normal_operand(const Storage& storage, Dims dims, std::mt19937& random) {
+  std::vector<char> bytes = random_input(storage, count_of(dims), random);
+  return {kXlaTypes[static_cast<int>(storage.dtype)], std::move(dims), std::move(bytes)};
+}
+
+inline Result result_of(const Storage& storage, Dims dims) {
+  return {kXlaTypes[static_cast<int>(storage.dtype)], std::move(dims)};
+}
+
+inline HandlerCall elementwise_call(Unary function, const Storage& storage, int order, Dims dims,
+                                    std::mt19937& random) {
+  constexpr const char* kNames[] = {
+#define QUAKE_NAME(name, Functor) "quake_jax_" #name,
+      QUAKE_UNARY_KERNELS(QUAKE_NAME)
+#undef QUAKE_NAME
+  };
+  const ElementwiseKernels::UnaryFn kernel =
+      active_table().elementwise.unary[static_cast<int>(function)][static_cast<int>(storage.dtype)][order - 1];
+  const std::size_t count = count_of(dims);
+  return {kNames[static_cast<int>(function)],
+          {{"order", order}},
+          {normal_operand(storage, dims, random)},
+          {result_of(storage, dims)},
+          [=](const auto& in, const auto& out) { kernel(in[0], out[0], count, Stores::kCached); }};
+}
+
+enum class BinaryForm { kSameShape, kSplit, kBiased };
+
+inline constexpr const char* kBinaryNames[] = {
+#define QUAKE_NAME(name, Functor) "quake_jax_" #name,
+    QUAKE_BINARY_KERNELS(QUAKE_NAME)
+#undef QUAKE_NAME
+};
+
+// The forms that a function has a target for.
+inline std::vector<BinaryForm> forms_of(Binary function) {
+  if (function >= Binary::kBiasSilu) return {BinaryForm::kBiased};
+  if (function == Binary::kLogAddExp) return {BinaryForm::kSameShape};
+  return {BinaryForm::kSameShape, BinaryForm::kSplit};
+}
+
+// `dims` are those of the result.
+inline HandlerCall binary_call(Binary function, BinaryForm form, bool gate_first, const Storage& storage,
+                               int order, const Dims& dims, std::mt19937& random) {
+  const ElementwiseKernels::BinaryFn kernel =
+      active_table().elementwise.binary[static_cast<int>(function)][static_cast<int>(storage.dtype)][order - 1];
+  const std::size_t columns = static_cast<std::size_t>(dims.back()), count = count_of(dims);
+  const std::size_t rows = columns == 0 ? 0 : count / columns, row = columns * storage.size;
+  HandlerCall call;
+  call.target = kBinaryNames[static_cast<int>(function)];
+  call.attributes = {{"order", order}};
+  call.results = {result_of(storage, dims)};
+  if (form == BinaryForm::kSplit) {
+    call.target += "_split";
+    call.attributes.push_back({"gate_first", static_cast<std::int32_t>(gate_first)});
+    Dims wide = dims;
+    wide.back() *= 2;
+    call.operands = {normal_operand(storage, wide, random)};
+    call.direct = [=](const auto& in, const auto& out) {
+      const char* halves[] = {in[0], in[0] + row};
+      kernel(halves[!gate_first], 2 * columns, halves[gate_first], 2 * columns, out[0], rows, columns,
+             Stores::kCached);
+    };
+    return call;
+  }
+  const bool biased = form == BinaryForm::kBiased;
+  call.operands = {normal_operand(storage, dims, random),
+                   normal_operand(storage, biased ? Dims{dims.back()} : dims, random)};
+  call.direct = [=](const auto& in, const auto& out) {
+    kernel(in[0], columns, in[1], biased ? 0 : columns, out[0], rows, columns, Stores::kCached);
+  };
+  return call;
+}
+
+inline HandlerCall reduction_call(Reduction reduction, const Storage& storage, int order, const Dims& dims,
+                                  int axis, std::mt19937& random) {
+  constexpr const char* kNames[] = {"quake_jax_softmax", "quake_jax_log_softmax", "quake_jax_logsumexp"};
+  const int r = static_cast<int>(reduction), d = static_cast<int>(storage.dtype);
+  const bool removed = reduction == Reduction::kLogSumExp;
+  std::size_t outer = 1, inner = 1;
+  for (int i = 0; i < static_cast<int>(dims.size()); ++i) {
+    if (i < axis) outer *= static_cast<std::size_t>(dims[static_cast<std::size_t>(i)]);
+    if (i > axis) inner *= static_cast<std::size_t>(dims[static_cast<std::size_t>(i)]);
+  }
+  const std::size_t length = static_cast<std::size_t>(dims[static_cast<std::size_t>(axis)]);
+  const std::size_t size = storage.size;
+  const RowKernels::RowsFn rows = active_table().rows.rows[r][d][order - 1];
+  const RowKernels::ColumnsFn columns = active_table().rows.columns[r][d][order - 1];
+  Dims to = dims;
+  if (removed) to.erase(to.begin() + axis);
+  return {kNames[r],
+          {{"order", order}, {"axis", axis}},
+          {normal_operand(storage, dims, random)},
+          {result_of(storage, to)},
+          [=](const auto& in, const auto& out) {
+            if (inner == 1) {
+              rows(in[0], out[0], outer, length, Stores::kCached);
+              return;
+            }
+            for (std::size_t i = 0; i < outer; ++i) {
+              columns(in[0] + i * length * inner * size, out[0] + i * (removed ? 1 : length) * inner * size,
+                      length, inner, inner);
+            }
+          }};
+}
+
+inline Operand mask_operand(Dims dims, std::mt19937& random) {
+  std::vector<char> bytes(count_of(dims));
+  for (char& byte : bytes) byte = random() % 3 != 0;
+  return {XLA_FFI_DataType_PRED, std::move(dims), std::move(bytes)};
+}
+
+// Over the last axis. `mask_dims` may have 1 in place of others.
+inline HandlerCall masked_call(Reduction reduction, const Storage& storage, int order, const Dims& dims,
+                               const Dims& mask_dims, std::mt19937& random) {
+  constexpr const char* kNames[] = {"quake_jax_softmax_where", "quake_jax_log_softmax_where"};
+  const int r = static_cast<int>(reduction);
+  const RowKernels::MaskedFn kernel = active_table().rows.masked[r][static_cast<int>(storage.dtype)][order - 1];
+  const std::size_t columns = static_cast<std::size_t>(dims.back());
+  const std::size_t row = columns * storage.size;
+  return {kNames[r],
+          {{"order", order}, {"axis", static_cast<std::int32_t>(dims.size()) - 1}},
+          {normal_operand(storage, dims, random), mask_operand(mask_dims, random)},
+          {result_of(storage, dims)},
+          [=](const auto& in, const auto& out) {
+            // The mask row of a row, from the indices of the axes.
+            const std::size_t rows = columns == 0 ? 0 : count_of(dims) / columns;
+            for (std::size_t i = 0; i < rows; ++i) {
+              std::size_t left = i, stride = columns, offset = 0;
+              for (std::size_t axis = dims.size() - 1; axis-- > 0;) {
+                const std::size_t index = left % static_cast<std::size_t>(dims[axis]);
+                left /= static_cast<std::size_t>(dims[axis]);
+                if (mask_dims[axis] != 1) offset += index * stride;
+                stride *= static_cast<std::size_t>(mask_dims[axis]);
+              }
+              kernel(in[0] + i * row, reinterpret_cast<const unsigned char*>(in[1]), &offset, out[0] + i * row,
+                     1, columns);
+            }
+          }};
+}
+
+struct AttentionShape {
+  std::int64_t batch = 1, query_length = 1, key_length = 1, heads = 1, kv_heads = 1, head_size = 1,
+               value_size = 1;
+  int packed_axis = 0;  // then key_length, kv_heads and value_size are those of the queries
+  bool bias = false, mask = false, query_lengths = false, key_lengths = false;
+  const Storage* bias_storage = &kStorage[0];
+  unsigned bias_broadcast = 0, mask_broadcast = 0;  // bits: batch, head, query, key
+  bool is_causal = false;
+  int window_left = -1, window_right = -1;
+  float soft_cap = 0;
+};
+
+inline Dims broadcast_dims(const AttentionShape& s, unsigned broadcast) {
+  Dims dims = {s.batch, s.heads, s.query_length, s.key_length};
+  for (std::size_t i = 0; i < 4; ++i) {
+    if (broadcast >> i & 1) dims[i] = 1;
+  }
+  return dims;
+}
+
+inline AttentionProblem::Strides broadcast_strides(const Dims& dims) {
+  std::ptrdiff_t strides[4], next = 1;
+  for (std::size_t i = 4; i-- > 0;) {
+    strides[i] = dims[i] == 1 ? 0 : next;
+    next *= dims[i];
+  }
+  return {strides[0], strides[1], strides[2], strides[3]};
+}
+
+inline Operand lengths_operand(std::int64_t batch, std::int64_t length, std::mt19937& random) {
+  std::vector<char> bytes(static_cast<std::size_t>(batch) * 4);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(batch); ++i) {
+    const auto value = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(length + 3)) - 1;
+    std::memcpy(bytes.data() + 4 * i, &value, 4);
+  }
+  return {XLA_FFI_DataType_S32, {batch}, std::move(bytes)};
+}
+
+inline AttentionProblem problem_of(const AttentionShape& s, const Storage& storage,
+                                   const std::vector<const char*>& in, const std::vector<char*>& out) {
+  AttentionProblem p;
+  p.dtype = storage.dtype;
+  p.batch = static_cast<std::size_t>(s.batch);
+  p.query_length = static_cast<std::size_t>(s.query_length);
+  p.key_length = static_cast<std::size_t>(s.key_length);
+  p.query_heads = static_cast<std::size_t>(s.heads);
+  p.kv_heads = static_cast<std::size_t>(s.kv_heads);
+  p.head_size = static_cast<std::size_t>(s.head_size);
+  p.value_size = static_cast<std::size_t>(s.value_size);
+  std::size_t next = 3;
+  if (s.packed_axis != 0) {
+    next = 1;
+    const std::ptrdiff_t time = 3 * s.heads * s.head_size;
+    const std::ptrdiff_t slice = s.packed_axis == 2 ? s.heads * s.head_size : s.head_size;
+    const std::ptrdiff_t head = s.packed_axis == 2 ? s.head_size : 3 * s.head_size;
+    AttentionProblem::Operand* const operands[] = {&p.query, &p.key, &p.value};
+    for (std::ptrdiff_t i = 0; i < 3; ++i) {
+      // Without elements there is no memory, and no offset into it.
+      const std::ptrdiff_t offset =
+          in[0] == nullptr ? 0 : i * slice * static_cast<std::ptrdiff_t>(storage.size);
+      *operands[i] = {in[0] + offset, s.query_length * time, time, head};
+    }
+  } else {
+    const auto whole = [](const char* data, std::int64_t time, std::int64_t heads, std::int64_t size) {
+      return AttentionProblem::Operand{data, time * heads * size, heads * size, size};
+    };
+    p.query = whole(in[0], s.query_length, s.heads, s.head_size);
+    p.key = whole(in[1], s.key_length, s.kv_heads, s.head_size);
+    p.value = whole(in[2], s.key_length, s.kv_heads, s.value_size);
+  }
+  if (s.bias) {
+    p.bias = in[next++];
+    p.bias_dtype = s.bias_storage->dtype;
+    p.bias_strides = broadcast_strides(broadcast_dims(s, s.bias_broadcast));
+  }
+  if (s.mask) {
+    p.mask = reinterpret_cast<const unsigned char*>(in[next++]);
+    p.mask_strides = broadcast_strides(broadcast_dims(s, s.mask_broadcast));
+  }
+  if (s.query_lengths) p.query_lengths = reinterpret_cast<const std::int32_t*>(in[next++]);
+  if (s.key_lengths) p.key_lengths = reinterpret_cast<const std::int32_t*>(in[next++]);
+  p.out = out[0];
+  p.residual = reinterpret_cast<float*>(out[1]);
+  p.scale = 0.25f;
+  p.soft_cap = s.soft_cap;
+  p.is_causal = s.is_causal;
+  p.window_left = s.window_left;
+  p.window_right = s.window_right;
+  return p;
+}
+
+inline HandlerCall attention_call(const AttentionShape& s, const Storage& storage, int order,
+                                  std::mt19937& random) {
+  HandlerCall call;
+  call.target = "quake_jax_dot_product_attention";
+  if (s.packed_axis == 2) {
+    call.operands = {normal_operand(storage, {s.batch, s.query_length, 3, s.heads, s.head_size}, random)};
+  } else if (s.packed_axis == 3) {
+    call.operands = {normal_operand(storage, {s.batch, s.query_length, s.heads, 3, s.head_size}, random)};
+  } else {
+    call.operands = {normal_operand(storage, {s.batch, s.query_length, s.heads, s.head_size}, random),
+                     normal_operand(storage, {s.batch, s.key_length, s.kv_heads, s.head_size}, random),
+                     normal_operand(storage, {s.batch, s.key_length, s.kv_heads, s.value_size}, random)};
+  }
+  if (s.bias) {
+    call.operands.push_back(normal_operand(*s.bias_storage, broadcast_dims(s, s.bias_broadcast), random));
+  }
+  if (s.mask) call.operands.push_back(mask_operand(broadcast_dims(s, s.mask_broadcast), random));
+  if (s.query_lengths) call.operands.push_back(lengths_operand(s.batch, s.query_length, random));
+  if (s.key_lengths) call.operands.push_back(lengths_operand(s.batch, s.key_length, random));
+  const std::int32_t present = s.bias + 2 * s.mask + 4 * s.query_lengths + 8 * s.key_lengths;
+  call.attributes = {{"order", order},
+                     {"scale", 0.25f},
+                     {"soft_cap", s.soft_cap},
+                     {"is_causal", static_cast<std::int32_t>(s.is_causal)},
+                     {"window_left", s.window_left},
+                     {"window_right", s.window_right},
+                     {"packed_axis", s.packed_axis},
+                     {"present", present}};
+  call.results = {result_of(storage, {s.batch, s.query_length, s.heads, s.value_size}),
+                  {XLA_FFI_DataType_F32, {s.batch, s.query_length, s.heads}}};
+  call.direct = [=](const auto& in, const auto& out) {
+    const AttentionProblem p = problem_of(s, storage, in, out);
+    const char* error =
+        run_attention(p, active_table().attention, order - 1, [](std::size_t tasks, const auto& body) {
+          for (std::size_t i = 0; i < tasks; ++i) body(i);
+        });
+    check(error == nullptr, "attention: %s", error);
+  };
+  return call;
+}
+
+}  // namespace quake::tests
+
+#endif  // QUAKE_TESTS_XLA_HANDLER_CALLS_H_
