@@ -233,6 +233,8 @@ def _without_shift(found: _Logarithm, shift: Value) -> Value | None:
     before, after = (views.view(v, views.is_cast) for v in (subtracted, shift))
     if logits.shape != found.exponent.shape or not views.same(before.source, after.source):
         return None
+    if before.source.ndim == 0:
+        return logits  # one number, the same in every row
     kept = [d for d in range(logits.ndim) if d not in found.axes]
     where_added = {kept[a]: after.axes[r] for r, a in enumerate(found.result_axes) if a is not None}
     for d, n in enumerate(logits.shape):

@@ -205,6 +205,14 @@ FORMS = {
         "logsumexp",
     ),
     "logsumexp, any shift": (lambda x: shifted_logsumexp(x, jnp.sin(x[:, :1])), "logsumexp"),
+    "logsumexp, a number for all rows": (
+        lambda x: jnp.log(jnp.sum(jnp.exp(x - 3.0), -1)) + 3.0,
+        "logsumexp",
+    ),
+    "logsumexp, one maximum for all rows": (
+        lambda x: jnp.log(jnp.sum(jnp.exp(x - jnp.max(x)), -1)) + jnp.max(x),
+        "logsumexp",
+    ),
     "logsumexp without maximum": (lambda x: jnp.log(total(jnp.exp(x))), "logsumexp"),
     "logmeanexp": (lambda x: jnp.log(jnp.mean(jnp.exp(x), -1)), "logsumexp"),
     "logsumexp of shifted logits": (cross_entropy, "logsumexp"),
