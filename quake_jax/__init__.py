@@ -24,6 +24,9 @@ from quake_jax._core.extension import disabled_export_checks as disabled_export_
 from quake_jax._core.extension import isa as isa
 from quake_jax._core.extension import supported_isas as supported_isas
 from quake_jax._core.extension import version as _version
+from quake_jax._dense.api import *  # noqa: F403
+from quake_jax._dense.norms import *  # noqa: F403
+from quake_jax._dense.packed import *  # noqa: F403
 from quake_jax._elementwise.functions import *  # noqa: F403
 from quake_jax._elementwise.gated import *  # noqa: F403
 from quake_jax._rewrite.api import accelerate as accelerate
