@@ -118,6 +118,10 @@ QUAKE_INLINE vf join_low(vf a, vf b) { return _mm_shuffle_ps(a, b, 0x44); }
 QUAKE_INLINE vf join_high(vf a, vf b) { return _mm_shuffle_ps(a, b, 0xee); }
 QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
 
+QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) { return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b) + c; }
+QUAKE_INLINE vi to_int(vf v) { return (vi)_mm_cvtps_epi32(v); }
+
+#include "core/tables-inl.h"
 #include "core/partial_floats-inl.h"
 #include "core/partial_words-inl.h"
 #include "core/bfloat_words-inl.h"
