@@ -123,7 +123,13 @@ def _batch(bind, operands, axes, **parameters):
         x[None] if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)
     ]
     stack = moved[0].shape[1]
-    moved = [merged(jnp.broadcast_to(x, (parts, stack, *x.shape[2:]))) for x in moved]
+    moved = [
+        # What all weights share stays one.
+        x[0]
+        if x.shape[:2] == (1, 1) and not rows
+        else merged(jnp.broadcast_to(x, (parts, stack, *x.shape[2:])))
+        for x, rows in zip(moved, are_rows, strict=True)
+    ]
     results = bind(*moved, **parameters)
     return [y.reshape(parts, stack, *y.shape[1:]) for y in results], [0] * len(call.columns)
 

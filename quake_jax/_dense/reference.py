@@ -163,10 +163,16 @@ def _in_stacks(function: Callable) -> Callable:
     @functools.wraps(function)
     def stacked(call: Call, operands: Operands) -> list[jax.Array]:
         weights = operands._replace(x=None, residual=None)
-        if any(leaf.shape[0] != 1 for leaf in jax.tree.leaves(weights)):
-            return jax.vmap(functools.partial(function, call))(operands)
-        weights = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), weights)
-        return function(call, weights._replace(x=operands.x, residual=operands.residual))
+        # What all weights of a stack share has no axis of it.
+        axes = jax.tree.map(lambda leaf: None if leaf.shape[0] == 1 else 0, weights)
+        weights = jax.tree.map(
+            lambda leaf: jnp.squeeze(leaf, 0) if leaf.shape[0] == 1 else leaf, weights
+        )
+        operands = weights._replace(x=operands.x, residual=operands.residual)
+        if not jax.tree.leaves(axes):
+            return function(call, operands)
+        axes = axes._replace(x=0, residual=None if operands.residual is None else 0)
+        return jax.vmap(functools.partial(function, call), (axes,))(operands)
 
     return stacked
 
