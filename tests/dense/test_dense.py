@@ -28,6 +28,22 @@ def test_product(format, shape):
     oracle.assert_close(y, oracle.dense(x, packed))
 
 
+@pytest.mark.parametrize(
+    ("finer", "coarser"),
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "int8_weight_only"),
+        ("int8_weight_only", "int4_weight_only"),
+    ],
+)
+def test_bounds_are_not_loose(finer, coarser):
+    """What another format gives is outside."""
+    x, weight = normal((16, 96)), normal((96, 33), 1)
+    y = quake_jax.dense(x, pack(weight, coarser))
+    with pytest.raises(AssertionError, match="expected .* within"):
+        oracle.assert_close(y, oracle.dense(x, pack(weight, finer)))
+
+
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4", "int4_weight_only"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", [None, "float32", "bfloat16", "float16"])
