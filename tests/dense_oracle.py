@@ -24,6 +24,8 @@ FORMATS = {
     "int4_groups_of_64": ("int4", {"group_size": 64}),
     "int4_weight_only": ("int4", {"activations": None}),
 }
+# Rows, columns and depth: tails of tiles, panels, words and vectors.
+SHAPES = ((1, 1, 1), (2, 17, 33), (5, 48, 64), (7, 15, 130), (16, 33, 96), (37, 70, 257))
 # Half the distance between neighbouring float32 values, relative to them.
 U = 2.0**-24
 _FUNCTIONS = {f.name: f for f in ELEMENTWISE}

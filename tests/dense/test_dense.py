@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_oracle import FORMATS, depth, normal, pack
+from dense_oracle import FORMATS, SHAPES, depth, normal, pack
 from support import DTYPES
 
 import quake_jax
 
 formats = pytest.mark.parametrize("format", FORMATS)
-# Rows, columns and depth: tails of tiles, panels, words and vectors.
-SHAPES = ((1, 1, 1), (2, 17, 33), (5, 48, 64), (7, 15, 130), (16, 33, 96), (37, 70, 257))
 
 
 @formats
@@ -168,164 +166,6 @@ def test_weights_of_several_kinds():
     keywords = {"gate": permuted, "activation": "silu", "residual": normal((6, 16), 5)}
     y = quake_jax.dense(x, of_table, order=5, **keywords)
     oracle.assert_close(y, oracle.dense(x, of_table, **keywords))
-
-
-# Sums of integers.
-
-
-def _integers(k: int, n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-127, 128, (k, n)).astype(np.int8)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", ["normal", "gelu", "negative", "zero"])
-def test_integer_sums_are_exact(shape, rows):
-    m, n, k = shape
-    x = np.array(normal((m, k), 3))
-    x = {"normal": x, "gelu": np.maximum(x, -0.17), "negative": -np.abs(x), "zero": 0 * x}[rows]
-    codes, scales = _integers(k, n), np.abs(np.array(normal(n, 4))) + 0.5
-    q, s, z = oracle.quantized(x, zero_point=True)
-    sums = (q - z) @ codes.astype(np.int64)
-    exactly = quake_jax.PackedWeight.from_codes(codes, np.ones(n, np.float32), "int8")
-    y = np.asarray(quake_jax.dense(x, exactly), np.float64)
-    # float32 has room for them, so a quotient of two roundings is nearest to the sum.
-    assert np.abs(sums).max(initial=0) < 2**22
-    np.testing.assert_array_equal(np.rint(y / s), sums)
-    packed = quake_jax.PackedWeight.from_codes(codes, scales, "int8")
-    expected = sums * s.astype(np.float64) * scales
-    np.testing.assert_allclose(quake_jax.dense(x, packed), expected, rtol=2.0**-22)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_longest_integer_sum(sign):
-    """At the largest depth that is allowed the largest sum still fits into an int32."""
-    k = 66_311
-    x = np.full((2, k), 255.0, np.float32) * np.array([[1], [-1]], np.float32)
-    packed = quake_jax.PackedWeight.from_codes(
-        np.full((k, 3), sign * 127, np.int8), np.ones(3), "int8"
-    )
-    expected = np.full((2, 3), 255.0 * 127 * k * sign) * [[1], [-1]]
-    np.testing.assert_allclose(quake_jax.dense(x, packed), expected, rtol=2.0**-23)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("has_offsets", [False, True])
-def test_group_sums_are_exact(dtype, group, has_offsets):
-    m, n, k = 5, 19, 256
-    rng = np.random.default_rng(1)
-    codes = rng.integers(0, 16, (k, n)) if dtype == "int4" else rng.integers(-128, 128, (k, n))
-    scales = np.ones((k // group, n), np.float32)
-    offsets = np.full((k // group, n), -3, np.float32) if has_offsets else None
-    packed = quake_jax.PackedWeight.from_codes(codes, scales, dtype, offsets=offsets)
-    x = normal((m, k), 3)
-    q, s, _ = oracle.quantized(x, zero_point=False)
-    values = codes - 8 * (dtype == "int4")
-    sums = q @ values - 3 * has_offsets * q.sum(-1, keepdims=True)
-    # All that is added up are whole numbers below 2^24.
-    y = np.asarray(quake_jax.dense(x, packed), np.float64)
-    np.testing.assert_array_equal(np.rint(y / s), sums)
-
-
-@pytest.mark.parametrize("activations", ["int8", None])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("parts", ["offsets", "permutation", "table", "all"])
-def test_codes_of_others(dtype, activations, parts):
-    """Scales and offsets of groups, a permutation of K, a table: what GPTQ, AWQ and Q4_1 have."""
-    m, n, k, group = 4, 21, 128, 32
-    rng = np.random.default_rng(2)
-    codes = rng.integers(0, 16, (k, n)) if dtype == "int4" else rng.integers(-128, 128, (k, n))
-    scales = rng.uniform(-1, 1, (k // group, n)).astype(np.float16)
-    values, keywords = codes - 8 * (dtype == "int4"), {}
-    if parts in ("table", "all") and dtype == "int4":
-        table = rng.permutation(np.arange(-120, 120, 15)).astype(np.float32)
-        values, keywords["table"] = table[codes], table
-    weight = (values.reshape(-1, group, n) * scales.astype(np.float64)[:, None]).reshape(k, n)
-    if parts in ("offsets", "all"):
-        offsets = rng.uniform(-1, 1, scales.shape).astype(np.float16)
-        weight = weight + np.repeat(offsets.astype(np.float64), group, 0)
-        keywords["offsets"] = offsets
-    if parts in ("permutation", "all"):
-        keywords["permutation"] = rng.permutation(k)
-        original = np.empty_like(weight)
-        original[keywords["permutation"]] = weight
-        weight = original
-    packed = quake_jax.PackedWeight.from_codes(
-        codes, scales, dtype, activations=activations, **keywords
-    )
-    np.testing.assert_allclose(packed.unpack(), weight, rtol=2.0**-22, atol=2.0**-20)
-    x = normal((m, k), 3)
-    oracle.assert_close(quake_jax.dense(x, packed), oracle.dense(x, packed))
-    norm = quake_jax.LayerNorm(1 + normal(k, 5) / 4, normal(k, 6), 1e-3)
-    y = quake_jax.dense(x, packed, norm=norm)
-    oracle.assert_close(y, oracle.dense(x, packed, norm=norm))
-
-
-# What is not finite, and what is empty.
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("format", ["int8", "int8_groups", "int4"])
-def test_quantised_row_that_is_not_finite(value, format):
-    """Its result is NaN, and that of other rows what it is without it."""
-    x = np.array(normal((4, 64)))
-    packed = pack(normal((64, 18), 1), format)
-    expected = np.array(quake_jax.dense(x, packed))
-    x[2, 5], expected[2] = value, np.nan
-    np.testing.assert_array_equal(quake_jax.dense(x, packed), expected)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(
-    "format", [f for f in FORMATS if f.endswith("weight_only") or "float" in f]
-)
-def test_float_row_that_is_not_finite(value, format):
-    """As XLA's product."""
-    x = np.array(normal((4, 64)))
-    x[2, 5] = value
-    packed = pack(normal((64, 18), 1), format)
-    expected = x @ np.asarray(packed.unpack())
-    y = np.asarray(quake_jax.dense(x, packed))
-    assert np.isfinite(y[[0, 1, 3]]).all()
-    np.testing.assert_array_equal(y[2], expected[2])
-
-
-@formats
-@pytest.mark.parametrize("magnitude", [0.0, 1e-40, 1e-30, 1e30])
-def test_magnitudes(format, magnitude):
-    """Quantised rows of any size give finite results."""
-    x, packed = magnitude * normal((3, 64)), pack(normal((64, 18), 1), format)
-    y = quake_jax.dense(x, packed)
-    expected = oracle.dense(x, packed)
-    # Subnormal numbers count as zero.
-    error = expected.error + 2.0**-118 * 64 * 8
-    oracle.assert_close(y, expected._replace(error=error))
-
-
-@formats
-@pytest.mark.parametrize("shape", [(0, 5, 32), (3, 0, 32), (3, 5, 0), (0, 0, 0)], ids=str)
-def test_empty(format, shape):
-    m, n, k = shape
-    k = depth(format, k)
-    packed = pack(jnp.ones((k, n)), format)
-    bias = jnp.full(n, 2.0)
-    for call in (quake_jax.dense, jax.jit(quake_jax.dense)):
-        y = call(jnp.ones((m, k)), packed, bias)
-        np.testing.assert_allclose(y, np.full((m, n), k + 2.0), rtol=1e-2)
-    both = quake_jax.dense(jnp.ones((2, m, k)), [packed, packed], norm=quake_jax.RMSNorm())
-    assert [y.shape for y in both] == [(2, m, n)] * 2
-
-
-@pytest.mark.parametrize("format", ["float32", "int8", "int4"])
-def test_leading_axes_of_x(format):
-    packed = pack(normal((32, 18), 1), format)
-    x = normal((2, 3, 4, 32))
-    y = quake_jax.dense(x, packed, residual=jnp.ones((2, 3, 4, 18)))
-    flat = quake_jax.dense(x.reshape(24, 32), packed, residual=jnp.ones((24, 18)))
-    np.testing.assert_allclose(y.reshape(24, 18), flat, rtol=1e-5, atol=1e-5)
-    one = quake_jax.dense(x[0, 0, 0], packed)
-    assert one.shape == (18,)
-    np.testing.assert_allclose(one + 1, y[0, 0, 0], rtol=1e-5, atol=1e-5)
 
 
 # Weights that are not packed, and what stands for the kernel.
