@@ -59,7 +59,7 @@ void fill_dense(DenseKernels& table) {
   table.normalize[static_cast<int>(DType::kFloat32)] = normalize_of<float>;
   table.normalize[static_cast<int>(DType::kBFloat16)] = normalize_of<bfloat16>;
   table.normalize[static_cast<int>(DType::kFloat16)] = normalize_of<float16>;
-  table.scale = scale_tile;
+  table.scale = scale_tile<>;
   table.store[static_cast<int>(DType::kFloat32)] = store_tile<float>;
   table.store[static_cast<int>(DType::kBFloat16)] = store_tile<bfloat16>;
   table.store[static_cast<int>(DType::kFloat16)] = store_tile<float16>;

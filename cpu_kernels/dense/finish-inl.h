@@ -1,6 +1,7 @@
 // What is done with a tile of the product before and after its activation. Included inside an instruction set's
 // namespace, after words-inl.h.
 
+template <class = void>
 void scale_tile(float* tile, const DenseScale& s) {
   for (std::size_t r = 0; r < s.rows; ++r, tile += s.columns) {
     const vf row_scale = set1(s.row_scales ? s.row_scales[r] : 1.0f);

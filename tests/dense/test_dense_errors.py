@@ -248,7 +248,9 @@ def test_calls(case):
     assert case == "order" or str(raised.value).startswith("quake_jax.dense: ")
 
 
-@pytest.mark.parametrize("bad", [None, "x", object(), {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [None, "x", object(), {"a": 1}], ids=["None", "text", "object", "dict"]
+)
 def test_no_arrays(bad):
     packed = pack(W, "int8")
     with pytest.raises(TypeError, match="quake_jax.dense: x must be an array"):
