@@ -51,7 +51,10 @@ class DenseCall {
     row_words_ = padded_size_ / kernels_.row_word[format_];
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
-    has_sums_ = quantized_ || p_.weights[0].panels.offsets;
+    // A weight without columns has no offsets.
+    has_sums_ = quantized_ || std::ranges::any_of(p_.weights, [](const DenseWeight& weight) {
+                  return weight.panels.offsets != nullptr;
+                });
   }
 
   const char* run(ParallelFor parallel) {
