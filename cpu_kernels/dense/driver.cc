@@ -272,13 +272,13 @@ const char* run_dense(const DenseProblem& p, const DenseKernels& kernels, Parall
       !kernels.product[format][0]) {
     return kNoKernel;
   }
-  if (p.rows == 0 || p.size == 0 || p.weights.empty()) return nullptr;
   const auto in_order = [](size_t tasks, Task task) {
     ScopedFlushDenormals flush;
     for (size_t i = 0; i < tasks; ++i) task(i);
   };
   size_t columns = 0;
   for (const DenseWeight& weight : p.weights) columns += weight.columns;
+  if (p.rows == 0 || p.size == 0 || columns == 0) return nullptr;
   DenseCall call(p, kernels);
   if (p.rows * p.size * columns <= kLeastWork) return call.run(in_order);
   return call.run(parallel);

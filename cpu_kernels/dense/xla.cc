@@ -155,7 +155,7 @@ WeightArrays take_weight(Operands& operands, const DenseAttributes& a, const Sha
   if (s.format->of_word) codes.push_back(s.format->of_word);
   w.codes = operands.take_stacked("codes", s.format->codes, s.stack, codes);
   const bool integers = s.format->plain == DenseFormat::kInt8 || s.format->plain == DenseFormat::kInt4;
-  if (integers && s.groups) {
+  if (integers && a.group_size) {
     w.scales = operands.take_stacked("scales", ffi::F16, s.stack, {panels, groups, kColumns});
   } else if (integers) {
     w.scales = operands.take_stacked("scales", ffi::F32, s.stack, {panels, kColumns});

@@ -110,7 +110,7 @@ DenseOperands<Pointer> dense_operands(const DenseShape& s, const Take& take) {
     Sizes codes = {panels, s.words(), kPanelColumns};
     if (s.per_word() > 1) codes.push_back(s.is_int4() ? 4 : s.per_word());
     w.codes = take("codes", kCodes[static_cast<int>(s.format)], codes);
-    if (groups != 0) {
+    if (s.group_size != 0) {
       w.scales = take("scales", DenseArray::kFloat16, Sizes{panels, groups, kPanelColumns});
     } else if (s.is_int8()) {
       w.scales = take("scales", DenseArray::kFloat32, Sizes{panels, kPanelColumns});
