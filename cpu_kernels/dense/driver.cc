@@ -51,7 +51,10 @@ class DenseCall {
     row_words_ = padded_size_ / kernels_.row_word[format_];
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
-    has_sums_ = quantized_ || p_.weights[0].panels.offsets;
+    // A weight without columns has no offsets.
+    has_sums_ = quantized_ || std::ranges::any_of(p_.weights, [](const DenseWeight& weight) {
+                  return weight.panels.offsets != nullptr;
+                });
   }
 
   const char* run(ParallelFor parallel) {
@@ -269,13 +272,13 @@ const char* run_dense(const DenseProblem& p, const DenseKernels& kernels, Parall
       !kernels.product[format][0]) {
     return kNoKernel;
   }
-  if (p.rows == 0 || p.size == 0 || p.weights.empty()) return nullptr;
   const auto in_order = [](size_t tasks, Task task) {
     ScopedFlushDenormals flush;
     for (size_t i = 0; i < tasks; ++i) task(i);
   };
   size_t columns = 0;
   for (const DenseWeight& weight : p.weights) columns += weight.columns;
+  if (p.rows == 0 || p.size == 0 || columns == 0) return nullptr;
   DenseCall call(p, kernels);
   if (p.rows * p.size * columns <= kLeastWork) return call.run(in_order);
   return call.run(parallel);

@@ -34,7 +34,7 @@ void store_tile(const float* tile, const float* gate, std::size_t tile_stride, s
       vf v = load(tile + j);
       if (gate) v *= load(gate + r * tile_stride + j);
       if (added) v += load_up_to(added + r * out_stride + j, n);
-      store_up_to(to + j, v, n);
+      store_up_to(to + j, sizeof(T) < sizeof(float) ? plain_nans(v) : v, n);
     }
   }
 }

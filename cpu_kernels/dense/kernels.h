@@ -54,9 +54,9 @@ struct DenseRows {
   PackedWord* sums;         // [groups][tile_rows], of the quantised values (int32) or of x (float32)
 };
 
-// tile = rows · panels, for `panels` neighbouring panels of which at least one exists: [tile_rows][panels * 16]
-// of int32 for quantised rows of a weight without groups, else float32. Those that do not exist are computed from
-// the last one.
+// tile = rows · panels, for `panels` neighbouring panels of which at least one exists:
+// [tile_rows][panels * 16] of int32 for quantised rows of a weight without groups, else float32. Those that do
+// not exist are computed from the last one.
 struct DenseTile {
   const PackedWord* rows;
   const PackedWord* sums;

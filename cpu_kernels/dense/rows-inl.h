@@ -1,13 +1,13 @@
-// Encodes rows of x for the product of dense layers: converts or quantises them, and turns a tile of them so that
-// the words that are multiplied at the same time lie side by side. Included inside an instruction set's
+// Encodes rows of x for the product of dense layers: converts or quantises them, and turns a tile of them so
+// that the words that are multiplied at the same time lie side by side. Included inside an instruction set's
 // namespace, after words-inl.h.
 
 // Words of a row that are encoded before they are turned: they stay in L1.
 constexpr std::size_t kRowChunk = 64;
 constexpr std::size_t kMaxTileRows = 16;
 
-// Turns `words` words of `tile_rows` rows, of which those that do not exist are 0, to out[word][row]. A vector of
-// a column may reach into the next column, which is written after it.
+// Turns `words` words of `tile_rows` rows, of which those that do not exist are 0, to out[word][row]. A vector
+// of a column may reach into the next column, which is written after it.
 QUAKE_INLINE void turn(const PackedWord (&chunk)[kMaxTileRows][kRowChunk], std::size_t words,
                        std::size_t tile_rows, PackedWord* out) {
   if (tile_rows == 1) {
@@ -37,7 +37,7 @@ struct EncodeBFloats {
   template <class T>
   QUAKE_INLINE void row(const T* x, std::size_t count, PackedWord* out) {
     const auto part = [&](std::size_t i) {
-      return i >= count ? vf{} : load_up_to(x + i, count - i < kLanes ? count - i : kLanes);
+      return i >= count ? vf{} : plain_nans(load_up_to(x + i, count - i < kLanes ? count - i : kLanes));
     };
     for (std::size_t i = 0; i < count; i += kElements * kLanes) {
       if constexpr (kInPairs) {
