@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "core/constants.h"
+#include "core/norm.h"
 #include "core/packed.h"
 #include "core/segments.h"
 #include "core/sizes.h"

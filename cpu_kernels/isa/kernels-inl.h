@@ -3,6 +3,7 @@
 #include "core/vector-inl.h"
 #include "core/exponential-inl.h"
 #include "core/tanh-inl.h"
+#include "core/norm-inl.h"
 #include "core/words-inl.h"
 #include "core/product-inl.h"
 #include "core/pack-inl.h"
