@@ -16,6 +16,7 @@
 #include "rows/softmax-inl.h"
 #include "rows/columns-inl.h"
 #include "rows/masked-inl.h"
+#include "rows/norm-inl.h"
 #include "rows/fill-inl.h"
 
 #include "attention/tiles-inl.h"
