@@ -86,7 +86,6 @@ QUAKE_INLINE vf load_partial(const float16* p, std::size_t n) {
 }
 QUAKE_INLINE void store(bfloat16* p, vf v) { store_words(&p->bits, float_to_bfloat(v)); }
 QUAKE_INLINE void store(float16* p, vf v) { store_words(&p->bits, float_to_half(v)); }
-QUAKE_INLINE void stream(bfloat16* p, vf v) { stream_words(&p->bits, float_to_bfloat(v)); }
 QUAKE_INLINE void stream(float16* p, vf v) { stream_words(&p->bits, float_to_half(v)); }
 QUAKE_INLINE void store_partial(bfloat16* p, vf v, std::size_t n) {
   store_words_partial(&p->bits, float_to_bfloat(v), n);

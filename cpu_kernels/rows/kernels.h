@@ -23,7 +23,7 @@ struct RowKernels {
                             void* out, std::size_t rows, std::size_t columns);
 
   // Each row, or each of the sums with `residual`, which go to `sum` (otherwise both are null). `residual` and
-  // `sum` are as `in` and `out` are; the two outputs do not overlap.
+  // `sum` are as `in` and `out` are; the two outputs do not overlap. Layer norm has an offset, RMS norm none.
   using NormFn = void (*)(const void* in, const void* residual, const Norm& norm, void* out, void* sum,
                           std::size_t rows, std::size_t columns, Stores stores);
 
