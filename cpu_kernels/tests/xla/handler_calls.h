@@ -277,6 +277,36 @@ inline HandlerCall masked_call(Reduction reduction, const Storage& storage, int 
           }};
 }
 
+// A norm of the rows of x (with `residual`, of its sum with another array); a scale and, in layer norm, an
+// offset for each index of the first `own_axes` axes.
+inline HandlerCall norm_call(bool centered, bool residual, const Storage& storage, const Dims& dims,
+                             std::size_t own_axes, std::mt19937& random) {
+  const RowKernels::NormFn kernel = active_table().rows.norm[static_cast<int>(storage.dtype)];
+  Dims own(dims.begin(), dims.begin() + static_cast<std::ptrdiff_t>(own_axes));
+  const std::size_t groups = count_of(own), columns = static_cast<std::size_t>(dims.back());
+  own.push_back(dims.back());
+  HandlerCall call;
+  call.target = centered ? "quake_jax_layer_norm" : "quake_jax_rms_norm";
+  if (residual) call.target += "_residual";
+  call.attributes = {{"epsilon", 1e-5f}};
+  for (int i = 0; i <= residual; ++i) {
+    call.operands.push_back(normal_operand(storage, dims, random));
+    call.results.push_back(result_of(storage, dims));
+  }
+  for (int i = 0; i <= centered; ++i) call.operands.push_back(normal_operand(kStorage[0], own, random));
+  call.direct = [=, count = count_of(dims), size = storage.size](const auto& in, const auto& out) {
+    const auto* const scale = reinterpret_cast<const float*>(in[residual + std::size_t{1}]);
+    const auto* const offset = centered ? reinterpret_cast<const float*>(in.back()) : nullptr;
+    for (std::size_t i = 0; count != 0 && i < groups; ++i) {
+      const std::size_t at = i * (count / groups) * size;
+      kernel(in[0] + at, residual ? in[1] + at : nullptr,
+             {scale + i * columns, centered ? offset + i * columns : nullptr, 1e-5f, centered}, out[0] + at,
+             residual ? out[1] + at : nullptr, count / groups / columns, columns, Stores::kCached);
+    }
+  };
+  return call;
+}
+
 struct AttentionShape {
   std::int64_t batch = 1, query_length = 1, key_length = 1, heads = 1, kv_heads = 1, head_size = 1,
                value_size = 1;

@@ -62,6 +62,14 @@ std::vector<HandlerCall> valid_calls(bool large) {
       calls.push_back(masked_call(r, storage, order, {2, rows, 3, 133}, {1, rows, 1, 133}, random));
       calls.push_back(masked_call(r, storage, order, {rows, 133}, {rows, 133}, random));
     }
+    for (const bool centered : {false, true}) {
+      for (const bool residual : {false, true}) {
+        const std::int64_t rows = large ? 500 : 5;
+        calls.push_back(norm_call(centered, residual, storage, {rows, 301}, 0, random));
+        calls.push_back(norm_call(centered, residual, storage, {3, rows, 97}, 1, random));
+        calls.push_back(norm_call(centered, residual, storage, {rows, 3, 33}, 2, random));
+      }
+    }
     const std::int64_t time = large ? 90 : 11;
     const auto add = [&](const AttentionShape& shape) {
       calls.push_back(attention_call(shape, storage, order, random));
@@ -145,6 +153,8 @@ void test_in_place() {
         reduction_call(Reduction::kSoftmax, storage, 4, {500, 301}, 1, random),
         reduction_call(Reduction::kLogSoftmax, storage, 4, {301, 500}, 0, random),
         masked_call(Reduction::kSoftmax, storage, 2, {500, 301}, {1, 301}, random),
+        norm_call(true, false, storage, {500, 301}, 0, random),
+        norm_call(false, false, storage, {500, 301}, 1, random),
         binary_call(Binary::kLogAddExp, BinaryForm::kSameShape, false, storage, 5, {150001}, random),
         binary_call(Binary::kBiasGeluErf, BinaryForm::kBiased, false, storage, 5, {300, 501}, random),
     };
@@ -202,7 +212,9 @@ constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kF16 = XLA_FFI_DataType_
 
 // What every target refuses.
 void add_common(const HandlerCall& call, std::vector<Wrong>& wrong) {
+  const bool has_order = call.attributes[0].name == "order";
   for (const int order : {0, 6, -1, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
+    if (!has_order) break;
     wrong.push_back({with_attribute(call, "order", order),
                      call.target + ": order is " + std::to_string(order) + ", expected 1 to 5"});
   }
@@ -215,18 +227,19 @@ void add_common(const HandlerCall& call, std::vector<Wrong>& wrong) {
   wrong.push_back({with_result(call, 0, kF16, call.results[0].dims), "expected the same type"});
 
   HandlerCall missing = call;
-  missing.attributes.erase(missing.attributes.begin());  // the order
+  missing.attributes.erase(missing.attributes.begin());
   wrong.push_back({missing, "Wrong number of attributes"});
   HandlerCall wide = call;
   wide.attributes[0].value = std::int64_t{3};
-  wrong.push_back({wide, "Wrong scalar data type: expected S32 but got S64"});
+  wrong.push_back(
+      {wide, std::string("Wrong scalar data type: expected ") + (has_order ? "S32" : "F32") + " but got S64"});
 
   HandlerCall one_less = call, one_more = call, no_result = call, two_results = call;
   one_less.operands.pop_back();
   one_more.operands.push_back(call.operands[0]);
   no_result.results.pop_back();
   two_results.results.push_back(call.results[0]);
-  const bool counted_here = call.target == "quake_jax_dot_product_attention";
+  const bool counted_here = !has_order || call.target == "quake_jax_dot_product_attention";
   wrong.push_back({one_less, counted_here ? "operands and" : "Wrong number of arguments"});
   wrong.push_back({one_more, counted_here ? "operands and" : "Wrong number of arguments"});
   wrong.push_back({no_result, counted_here ? "results, expected" : "Wrong number of results"});
@@ -317,6 +330,39 @@ void test_wrong_reductions() {
   wrong.push_back({with_attribute(masked, "axis", 1), broadcasts});
   wrong.push_back({with_attribute(masked, "axis", 3), "axis is 3 for F32[4,6,5], expected 0 to 2"});
   wrong.push_back({with_attribute(masked, "axis", -1), "axis is -1 for F32[4,6,5], expected 0 to 2"});
+  for (const Wrong& w : wrong) check_wrong(w);
+}
+
+void test_wrong_norms() {
+  std::mt19937 random(1);
+  std::vector<Wrong> wrong;
+  const std::string own = "expected a float32 one of some first axes and the last one";
+  for (const bool centered : {false, true}) {
+    for (const bool residual : {false, true}) {
+      const HandlerCall call = norm_call(centered, residual, kStorage[0], {4, 6, 5}, 1, random);
+      const std::size_t scale = residual + std::size_t{1};
+      add_common(call, wrong);
+      for (const Dims& dims : {Dims{4}, Dims{}, Dims{1}, Dims{6, 5}, Dims{1, 5}, Dims{4, 6}, Dims{4, 1, 5},
+                               Dims{4, 6, 5, 5}, Dims{0, 5}}) {
+        wrong.push_back({with_operand(call, scale, kF32, dims), own});
+        if (centered)
+          wrong.push_back({with_operand(call, scale + 1, kF32, dims), "expected scale and offset alike"});
+      }
+      wrong.push_back({with_operand(call, scale, kF16, {4, 5}), own});
+      for (const Dims& dims : {Dims{4, 6}, Dims{6, 4, 5}, Dims{}, Dims{4, 6, 5, 1}, Dims{4, 6, 4}}) {
+        for (std::size_t i = 0; i < scale; ++i) {
+          wrong.push_back({with_operand(call, i, kF32, dims), "expected the same shape"});
+          wrong.push_back({with_result(call, i, kF32, dims), "expected the same shape"});
+        }
+      }
+      for (std::size_t i = 1; i < scale; ++i) {
+        wrong.push_back({with_operand(call, i, kF16, {4, 6, 5}), "expected the same type"});
+        wrong.push_back({with_result(call, i, kF16, {4, 6, 5}), "expected the same type"});
+      }
+    }
+  }
+  HandlerCall scalar = norm_call(false, false, kStorage[0], {4}, 0, random);
+  wrong.push_back({with_result(with_operand(scalar, 0, kF32, {}), 0, kF32, {}), own});
   for (const Wrong& w : wrong) check_wrong(w);
 }
 
@@ -579,6 +625,12 @@ HandlerCall shapes(const std::string& target, std::vector<Attribute> attributes,
   return call;
 }
 
+HandlerCall norm_shapes(const std::string& target, std::vector<Dims> operands, std::vector<Dims> results) {
+  HandlerCall call = shapes(target, {}, std::move(operands), std::move(results));
+  call.attributes = {{"epsilon", 1e-6f}};
+  return call;
+}
+
 HandlerCall attention_shapes(std::vector<Dims> operands, std::vector<Dims> results, int packed_axis = 0,
                              int present = 0) {
   return shapes("dot_product_attention",
@@ -613,6 +665,8 @@ void test_zero_sizes() {
         shapes("softmax_where", {{"axis", static_cast<int>(dims.size()) - 1}}, {dims, dims}, {dims});
     masked.operands[1].type = kPred;
     calls.push_back(masked);
+    calls.push_back(norm_shapes("rms_norm", {dims, {dims.back()}}, {dims}));
+    calls.push_back(norm_shapes("layer_norm_residual", {dims, dims, dims, dims}, {dims, dims}));
   }
   // No batch, no queries, no heads; heads without values still have a residual.
   calls.push_back(attention_shapes({{0, 3, 4, 5}, {0, 6, 2, 5}, {0, 6, 2, 7}}, {{0, 3, 4, 7}, {0, 3, 4}}));
@@ -698,6 +752,8 @@ void test_overflowing_sizes() {
     refuses(shapes("swiglu_split", {{"gate_first", 1}}, {dims}, {dims}));
     refuses(shapes("bias_silu", {}, {dims, {dims.back()}}, {dims}));
     refuses(shapes("softmax", {{"axis", 0}}, {dims}, {dims}));
+    refuses(norm_shapes("rms_norm", {dims, {dims.back()}}, {dims}));
+    refuses(norm_shapes("layer_norm_residual", {{1}, {1}, dims, dims}, {{1}, {1}}));
     refuses(shapes("logsumexp", {{"axis", 0}}, {dims}, {first}));
     HandlerCall masked =
         shapes("softmax_where", {{"axis", static_cast<int>(dims.size()) - 1}}, {dims, dims}, {dims});
@@ -820,6 +876,12 @@ void test_large_arrays() {
   std::vector<char> bias(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(2 * columns));
   run(biased, bias.data());
 
+  const std::vector<float> scale(columns, 0.75f);
+  const Norm norm = {scale.data(), nullptr, 1e-6f, false};
+  table.rows.norm[d](values.data(), nullptr, norm, expected.data(), nullptr, rows, columns, Stores::kCached);
+  std::vector<float> scales = scale;
+  run(norm_shapes("rms_norm", {dims, {size(columns)}}, {dims}), scales.data());
+
   // The second row of a pair gates the first; the result has half the period.
   const int swiglu = static_cast<int>(Binary::kSwiglu);
   for (char* to : {expected.data(), expected.data() + period / 2}) {
@@ -912,6 +974,7 @@ int main(int argc, char** argv) {
   test_wrong_elementwise();
   test_wrong_binary();
   test_wrong_reductions();
+  test_wrong_norms();
   test_wrong_attention();
   test_wrong_dense();
   test_wrong_stage();
