@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUAKE_FUZZ_FAMILIES(X) X(elementwise) X(binary) X(split) X(reduction) X(masked) X(attention)
+#define QUAKE_FUZZ_FAMILIES(X) X(elementwise) X(binary) X(split) X(reduction) X(masked) X(attention) X(dense)
 
 namespace quake::tests {
 
