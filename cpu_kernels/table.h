@@ -7,6 +7,7 @@
 #define QUAKE_TABLE_H_
 
 #include "attention/kernels.h"
+#include "dense/kernels.h"
 #include "elementwise/kernels.h"
 #include "rows/kernels.h"
 
@@ -17,6 +18,7 @@ struct KernelTable {
   ElementwiseKernels elementwise;
   RowKernels rows;
   AttentionKernels attention;
+  DenseKernels dense;
 };
 
 }  // namespace quake

@@ -24,11 +24,15 @@ from quake_jax._core.extension import disabled_export_checks as disabled_export_
 from quake_jax._core.extension import isa as isa
 from quake_jax._core.extension import supported_isas as supported_isas
 from quake_jax._core.extension import version as _version
+from quake_jax._dense.api import *  # noqa: F403
+from quake_jax._dense.norms import *  # noqa: F403
+from quake_jax._dense.packed import *  # noqa: F403
 from quake_jax._elementwise.functions import *  # noqa: F403
 from quake_jax._elementwise.gated import *  # noqa: F403
 from quake_jax._rewrite.api import accelerate as accelerate
 from quake_jax._rewrite.api import explain as explain
 from quake_jax._rows.api import *  # noqa: F403
+from quake_jax._rows.norms import *  # noqa: F403
 
 __version__ = _version()
 

@@ -26,6 +26,8 @@ QUICK = (
     "core/test_config.py",
     "core/test_import.py",
     "core/test_versions.py",
+    "dense/test_dense_errors.py",
+    "dense/test_dense_properties.py",
     "functions/test_errors.py",
     "functions/test_fuzz.py",
     "functions/test_promotion.py",

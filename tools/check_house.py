@@ -17,7 +17,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "cpu_kernels"
-FAMILIES = ("elementwise", "rows", "attention")
+FAMILIES = ("elementwise", "rows", "attention", "dense")
 
 # Rooms of cpu_kernels, the first that fits: its files, and what they may include. FAMILY stands for
 # the family that a file belongs to; no family includes another.

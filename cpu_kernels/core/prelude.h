@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "core/constants.h"
+#include "core/norm.h"
 #include "core/packed.h"
 #include "core/segments.h"
 #include "core/sizes.h"
@@ -21,6 +22,7 @@
 
 #define QUAKE_INLINE [[gnu::always_inline]] static inline
 #define QUAKE_INLINE_MEMBER [[gnu::always_inline]] inline
+#define QUAKE_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
 namespace quake {
 

@@ -103,6 +103,33 @@ QUAKE_INLINE void store_quad_sum(float* p, vf v) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
 }
 
+QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b) + c; }
+QUAKE_INLINE vi to_int(vf v) { return (vi)_mm256_cvtps_epi32(v); }
+QUAKE_INLINE void store_bytes(std::int8_t* p, vi v) {
+  const __m256i in_halves = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+  const __m128i both =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(in_halves), _mm256_extracti128_si256(in_halves, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+}
+struct FloatTable {
+  vf low, high;
+};
+QUAKE_INLINE FloatTable load_table(const float* values) { return {load(values), load(values + kLanes)}; }
+QUAKE_INLINE vf look_up(const FloatTable& table, vi index) {
+  const __m256i i = (__m256i)index;
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, i), _mm256_permutevar8x32_ps(table.high, i),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+struct ByteTable {
+  __m256i values;
+};
+QUAKE_INLINE ByteTable load_table(const std::int8_t* values) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)))};
+}
+QUAKE_INLINE vi look_up(const ByteTable& table, vi index) {
+  return (vi)_mm256_shuffle_epi8(table.values, (__m256i)index);
+}
+
 #include "core/partial_words-inl.h"
 #include "core/bfloat_words-inl.h"
 #include "isa/kernels-inl.h"

@@ -88,3 +88,25 @@ QUAKE_INLINE void store_quad_sum(float* p, vf v) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+
+QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b) + c; }
+QUAKE_INLINE vi to_int(vf v) { return (vi)_mm512_cvtps_epi32(v); }
+QUAKE_INLINE void store_bytes(std::int8_t* p, vi v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+}
+struct FloatTable {
+  vf values;
+};
+QUAKE_INLINE FloatTable load_table(const float* values) { return {load(values)}; }
+QUAKE_INLINE vf look_up(const FloatTable& table, vi index) {
+  return _mm512_permutexvar_ps((__m512i)index, table.values);
+}
+struct ByteTable {
+  __m512i values;
+};
+QUAKE_INLINE ByteTable load_table(const std::int8_t* values) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)))};
+}
+QUAKE_INLINE vi look_up(const ByteTable& table, vi index) {
+  return (vi)_mm512_shuffle_epi8(table.values, (__m512i)index);
+}

@@ -49,10 +49,11 @@ QUAKE_INLINE vf half_to_float(vh v) {
   return (vf)(bits | ((h & 0x8000) << 16));
 }
 
-// Round to nearest even.
+// Round to nearest even. (The sum is one of unsigned numbers: a NaN may have all its bits set.)
 QUAKE_INLINE vh float_to_half(vf v) {
+  typedef std::uint32_t vu __attribute__((vector_size(16)));
   const vi bits = (vi)v, magnitude = bits & 0x7fffffff;
-  const vi rounded = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  const vi rounded = (vi)(((vu)magnitude + 0xfff + (((vu)magnitude >> 13) & 1)) >> 13) - (112 << 10);
   const vi subnormal = (vi)_mm_cvtps_epi32((__m128)((vf)magnitude * 0x1p24f));
   vi h = choose(magnitude < (113 << 23), subnormal, rounded);
   h = choose(magnitude >= 0x477ff000, vi{} + 0x7c00, h);  // 65520 and above: inf
@@ -118,6 +119,10 @@ QUAKE_INLINE vf join_low(vf a, vf b) { return _mm_shuffle_ps(a, b, 0x44); }
 QUAKE_INLINE vf join_high(vf a, vf b) { return _mm_shuffle_ps(a, b, 0xee); }
 QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
 
+QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) { return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b) + c; }
+QUAKE_INLINE vi to_int(vf v) { return (vi)_mm_cvtps_epi32(v); }
+
+#include "core/tables-inl.h"
 #include "core/partial_floats-inl.h"
 #include "core/partial_words-inl.h"
 #include "core/bfloat_words-inl.h"

@@ -83,4 +83,17 @@ const KernelTable& active_table() {
   return table;
 }
 
+ElementwiseKernels::UnaryFn find_unary(const KernelTable& table, std::string_view name, DType dtype,
+                                       int order_index) {
+  constexpr std::string_view kNames[] = {
+#define QUAKE_NAME(name, Functor) #name,
+      QUAKE_UNARY_KERNELS(QUAKE_NAME)
+#undef QUAKE_NAME
+  };
+  for (std::size_t i = 0; i < std::size(kNames); ++i) {
+    if (kNames[i] == name) return table.elementwise.unary[i][static_cast<int>(dtype)][order_index];
+  }
+  return nullptr;
+}
+
 }  // namespace quake

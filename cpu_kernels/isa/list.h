@@ -10,6 +10,7 @@
 QUAKE_ISA(x86, baseline, none, )
 QUAKE_ISA(x86, avx2, none, HAS(avx2) HAS(fma) HAS(f16c))
 QUAKE_ISA(x86, avx512, none, HAS(avx512f) HAS(avx512dq) HAS(avx512bw) HAS(avx512vl) HAS(fma) HAS(f16c) HAS(bmi2))
-QUAKE_ISA(x86, avx512bf16, avx512, HAS(avx512bf16))
+QUAKE_ISA(x86, avx512vnni, avx512, HAS(avx512vnni))
+QUAKE_ISA(x86, avx512bf16, avx512vnni, HAS(avx512bf16))
 QUAKE_ISA(arm, neon, none, )
 // clang-format on

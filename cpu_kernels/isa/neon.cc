@@ -76,6 +76,13 @@ QUAKE_INLINE vf join_low(vf a, vf b) { return (vf)vzip1q_f64((float64x2_t)a, (fl
 QUAKE_INLINE vf join_high(vf a, vf b) { return (vf)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
 QUAKE_INLINE void store_quad_sum(float* p, vf v) { store(p, v); }
 
+QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) {
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return (vi)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)) + c;
+}
+QUAKE_INLINE vi to_int(vf v) { return (vi)vcvtnq_s32_f32((float32x4_t)v); }
+
+#include "core/tables-inl.h"
 #include "core/partial_floats-inl.h"
 #include "core/partial_words-inl.h"
 #include "core/bfloat_words-inl.h"

@@ -8,19 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from quake_jax._attention.operands import Present, axes_of
+from quake_jax._core.primitive import merged
 
 
 def axes_of_call(operands: Sequence, parameters: dict) -> tuple[list, list]:
     ranks = [len(x.shape) for x in operands]
     return axes_of(ranks, parameters["packed_axis"], parameters["present"])
-
-
-def merged(x: jax.Array) -> jax.Array:
-    """x with its first two axes as one, split only as the first one is."""
-    spec = jax.typeof(x).sharding.spec
-    if spec[1] is not None:
-        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(spec[0], None, *spec[2:]))
-    return x.reshape(-1, *x.shape[2:])
 
 
 def unmapped(call: Callable, operands: Sequence, **parameters) -> list[jax.Array]:

@@ -12,7 +12,7 @@ from quake_jax._attention import mapped, reference
 from quake_jax._attention.operands import axes_of
 from quake_jax._core import jax_names, partitioning
 from quake_jax._core.jax_names import mlir
-from quake_jax._core.primitive import custom_call, make_primitive, typed
+from quake_jax._core.primitive import custom_call, make_primitive, merged, typed
 
 
 def _shapes(*avals, **parameters):
@@ -109,7 +109,7 @@ def _batch(bind, operands, axes, **parameters):
         if a is not None or k[0] == "map":
             x = x[None] if a is None else x
             x = x if k[0] == "map" else x[:, None]
-            x = mapped.merged(jnp.broadcast_to(x, (parts, inner_parts, *x.shape[2:])))
+            x = merged(jnp.broadcast_to(x, (parts, inner_parts, *x.shape[2:])))
         both.append(x)
     values = bind(*both, **parameters)
     return [y.reshape(parts, inner_parts, *y.shape[1:]) for y in values], [0, 0]

@@ -52,7 +52,7 @@ def make_primitive(
             return tuple(map(jax_names.in_current_mesh, result))
         return jax_names.in_current_mesh(result)
 
-    def bind(*operands: jax.Array, **parameters: int | float) -> jax.Array | list[jax.Array]:
+    def bind(*operands: jax.Array, **parameters) -> jax.Array | list[jax.Array]:
         # Within jax.shard_map a replicated operand beside a split one needs a cast, whose
         # transpose adds up its gradient over the devices.
         return primitive.bind(*jax_names.auto_insert_reshard(*operands), **parameters)
@@ -99,6 +99,13 @@ def _sharding_rule(operands: Sequence, results: Sequence, sizes: dict, whole: se
     )
 
 
+def _attribute(value: int | float | str):
+    """A parameter as an attribute of the call; text stays text."""
+    if isinstance(value, str):
+        return value
+    return np.float32(value) if isinstance(value, float) else np.int32(value)
+
+
 def custom_call(
     context,
     *operands,
@@ -106,7 +113,7 @@ def custom_call(
     batch_axes: int | None = None,
     axes: tuple[Sequence, Sequence] | None = None,
     whole: Sequence = (),
-    **parameters: int | float,
+    **parameters: int | float | str,
 ) -> Sequence:
     """Emit the custom call `target`, and return its results.
 
@@ -122,10 +129,7 @@ def custom_call(
     call = jax.ffi.build_ffi_lowering_function(target, extra_attributes=attributes)(
         context,
         *operands,
-        **{
-            name: np.float32(value) if isinstance(value, float) else np.int32(value)
-            for name, value in parameters.items()
-        },
+        **{name: _attribute(value) for name, value in parameters.items()},
     )
     if batch_axes is not None:
         inputs, results = axes
@@ -164,6 +168,14 @@ def in_front(operands, axes) -> list[jax.Array]:
         x[None] if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
+
+
+def merged(x: jax.Array) -> jax.Array:
+    """x with its first two axes as one, split only as the first one is."""
+    spec = jax.typeof(x).sharding.spec
+    if spec[1] is not None:
+        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(spec[0], None, *spec[2:]))
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def not_last(x: jax.Array, axis: int) -> tuple[jax.Array, int]:

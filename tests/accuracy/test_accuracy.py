@@ -454,8 +454,9 @@ def test_kernels_agree_with_the_reference(results, isa, name, dtype):
 
 def test_every_kernel_has_a_case():
     targets = {name.removeprefix("quake_jax_") for name in quake_jax._core.extension.targets}
-    # The gates of glu are among the pairs; attention has cases of its own, below.
-    own_cases = {"glu", "dot_product_attention"}
+    # The gates of glu are among the pairs; attention has cases of its own, below, and dense
+    # layers have tests/dense.
+    own_cases = {"glu", "dot_product_attention", "dense"}
     assert targets - own_cases == {name.split(" of ")[0] for name in CASES}
 
 

@@ -1,0 +1,1 @@
+"""Dense layers: packed weights, fused with what stands before and after them."""

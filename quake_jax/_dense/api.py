@@ -1,0 +1,445 @@
+"""The dense layer: checks, and the way from its arguments to the operands of the kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from quake_jax._core import jax_names
+from quake_jax._core.config import Order, resolved_order
+from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, is_numeric, optional_array, unwrapped
+from quake_jax._core.exports import defined_in
+from quake_jax._dense import derivative, layout, packed, reference
+from quake_jax._dense.norms import LayerNorm, RMSNorm
+from quake_jax._dense.operands import Call, Operands, Weight
+from quake_jax._dense.packed import PackedWeight
+from quake_jax._elementwise import functions
+
+# Sums of K products of int8 values are int32: 255 · 127 · K with a zero point, 127 · 128 · K
+# without.
+_LONGEST = {False: 66_311, True: 131_072}
+
+
+def _activations() -> dict[str, str]:
+    """Rows of the element-wise table by the names of public functions and of rows."""
+    rows = functions.FUNCTIONS
+    public = {
+        alias: name
+        for alias in functions.__all__
+        for name, row in rows.items()
+        if row.public is getattr(functions, alias) and not row.kernel.keywords
+    }
+    return public | {name: name for name in rows}
+
+
+_ACTIVATIONS = _activations()
+
+
+def dense(
+    x: ArrayLike,
+    weight: ArrayLike | PackedWeight | Sequence[ArrayLike | PackedWeight],
+    bias: ArrayLike | Sequence[ArrayLike | None] | None = None,
+    *,
+    activation: str | None = None,
+    gate: ArrayLike | PackedWeight | None = None,
+    gate_bias: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    norm: LayerNorm | RMSNorm | None = None,
+    order: Order | None = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """Dense layer, activation(norm(x)·W + bias) + residual, in one pass for packed weights.
+
+    With a gate it is activation(norm(x)·G + gate_bias) · (norm(x)·W + bias) + residual: GLU, SwiGLU
+    and GeGLU (Shazeer, arXiv 2002.05202). What stands beside the product is computed in float32 and
+    rounded once. Derivatives are those of the product with the unpacked weight, in float32; a
+    packed weight is a constant.
+
+    Args:
+      x: array of shape (…, K); float32, bfloat16 or float16 for packed weights.
+      weight: a `PackedWeight` without leading axes (see `pack_weight`), or an array (K, N), whose
+        product is that of `jax.numpy.dot`. Several that read the same x, such as query, key and
+        value, may be given as a sequence: then bias is a sequence too (or None), there is no gate
+        and no residual, and the result is a tuple.
+      bias: array of shape (N,), or None.
+      activation: the name of an element-wise function of this package, such as "gelu" (the tanh
+        form), "gelu_erf" or "silu", or None.
+      gate: a second weight of the same shape and format, or None.
+      gate_bias: array of shape (N,), or None.
+      residual: array of the result's shape, or None.
+      norm: `LayerNorm` or `RMSNorm`, which is applied to the rows of x before the product, or None.
+      order: accuracy of the activation, as in `exp`. "exact" is the exact function, and all of it
+        in jax.numpy. None is the default in force (see `default_order`).
+      preferred_element_type: the result's dtype: float32, bfloat16 or float16 for packed weights;
+        None is that of x.
+
+    Returns:
+      An array of shape (…, N), of x's dtype if the weight is packed, else by `jax.numpy`'s
+      promotion. Where the rows of x are quantised, a row with NaN or an infinity is NaN.
+
+    Raises:
+      TypeError: if an argument is no array; for packed weights if x has another dtype than these;
+        if one differentiates with respect to a packed weight.
+      ValueError: if shapes do not fit; if a packed weight has leading axes; if there is no such
+        activation; if weights that are summed up in int32 have more than 66,311 rows, or 131,072
+        in groups.
+      TypeError, ValueError: if order is not allowed.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> x, w = jnp.ones((2, 64)), quake_jax.pack_weight(jnp.ones((64, 32)), "int8")
+      >>> y = quake_jax.dense(x, w, jnp.zeros(32), activation="gelu")
+      >>> q, k, v = quake_jax.dense(x, [w, w, w], norm=quake_jax.RMSNorm(jnp.ones(64)))
+    """
+    name, public = "", "dense"
+    if activation is not None:
+        name = _ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+        if name is None:
+            known = ", ".join(sorted(_ACTIVATIONS))
+            raise _refusal("activation", f"None or one of {known}", repr(activation))
+        public = functions.FUNCTIONS[name].public.__name__
+    order = resolved_order(order, public)
+    several = isinstance(weight, (list, tuple))
+    if several:
+        if not weight:
+            raise _refusal("weight", "an array, or a sequence of at least one", repr(weight))
+        biases = [None] * len(weight) if bias is None else bias
+        if not isinstance(biases, (list, tuple)) or len(biases) != len(weight):
+            expected = f"None or a sequence of {len(weight)}, as weight is"
+            given = (
+                f"a sequence of {len(bias)}" if isinstance(bias, (list, tuple)) else "no sequence"
+            )
+            raise _refusal("bias", expected, given)
+        for argument, value in (("gate", gate), ("gate_bias", gate_bias), ("residual", residual)):
+            if value is not None:
+                raise _refusal(argument, "None where weight is a sequence", _described(value))
+    weights, biases = (weight, biases) if several else ([weight], [bias])
+    if gate is None and gate_bias is not None:
+        raise _refusal("gate_bias", "None without a gate", _described(gate_bias))
+    names = [f"weight[{i}]" for i in range(len(weights))] if several else ["weight"]
+    results = _dense(
+        as_array(x, "dense", "x"),
+        tuple(_as_weight(w, argument) for w, argument in zip(weights, names, strict=True)),
+        tuple(optional_array(b, "dense", "bias") for b in biases),
+        None if gate is None else _as_weight(gate, "gate"),
+        optional_array(gate_bias, "dense", "gate_bias"),
+        optional_array(residual, "dense", "residual"),
+        _checked_norm(norm),
+        names=tuple(names),
+        activation=name,
+        order=order,
+        dtype=_dtype_name(preferred_element_type),
+    )
+    return tuple(results) if several else results[0]
+
+
+def _refusal(argument: str, expected: str, given: str, kind: type = ValueError) -> Exception:
+    return kind(f"quake_jax.dense: {argument} must be {expected}; got {given}")
+
+
+def _described(x) -> str:
+    if isinstance(x, PackedWeight):
+        return repr(x)
+    return f"shape {x.shape} and dtype {x.dtype}" if hasattr(x, "shape") else repr(x)
+
+
+def _as_weight(weight, argument: str):
+    weight = unwrapped(weight)
+    return weight if isinstance(weight, PackedWeight) else as_array(weight, "dense", argument)
+
+
+def _checked_norm(norm):
+    if norm is None:
+        return None
+    if not isinstance(norm, (LayerNorm, RMSNorm)):
+        raise _refusal("norm", "None, a LayerNorm or an RMSNorm", repr(norm), TypeError)
+    epsilon = norm.epsilon
+    if isinstance(epsilon, jax_names.Tracer) or not is_numeric(epsilon) or np.ndim(epsilon):
+        raise _refusal("norm.epsilon", "a number that is not traced", repr(epsilon), TypeError)
+    arrays = {
+        field.name: optional_array(getattr(norm, field.name), "dense", f"norm.{field.name}")
+        for field in dataclasses.fields(norm)
+        if field.name != "epsilon"
+    }
+    return type(norm)(**arrays, epsilon=float(epsilon))
+
+
+def _dtype_name(dtype) -> str | None:
+    if dtype is None:
+        return None
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        raise _refusal("preferred_element_type", "a dtype", repr(dtype), TypeError) from None
+
+
+def _quake_dense(
+    x, weights, biases, gate, gate_bias, residual, norm, *, names, activation, order, dtype
+):
+    """The results, one for each weight. Arguments are arrays, but for packed weights."""
+    if x.ndim == 0:
+        raise _refusal("x", "of shape (…, K)", "a scalar")
+    k = x.shape[-1]
+    _check_shapes(x, dict(zip(names, weights, strict=True)), biases, gate, gate_bias, norm)
+    lead = x.shape[:-1]
+    if residual is not None and residual.shape != (*lead, weights[0].shape[-1]):
+        expected = f"of the result's shape, {(*lead, weights[0].shape[-1])}"
+        raise _refusal("residual", expected, f"shape {residual.shape}")
+    static = {"activation": activation, "order": order, "dtype": dtype}
+    if gate is not None and isinstance(gate, PackedWeight) != isinstance(weights[0], PackedWeight):
+        raise _refusal("gate", "packed if weight is, and an array if not", _described(gate))
+    if any(isinstance(w, PackedWeight) for w in weights):
+        _check_packed_call(x, dict(zip(names, weights, strict=True)), gate, dtype, residual, norm)
+    if not all(isinstance(w, PackedWeight) for w in weights) or not _share_a_call(weights):
+        if len(weights) > 1:
+            return [
+                _quake_dense(x, (w,), (b,), None, None, None, norm, names=(name,), **static)[0]
+                for name, w, b in zip(names, weights, biases, strict=True)
+            ]
+        return [_of_arrays(x, weights[0], biases[0], gate, gate_bias, residual, norm, **static)]
+    if gate is not None and not _share_a_call((weights[0], gate)):
+        return [_in_two_calls(x, weights, biases, gate, gate_bias, residual, norm, names, static)]
+    return _of_packed(x, weights, biases, gate, gate_bias, residual, norm, k=k, **static)
+
+
+_quake_dense.__name__ = _quake_dense.__qualname__ = "quake_dense"
+_dense = jax.jit(
+    _quake_dense,
+    static_argnames=("names", "activation", "order", "dtype"),
+    inline=jax_names.INLINE,
+)
+
+
+def _check_shapes(x, weights: dict, biases, gate, gate_bias, norm) -> None:
+    k = x.shape[-1]
+    everything = weights if gate is None else weights | {"gate": gate}
+    for name, weight in everything.items():
+        if isinstance(weight, PackedWeight):
+            _check_leaves(name, weight)
+        elif weight.ndim != 2:
+            expected = "of shape (K, N); use jax.vmap, jax.lax.scan or indexing for stacked ones"
+            raise _refusal(name, expected, f"shape {weight.shape}")
+        if weight.shape[0] != k:
+            expected = f"of shape ({k}, N), as x has shape {x.shape}"
+            raise _refusal(name, expected, f"shape {weight.shape}")
+    first = next(iter(weights.values()))
+    if gate is not None and gate.shape != first.shape:
+        raise _refusal("gate", f"of the shape of weight, {first.shape}", f"shape {gate.shape}")
+    for i, (name, weight, bias) in enumerate(
+        zip((*weights, "gate"), (*weights.values(), gate), (*biases, gate_bias), strict=True)
+    ):
+        if bias is not None and bias.shape != weight.shape[1:]:
+            argument = "gate_bias" if name == "gate" else "bias"
+            argument += f"[{i}]" if len(weights) > 1 else ""
+            expected = f"of shape {weight.shape[1:]}, as {name} has shape {weight.shape}"
+            raise _refusal(argument, expected, f"shape {bias.shape}")
+    for field in ("scale", "offset"):
+        array = getattr(norm, field, None)
+        if array is not None and array.shape != (k,):
+            raise _refusal(f"norm.{field}", f"of shape {(k,)}", f"shape {array.shape}")
+
+
+def _check_leaves(name: str, weight: PackedWeight) -> None:
+    """Raise unless the leaves are those of one weight, without leading axes."""
+    known = layout.shapes_of(
+        weight.dtype, weight.k, weight.n, weight.group_size, weight.activations
+    )
+    for field in packed.ARRAYS:
+        leaf, (shape, dtype) = getattr(weight, field), known.get(field, (None, None))
+        if leaf is None and (shape is None or field in packed.OPTIONAL):
+            continue
+        if shape is None or getattr(leaf, "shape", None) is None:
+            expected = "None" if shape is None else "an array"
+            raise _refusal(f"{name}.{field}", expected, _described(leaf), TypeError)
+        if field == "codes" and leaf.ndim > len(shape) and leaf.shape[-len(shape) :] == shape:
+            expected = "one weight; use jax.vmap, jax.lax.scan or indexing for stacked ones"
+            raise _refusal(name, expected, f"shape {weight.shape}")
+        if leaf.shape != shape or leaf.dtype != dtype:
+            expected = f"of shape {shape} and dtype {np.dtype(dtype).name}"
+            raise _refusal(f"{name}.{field}", expected, _described(leaf))
+
+
+def _check_packed_call(x, weights: dict, gate, dtype: str | None, residual, norm) -> None:
+    names = [np.dtype(d).name for d in KERNEL_DTYPES]
+    expected = f"one of {', '.join(names)}"
+    if x.dtype not in KERNEL_DTYPES:
+        given = f"dtype {x.dtype}"
+        raise _refusal("x for a packed weight", expected, given, TypeError)
+    if dtype is not None and dtype not in names:
+        raise _refusal("preferred_element_type", f"{expected} for packed weights", dtype, TypeError)
+    if residual is not None and not jnp.issubdtype(residual.dtype, jnp.floating):
+        raise _refusal("residual", "a floating-point array", _described(residual), TypeError)
+    for name, weight in weights.items():
+        if not isinstance(weight, PackedWeight) or weight.activations is None:
+            continue
+        longest = _LONGEST[weight.group_size is not None]
+        if weight.k > longest:
+            expected = (
+                f"of at most {longest} rows, whose sum of int8 products is an int32; pack it with "
+                "activations=None, or split it"
+            )
+            raise _refusal(name, expected, repr(weight))
+    if gate is not None:
+        weight = next(iter(weights.values()))
+        if _format(gate) != _format(weight):
+            raise _refusal("gate", f"of the format of weight, {weight!r}", repr(gate))
+
+
+def _format(weight: PackedWeight) -> tuple:
+    return weight.dtype, weight.k, weight.group_size, weight.activations
+
+
+def _share_a_call(weights: Sequence) -> bool:
+    """Whether one call of the kernel can take the weights."""
+    if len(weights) == 1:
+        return isinstance(weights[0], PackedWeight)
+    first = weights[0]
+    return all(
+        isinstance(w, PackedWeight)
+        and _format(w) == _format(first)
+        and (w.offsets is None) == (first.offsets is None)
+        # A call has one of these, and whether arrays are equal is not known.
+        and w.permutation is None
+        and w.table is None
+        for w in weights
+    )
+
+
+def _in_two_calls(x, weights, biases, gate, gate_bias, residual, norm, names, static):
+    """What a gate makes of a weight with another table or permutation."""
+    dtype = static["dtype"] or x.dtype.name
+    static = static | {"dtype": "float32"}
+    linear = static | {"activation": ""}
+    (gated,) = _quake_dense(x, (gate,), (gate_bias,), None, None, None, norm, names=names, **static)
+    (y,) = _quake_dense(x, weights, biases, None, None, None, norm, names=names, **linear)
+    y = gated * y
+    return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
+
+
+def _of_arrays(x, weight, bias, gate, gate_bias, residual, norm, *, activation, order, dtype):
+    """The layer with weights that are not packed, in jax.numpy."""
+    if norm is not None:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise _refusal("x", "a floating-point array for a norm", _described(x), TypeError)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        arrays = [getattr(norm, field, None) for field in ("scale", "offset")]
+        arrays = [a if a is None else a.astype(wide) for a in arrays]
+        kind = _kind_of_norm(norm)
+        v = reference.normalized(x.astype(wide), kind, *arrays, norm.epsilon).astype(x.dtype)
+    else:
+        v = x
+
+    def product(weight, bias):
+        y = jnp.dot(v, weight, preferred_element_type=dtype)
+        return y if bias is None else y + layout.with_axes_in_front(bias, y.ndim)
+
+    def activated(y):
+        return functions.FUNCTIONS[activation].call(order, y) if activation else y
+
+    y = product(weight, bias)
+    y = activated(y) if gate is None else activated(product(gate, gate_bias)) * y
+    return y if residual is None else y + residual
+
+
+def _kind_of_norm(norm) -> str:
+    return "" if norm is None else "layer" if isinstance(norm, LayerNorm) else "rms"
+
+
+def _of_packed(x, weights, biases, gate, gate_bias, residual, norm, *, k, activation, order, dtype):
+    """The layer as one call of the kernel."""
+    first, out = weights[0], np.dtype(dtype or x.dtype)
+    result = out
+    if residual is not None:
+        if jnp.promote_types(residual.dtype, out) != out:
+            result = np.dtype(np.float32)  # rounded once, after the residual has been added
+        residual = residual.astype(result)
+    if any(b is not None for b in biases):
+        # A call has all of them or none.
+        biases = [
+            jnp.zeros(w.n, jnp.float32) if b is None else b.astype(jnp.float32)
+            for w, b in zip(weights, biases, strict=True)
+        ]
+    gate_bias = None if gate_bias is None else gate_bias.astype(jnp.float32)
+    parts = [
+        Weight(w.codes, w.scales, w.sums, w.offsets, b)
+        for w, b in zip(
+            (*weights, *([] if gate is None else [gate])),
+            (*biases, *([] if gate is None else [gate_bias])),
+            strict=True,
+        )
+    ]
+    scale, offset = _norm_arrays(norm, k)
+    table = layout.DEFAULT_TABLE if first.table is None else first.table
+    operands = Operands(
+        x=x,
+        permutation=first.permutation,
+        norm_scale=scale,
+        norm_offset=offset,
+        table=jnp.asarray(table) if first.dtype == "int4" else None,
+        weights=tuple(parts),
+        residual=residual,
+    )
+    call = Call(
+        order=order,
+        activation=functions.FUNCTIONS[activation].kernel.shares or activation
+        if activation
+        else "",
+        format=first.dtype,
+        group_size=first.group_size or 0,
+        quantized=first.activations is not None,
+        columns=tuple(w.n for w in weights),
+        dtype=result.name,
+        norm=_kind_of_norm(norm),
+        epsilon=0.0 if norm is None else norm.epsilon,
+        has_permutation=first.permutation is not None,
+        has_bias=biases[0] is not None,
+        has_offsets=first.offsets is not None,
+        has_gate=gate is not None,
+        has_gate_bias=gate_bias is not None,
+        has_residual=residual is not None,
+    )
+    results = derivative.dense(call, _in_one_stack(operands))
+    return [jnp.squeeze(y, 0).astype(out) for y in results]
+
+
+def _norm_arrays(norm, k: int) -> tuple:
+    """Scale and offset of a norm in float32, where the kernel has them."""
+    if norm is None:
+        return None, None
+
+    def array(x, default):
+        return jnp.full(k, default, jnp.float32) if x is None else x.astype(jnp.float32)
+
+    offset = array(norm.offset, 0.0) if isinstance(norm, LayerNorm) else None
+    return array(norm.scale, 1.0), offset
+
+
+def _in_one_stack(operands: Operands) -> Operands:
+    """The operands with an axis of stacked weights in front.
+
+    Those whose types say how they are split over a mesh are split as x is, along all of its axes
+    but the last.
+    """
+    spec = jax.typeof(operands.x).sharding.spec
+    rows = PartitionSpec(*spec[:-1], None)
+
+    def split(x, wanted):
+        return x if jax.typeof(x).sharding.spec == wanted else jax.sharding.reshard(x, wanted)
+
+    whole = jax.tree.map(
+        lambda leaf: split(leaf, PartitionSpec(*[None] * leaf.ndim)),
+        operands._replace(x=None, residual=None),
+    )
+    x, residual = (
+        None if leaf is None else split(leaf, rows) for leaf in (operands.x, operands.residual)
+    )
+    return jax.tree.map(lambda leaf: leaf[None], whole._replace(x=x, residual=residual))
+
+
+__all__ = defined_in(globals())

@@ -1,0 +1,435 @@
+"""Packed weights: arrays in the layout and the precision in which the kernels of dense layers read
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from quake_jax._core import jax_names
+from quake_jax._core.drop_in import as_array, optional_array
+from quake_jax._core.exports import defined_in
+from quake_jax._dense import layout
+from quake_jax._dense.trees import pytree
+
+ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table")
+# Of these a weight may have none.
+OPTIONAL = ("offsets", "permutation", "table")
+STATIC = ("k", "n", "dtype", "group_size", "activations")
+# Of int4 where none is asked for.
+_DEFAULT_GROUP = 32
+# By which "mse" tries to shrink the range that codes cover; what is outside is clipped.
+_SHRINK = tuple(1 - 0.04 * i for i in range(1, 11))
+_LARGEST_FLOAT16 = 65504.0
+
+
+@pytree(ARRAYS, STATIC)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackedWeight:
+    """A weight (…, K, N) as `dense` reads it: what `pack_weight` returns.
+
+    A pytree. Its leaves are arrays with the leading axes of the weight, such as layers or experts,
+    so `jax.lax.scan`, `jax.vmap` and indexing (`packed[i]`) take one weight out of a stack. It is
+    the same on all machines. `jax.export` and pickle know it.
+
+    Attributes:
+      codes: float32, bfloat16, int8, or uint8 of two 4-bit codes each. Columns are in panels of 16,
+        and these in words of 32 bits: [panels][words][16][values of a word].
+      scales: float32 by column; float16 by group and column, where there are groups; else None.
+      sums: int32 sums of the codes of a column, for int8 without groups whose activations are
+        int8; else None.
+      offsets: float16 by group and column, or None: a weight is scale · value + offset.
+      permutation: int32 of shape (…, K), or None: row i here is row permutation[i] of the weight.
+      table: float32 of shape (…, 16), the values of 4-bit codes; None is -8 to 7.
+      k, n: the shape of one weight. Static, as all that follows.
+      dtype: "float32", "bfloat16", "int8" or "int4".
+      group_size: how many rows share a scale, or None.
+      activations: "int8" if `dense` quantises the rows that it multiplies, or None.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> packed = quake_jax.pack_weight(jnp.ones((2, 64, 48)), "int8")
+      >>> packed[0]
+      PackedWeight(shape=(64, 48), dtype='int8', group_size=None, activations='int8')
+    """
+
+    codes: jax.Array
+    scales: jax.Array | None
+    sums: jax.Array | None
+    offsets: jax.Array | None
+    permutation: jax.Array | None
+    table: jax.Array | None
+    k: int
+    n: int
+    dtype: str
+    group_size: int | None
+    activations: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it stands for, (…, K, N)."""
+        return (*self._leading(), self.k, self.n)
+
+    def _leading(self) -> tuple[int, ...]:
+        known = layout.shapes_of(self.dtype, self.k, self.n, self.group_size, self.activations)
+        shape = self.codes.shape
+        return shape[: len(shape) - len(known["codes"][0])]
+
+    def __repr__(self) -> str:
+        try:
+            shape = f"shape={self.shape}"
+        except (AttributeError, TypeError):  # leaves may be anything
+            shape = f"k={self.k}, n={self.n}"
+        static = ", ".join(f"{name}={getattr(self, name)!r}" for name in STATIC[2:])
+        return f"PackedWeight({shape}, {static})"
+
+    def __getitem__(self, index) -> PackedWeight:
+        """Index the leading axes, as one indexes an array of weights."""
+        leading = len(self._leading())
+        parts = index if isinstance(index, tuple) else (index,)
+        axes = sum(getattr(part, "ndim", 1) if part is not None else 0 for part in parts)
+        if Ellipsis in [p for p in parts if not hasattr(p, "dtype")] or axes > leading:
+            raise IndexError(
+                f"quake_jax.PackedWeight: index {index!r} is for more than the {leading} leading "
+                f"axes of shape {self.shape}"
+            )
+        if isinstance(index, int) and not -self.shape[0] <= index < self.shape[0]:
+            raise IndexError(
+                f"quake_jax.PackedWeight: index {index} is out of bounds for shape {self.shape}"
+            )
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def unpack(self) -> jax.Array:
+        """The array that it stands for: (…, K, N), float32."""
+        weight = layout.unpacked(
+            *(self.codes, self.scales, self.offsets, self.table),
+            *(self.dtype, self.k, self.n, self.group_size),
+        )
+        if self.permutation is None:
+            return weight
+        return jnp.take_along_axis(weight, jnp.argsort(self.permutation, -1)[..., None], -2)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: ArrayLike,
+        scales: ArrayLike,
+        dtype: DTypeLike,
+        *,
+        offsets: ArrayLike | None = None,
+        permutation: ArrayLike | None = None,
+        table: ArrayLike | None = None,
+        activations: str | None = "auto",
+    ) -> PackedWeight:
+        """Pack a weight that is quantised already, such as one of GPTQ, AWQ or a GGUF file.
+
+        Args:
+          codes: integers of shape (…, K, N): -128 to 127 for "int8" (-127 to 127 by column with
+            activations "int8"), 0 to 15 for "int4".
+          scales: by column, of shape (…, N), for "int8"; or by group and column (…, G, N), where a
+            group is K / G rows, a multiple of 32. These are rounded to float16.
+          dtype: "int8" or "int4".
+          offsets: by group and column, or None. Weights are scale · value + offset; for unsigned
+            codes with a zero point z, -scale · z.
+          permutation: integers of shape (…, K), or None: row i of codes multiplies element
+            permutation[i] of x.
+          table: the 16 values of 4-bit codes, of shape (16,) or (…, 16), or None for -8 to 7.
+          activations: as in `pack_weight`. With "int8" the table's values are integers from -128 to
+            127.
+
+        Returns:
+          A `PackedWeight`.
+
+        Raises:
+          TypeError: if an argument is no array of numbers, or codes are no integers.
+          ValueError: if shapes, dtype or values are none of these. Values are not looked at while
+            a function is traced.
+
+        Example:
+          >>> import jax.numpy as jnp, quake_jax
+          >>> codes = jnp.full((64, 16), 9, jnp.uint8)
+          >>> packed = quake_jax.PackedWeight.from_codes(codes, jnp.full((2, 16), 0.5), "int4")
+          >>> float(packed.unpack()[0, 0])
+          0.5
+        """
+        name = "PackedWeight.from_codes"
+        dtype = _checked_dtype(name, dtype)
+        codes, scales = as_array(codes, name, "codes"), as_array(scales, name, "scales")
+        offsets, permutation, table = (
+            optional_array(x, name, argument)
+            for x, argument in (
+                (offsets, "offsets"),
+                (permutation, "permutation"),
+                (table, "table"),
+            )
+        )
+        if dtype not in layout.LARGEST:
+            raise _refusal(name, "dtype", '"int8" or "int4"', repr(dtype))
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise TypeError(f"quake_jax.{name}: codes must be integers; got dtype {codes.dtype}")
+        if codes.ndim < 2:
+            raise _refusal(name, "codes", "of shape (…, K, N)", f"shape {codes.shape}")
+        *lead, k, n = codes.shape
+        lead = tuple(lead)
+        group_size = None
+        if scales.shape != (*lead, n) or dtype == "int4":
+            groups = scales.shape[-2] if scales.ndim == codes.ndim else 0
+            fits = groups and k % groups == 0 and scales.shape == (*lead, groups, n)
+            if not fits:
+                by_column = f"{(*lead, n)} or " if dtype == "int8" else ""
+                in_groups = ", ".join(map(str, (*lead, "G", n)))
+                expected = f"of shape {by_column}({in_groups}), G dividing K = {k}"
+                raise _refusal(name, "scales", expected, f"shape {scales.shape}")
+            group_size = _checked_group(name, "K / G", k // groups, k)
+        activations = _checked_activations(name, dtype, activations)
+        for argument, x, shape in (
+            ("offsets", offsets, scales.shape if group_size else None),
+            ("permutation", permutation, (*lead, k)),
+            ("table", table, (*lead, 16) if dtype == "int4" else None),
+        ):
+            if x is None:
+                continue
+            if shape is None:
+                expected = {"offsets": "None without groups", "table": 'None but for "int4"'}
+                raise _refusal(name, argument, expected[argument], f"shape {x.shape}")
+            if x.shape not in (shape, shape[-1:] if argument == "table" else shape):
+                raise _refusal(name, argument, f"of shape {shape}", f"shape {x.shape}")
+        by_column = group_size is None and activations is not None
+        low, high = (0, 15) if dtype == "int4" else (-127 if by_column else -128, 127)
+        _check_range(name, "codes", codes, low, high)
+        if permutation is not None and not isinstance(permutation, jax_names.Tracer):
+            if (np.sort(permutation, -1) != np.arange(k)).any():
+                raise _refusal(name, "permutation", f"one of 0 to {k - 1}", repr(permutation))
+        if table is not None:
+            if activations is not None:
+                _check_range(name, "table", table, -128, 127, whole=True)
+            table = jnp.broadcast_to(jnp.asarray(table, jnp.float32), (*lead, 16))
+        return _assembled(
+            jnp.asarray(codes),
+            jnp.asarray(scales),
+            None if offsets is None else jnp.asarray(offsets),
+            None if permutation is None else jnp.asarray(permutation, jnp.int32),
+            table,
+            dtype=dtype,
+            group_size=group_size,
+            activations=activations,
+        )
+
+
+def _refusal(function: str, argument: str, expected: str, given: str) -> ValueError:
+    return ValueError(f"quake_jax.{function}: {argument} must be {expected}; got {given}")
+
+
+def _checked_dtype(function: str, dtype) -> str:
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in layout.ROWS:
+        raise _refusal(function, "dtype", f"one of {', '.join(layout.ROWS)}", repr(dtype))
+    return name
+
+
+def _checked_group(function: str, argument: str, group_size, k: int) -> int:
+    try:
+        size = operator.index(group_size)
+    except TypeError:
+        raise TypeError(
+            f"quake_jax.{function}: {argument} must be an integer or None; got {group_size!r}"
+        ) from None
+    if size <= 0 or size % layout.GROUP_MULTIPLE or k % size:
+        expected = f"a multiple of {layout.GROUP_MULTIPLE} that divides K = {k}"
+        raise _refusal(function, argument, expected, repr(group_size))
+    return size
+
+
+def _checked_activations(function: str, dtype: str, activations) -> str | None:
+    is_float = dtype not in layout.LARGEST
+    if isinstance(activations, str) and activations == "auto":
+        return None if is_float else "int8"
+    if activations is not None and (not isinstance(activations, str) or activations != "int8"):
+        raise _refusal(function, "activations", 'None, "int8" or "auto"', repr(activations))
+    if activations is not None and is_float:
+        raise _refusal(function, "activations", f'None for dtype "{dtype}"', repr(activations))
+    return activations
+
+
+def _check_range(function: str, argument: str, x, low: int, high: int, whole=False) -> None:
+    if isinstance(x, jax_names.Tracer) or x.size == 0:
+        return
+    values = np.asarray(x)
+    inside = (values >= low) & (values <= high)
+    if whole:
+        inside &= values == np.round(values)
+    if not inside.all():
+        at = tuple(map(int, np.argwhere(~inside)[0]))
+        expected = f"integers from {low} to {high}"
+        raise _refusal(function, argument, expected, f"{values[at]} at {at}")
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations"))
+def _assembled(
+    codes, scales, offsets, permutation, table, *, dtype, group_size, activations
+) -> PackedWeight:
+    k, n = codes.shape[-2:]
+    sums = None
+    if dtype == "int8" and not group_size and activations == "int8":
+        sums = jnp.sum(codes, -2, dtype=jnp.int32)
+        sums = layout.columns_to_panels(sums, groups=False)
+    of_scales = jnp.float16 if group_size else jnp.float32
+    scales, offsets = (
+        None
+        if x is None
+        else layout.columns_to_panels(x.astype(of_scales), groups=bool(group_size))
+        for x in (scales, offsets)
+    )
+    words = layout.to_words(codes, dtype)
+    return PackedWeight(
+        *(words, scales, sums, offsets, permutation, table),
+        *(k, n, dtype, group_size, activations),
+    )
+
+
+def pack_weight(
+    weight: ArrayLike,
+    dtype: DTypeLike,
+    *,
+    group_size: int | None = None,
+    activations: str | None = "auto",
+    scale_method: str = "max",
+) -> PackedWeight:
+    """Pack a weight for `dense`.
+
+    Packing is jax.numpy: it may be traced, and works on any platform.
+
+    Args:
+      weight: floating-point array of shape (…, K, N). Leading axes, of stacked layers or experts,
+        stay leading axes.
+      dtype: "float32"; "bfloat16", products of bfloat16 pairs with float32 sums; "int8", with a
+        scale for each column, or for each group of a column; or "int4", in groups.
+      group_size: how many rows of a column share a scale, a float16: a multiple of 32 that divides
+        K. None is no groups for "int8", and 32 for "int4". Not for "float32" and "bfloat16".
+      activations: "int8", `dense` quantises each row of x, and sums of products are exact
+        integers; or None, only the weight is quantised. "auto" is "int8" for integer formats and
+        None for the others, which know no "int8".
+      scale_method: how the scale of integer formats is found. "max": no weight is clipped. "mse":
+        the best of a few smaller ones by the sum of squared errors of its column or group.
+
+    Returns:
+      A `PackedWeight`. If the weight is traced, a column (group) with NaN or infinity is NaN.
+
+    Raises:
+      TypeError: if weight is no floating-point array; if group_size is no integer.
+      ValueError: if weight has fewer than two axes, or has NaN or an infinity; if dtype,
+        group_size, activations or scale_method is none of these.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> packed = quake_jax.pack_weight(jnp.ones((64, 32)), "int4", group_size=64)
+      >>> y = quake_jax.dense(jnp.ones((2, 64)), packed)
+    """
+    name = "pack_weight"
+    dtype = _checked_dtype(name, dtype)
+    weight = as_array(weight, name, "weight")
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise TypeError(
+            f"quake_jax.{name}: weight must be a floating-point array; got an array of dtype "
+            f"{weight.dtype}"
+        )
+    if weight.ndim < 2:
+        raise _refusal(name, "weight", "of shape (…, K, N)", f"shape {weight.shape}")
+    activations = _checked_activations(name, dtype, activations)
+    if scale_method not in ("max", "mse"):
+        raise _refusal(name, "scale_method", '"max" or "mse"', repr(scale_method))
+    if dtype in layout.LARGEST:
+        if group_size is None and dtype == "int4":
+            group_size = _DEFAULT_GROUP
+        if group_size is not None:
+            group_size = _checked_group(name, "group_size", group_size, weight.shape[-2])
+    elif group_size is not None:
+        raise _refusal(name, "group_size", f'None for dtype "{dtype}"', repr(group_size))
+    static = {"dtype": dtype, "group_size": group_size, "activations": activations}
+    packed, is_finite = _pack(jnp.asarray(weight), method=scale_method, **static)
+    if not isinstance(is_finite, jax_names.Tracer) and not is_finite:
+        _refuse_values(np.asarray(weight), dtype)
+    return packed
+
+
+def _refuse_values(weight: np.ndarray, dtype: str) -> None:
+    """Say which element of a weight cannot be packed."""
+    weight = weight.astype(np.float32)
+    finite = np.isfinite(weight)
+    what = "finite"
+    if finite.all():  # a group's scale is not
+        finite = np.abs(weight) <= _LARGEST_FLOAT16 * layout.LARGEST[dtype]
+        what = "small enough for float16 scales of its groups"
+    at = tuple(map(int, np.argwhere(~finite)[0]))
+    *lead, row, column = at
+    where = f"row {row}, column {column}" + (f" of the weight at {tuple(lead)}" if lead else "")
+    raise _refusal("pack_weight", "weight", what, f"{weight[at]} at {where}")
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations", "method"))
+def _pack(weight, *, dtype, group_size, activations, method):
+    """The packed weight, and whether all of it is finite."""
+    static = {"dtype": dtype, "group_size": group_size, "activations": activations}
+    if dtype not in layout.LARGEST:
+        is_finite = jnp.all(jnp.isfinite(weight))
+        return _assembled(weight, None, None, None, None, **static), is_finite
+    *lead, k, n = weight.shape
+    size = group_size or k
+    groups = weight.reshape(*lead, k // group_size if group_size else 1, size, n)
+    groups = groups.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(groups), -2, keepdims=True, initial=0.0)
+    steps = layout.LARGEST[dtype]
+    scales = _scales(largest / steps, in_groups=bool(group_size))
+    codes = _codes(groups, scales, steps)
+    if method == "mse":
+        error = jnp.sum((codes * scales - groups) ** 2, -2, keepdims=True)
+
+        def better(shrink, best):
+            scales, error = best
+            smaller = _scales(largest * shrink / steps, in_groups=bool(group_size))
+            codes = _codes(groups, smaller, steps)
+            other = jnp.sum((codes * smaller - groups) ** 2, -2, keepdims=True)
+            return jnp.where(other < error, smaller, scales), jnp.minimum(other, error)
+
+        def step(best, shrink):
+            return better(shrink, best), None
+
+        (scales, _), _ = lax.scan(step, (scales, error), jnp.asarray(_SHRINK, jnp.float32))
+        codes = _codes(groups, scales, steps)
+    codes = codes.reshape(weight.shape)
+    codes = (codes + 8).astype(jnp.uint8) if dtype == "int4" else codes.astype(jnp.int8)
+    by_column = jnp.squeeze(scales, -2)
+    by_column = by_column if group_size else jnp.squeeze(by_column, -2)
+    packed = _assembled(codes, by_column, None, None, None, **static)
+    return packed, jnp.all(jnp.isfinite(by_column))
+
+
+def _scales(scales, *, in_groups: bool):
+    """Scales as they are stored, but in float32: 1 for zeros, NaN for what is not finite."""
+    if in_groups:
+        # Upwards, so that no code leaves its range.
+        half = scales.astype(jnp.float16)
+        bits = lax.bitcast_convert_type(half, jnp.uint16)
+        up = lax.bitcast_convert_type(bits + jnp.uint16(1), jnp.float16)
+        scales = jnp.where(half.astype(jnp.float32) < scales, up, half).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(scales), jnp.where(scales == 0, 1.0, scales), jnp.nan)
+
+
+def _codes(groups, scales, steps: int):
+    """The nearest codes, as float32; 0 where there is none."""
+    codes = jnp.clip(jnp.rint(groups / scales), -steps, steps)
+    return jnp.where(jnp.isnan(codes), 0.0, codes)
+
+
+__all__ = defined_in(globals())

@@ -1,0 +1,149 @@
+"""The primitive of dense layers: shapes, lowering, batching, and what it is on other platforms.
+
+Its parameters are the fields of `Call`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from quake_jax._core import partitioning
+from quake_jax._core.jax_names import mlir
+from quake_jax._core.primitive import custom_call, make_primitive, merged, typed
+from quake_jax._dense import reference
+from quake_jax._dense.operands import Call
+
+
+def _shapes(*avals, **parameters):
+    call, x = Call(**parameters), avals[0]
+    # Stacked weights may be split where x is not.
+    stack = next((a.sharding.spec[0] for a in avals if a.sharding.spec[0] is not None), None)
+    rows = x.sharding.spec[1:-1]
+    stack = None if stack in rows else stack
+    sharding = x.sharding.update(spec=(stack, *rows, None))
+    return tuple(
+        x.update(
+            shape=(*x.shape[:-1], n),
+            dtype=np.dtype(call.dtype),
+            sharding=sharding,
+            weak_type=False,
+        )
+        for n in call.columns
+    )
+
+
+def _are_rows(operands, call: Call) -> list[bool]:
+    """Which operands have rows of their own, x and residual; the others belong to the weights."""
+    last = len(operands) - 1
+    return [i == 0 or (call.has_residual and i == last) for i in range(len(operands))]
+
+
+def _axes(avals, call: Call) -> tuple[list, list]:
+    """Along which axes a call may be split: stacked weights, and all axes of x but the last."""
+    of_rows = ["stack", *range(1, len(avals[0].shape) - 1), None]
+    inputs = [
+        of_rows if has_rows else ["stack", *[None] * (len(x.shape) - 1)]
+        for x, has_rows in zip(avals, _are_rows(avals, call), strict=True)
+    ]
+    return inputs, [of_rows] * len(call.columns)
+
+
+def _lower(context, *operands, target: str, **parameters):
+    call, avals = Call(**parameters), context.avals_in
+    sizes = [size for x in (*avals, *context.avals_out) for size in x.shape]
+    if any(isinstance(size, int) and size == 0 for size in sizes):
+        # XLA calls no kernel for empty arrays, and a product over nothing is not empty.
+        return mlir.lower_fun(_elsewhere, multiple_results=True)(context, *operands, **parameters)
+    inputs, results = _axes(avals, call)
+    if partitioning.can_split_along_axes(context):
+        values = partitioning.lower_split_along_axes(
+            context,
+            *operands,
+            function=functools.partial(dense, **parameters),
+            inputs=inputs,
+            results=results,
+            description=f"{target} {call}",
+        )
+        return typed(context, values)
+    if len(avals[0].shape) != 3:
+        lowered = mlir.lower_fun(_of_one_axis_of_rows, multiple_results=True)
+        return lowered(context, *operands, **parameters)
+    stack = avals[0].shape[0]
+    # XLA splits leading axes alone.
+    is_split = stack != 1 and all(x.shape[0] == stack for x in avals)
+
+    def labels(kind, avals):
+        return [
+            ["stack", *((kind, i, k) for k in range(1, len(x.shape)))] for i, x in enumerate(avals)
+        ]
+
+    axes = labels("in", avals), labels("out", context.avals_out)
+    values = custom_call(
+        context,
+        *operands,
+        target=target,
+        batch_axes=1 if is_split else None,
+        axes=axes,
+        whole=[label for arrays in axes for array in arrays for label in array[1:]],
+        **call.attributes(),
+    )
+    return typed(context, values)
+
+
+def _of_one_axis_of_rows(*operands, **parameters):
+    are_rows = _are_rows(operands, Call(**parameters))
+    lead = operands[0].shape[:-1]
+    flat = [
+        x.reshape(lead[0], math.prod(lead[1:]), x.shape[-1]) if has_rows else x
+        for x, has_rows in zip(operands, are_rows, strict=True)
+    ]
+    return [y.reshape(*lead, y.shape[-1]) for y in dense(*flat, **parameters)]
+
+
+def _batch(bind, operands, axes, **parameters):
+    call = Call(**parameters)
+    are_rows = _are_rows(operands, call)
+    parts = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    if all(a is None or rows for a, rows in zip(axes, are_rows, strict=True)):
+        # More rows of the same weights.
+        moved = []
+        for x, a, rows in zip(operands, axes, are_rows, strict=True):
+            if a is not None:
+                x = jnp.moveaxis(x, a, 1)
+            elif rows:
+                x = jnp.broadcast_to(x[:, None], (x.shape[0], parts, *x.shape[1:]))
+            moved.append(x)
+        return bind(*moved, **parameters), [1] * len(call.columns)
+    # More weights, in front of those that are stacked already.
+    moved = [
+        x[None] if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)
+    ]
+    stack = moved[0].shape[1]
+    moved = [
+        # What all weights share stays one.
+        x[0]
+        if x.shape[:2] == (1, 1) and not rows
+        else merged(jnp.broadcast_to(x, (parts, stack, *x.shape[2:])))
+        for x, rows in zip(moved, are_rows, strict=True)
+    ]
+    results = bind(*moved, **parameters)
+    return [y.reshape(parts, stack, *y.shape[1:]) for y in results], [0] * len(call.columns)
+
+
+def _elsewhere(*operands, **parameters):
+    call = Call(**parameters)
+    return reference.dense(call, call.by_name(operands))
+
+
+dense = make_primitive(
+    "dense",
+    shape=_shapes,
+    lower=_lower,
+    batch=_batch,
+    multiple_results=True,
+    elsewhere=_elsewhere,
+)
