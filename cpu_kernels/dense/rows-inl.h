@@ -102,6 +102,11 @@ QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, 
     low[k] = max_skip_nan(low[k], -v);
     poison[k] = fma(v, vf{}, poison[k]);  // NaN if there is one, or an infinity
   }
+  // Before anything becomes an integer.
+  if (const float sum = reduce_add(poison[0] + poison[1]); sum != sum) {
+    scale = sum;
+    return {.inverse = 0, .zero = 0, .lowest = -128};
+  }
   const float up = reduce_max(max_skip_nan(high[0], high[1])), down = reduce_max(max_skip_nan(low[0], low[1]));
   const float range = zero_point ? up / 255 + down / 255 : (up > down ? up : down) / 127;
   scale = range > kSmallest ? range : kSmallest;
@@ -109,10 +114,6 @@ QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, 
   if (zero_point) {
     q.zero = static_cast<std::int32_t>(__builtin_rintf(down * q.inverse)) - 128;
     q.lowest = -128;
-  }
-  if (const float sum = reduce_add(poison[0] + poison[1]); sum != sum) {
-    scale = sum;
-    q = {.inverse = 0, .zero = 0, .lowest = -128};
   }
   return q;
 }
