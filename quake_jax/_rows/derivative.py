@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from quake_jax._core import norm
 from quake_jax._core.drop_in import differentiable
-from quake_jax._rows import formula, primitive
+from quake_jax._rows import primitive
 
 
 def _weighted_mean(y, t, axis):
@@ -106,14 +107,14 @@ def _total(arrays):
 
 def _norm_tangent(v, of_v, scale, of_parameters, epsilon, centered):
     """The tangent of the norm of v, from those of v, the scale and the offset; None is 0."""
-    n, factor = formula.normalized(v, epsilon, centered=centered)
+    n, factor = norm.normalized(v, epsilon, centered=centered)
     terms = []
     if of_v is not None:
         t = of_v - jnp.mean(of_v, -1, keepdims=True) if centered else of_v
         t = factor * (t - n * jnp.mean(n * t, -1, keepdims=True))
-        terms.append(t * formula.beside(scale, v.ndim))
+        terms.append(t * norm.beside(scale, v.ndim))
     for t, slope in zip(of_parameters, (n, jnp.ones_like(n)), strict=False):
-        terms.append(None if t is None else slope * formula.beside(t, v.ndim))
+        terms.append(None if t is None else slope * norm.beside(t, v.ndim))
     return _total(terms)
 
 

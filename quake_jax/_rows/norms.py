@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from quake_jax._core import jax_names
+from quake_jax._core import jax_names, norm
 from quake_jax._core.drop_in import KERNEL_DTYPES, naming_arguments, refuse_other_than_numbers
 from quake_jax._core.exports import defined_in
 from quake_jax._core.switches import DISABLED
-from quake_jax._rows import derivative, formula
-
-
-def _static_epsilon(epsilon, function: str) -> float:
-    where = f"quake_jax.{function}: epsilon must be a non-negative number"
-    try:
-        # A truth value counts as a number in Python.
-        value = None if isinstance(epsilon, (bool, np.bool_, str)) else float(epsilon)
-    except (TypeError, ValueError, OverflowError):
-        value = None
-    if value is None:
-        raise TypeError(f"{where}, known when the function is traced; got {epsilon!r}")
-    if not (0 <= value and math.isfinite(value)):
-        raise ValueError(f"{where}; got {epsilon!r}")
-    return value
+from quake_jax._rows import derivative
 
 
 def _check(name: str, x, residual, scale, offset) -> None:
@@ -83,14 +66,14 @@ def _norm(name: str, exact, kernel, kernel_of_sum, *, has_offset: bool):
 
 _layer_norm_call = _norm(
     "layer_norm",
-    formula.layer_norm,
+    norm.layer_norm,
     derivative.layer_norm,
     derivative.layer_norm_residual,
     has_offset=True,
 )
 _rms_norm_call = _norm(
     "rms_norm",
-    formula.rms_norm,
+    norm.rms_norm,
     derivative.rms_norm,
     derivative.rms_norm_residual,
     has_offset=False,
@@ -137,7 +120,8 @@ def layer_norm(
       >>> y = quake_jax.layer_norm(x, scale, offset)
       >>> y, total = quake_jax.layer_norm(x, scale, offset, residual=2 * x)
     """
-    return _layer_norm_call(x, residual, scale, offset, _static_epsilon(epsilon, "layer_norm"))
+    epsilon = norm.static_epsilon(epsilon, "quake_jax.layer_norm: epsilon")
+    return _layer_norm_call(x, residual, scale, offset, epsilon)
 
 
 def rms_norm(
@@ -170,7 +154,8 @@ def rms_norm(
       >>> import jax.numpy as jnp, quake_jax
       >>> y = quake_jax.rms_norm(jnp.arange(6.0).reshape(2, 3), jnp.ones(3))
     """
-    return _rms_norm_call(x, residual, scale, None, _static_epsilon(epsilon, "rms_norm"))
+    epsilon = norm.static_epsilon(epsilon, "quake_jax.rms_norm: epsilon")
+    return _rms_norm_call(x, residual, scale, None, epsilon)
 
 
 __all__ = defined_in(globals())

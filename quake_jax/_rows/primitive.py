@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from quake_jax._core import jax_names, partitioning
+from quake_jax._core import jax_names, norm, partitioning
 from quake_jax._core.jax_names import mlir
 from quake_jax._core.primitive import custom_call, in_front, lower_function, make_primitive, typed
-from quake_jax._rows import formula, reference
+from quake_jax._rows import reference
 
 # Over one axis, `axis`, of any rank: the others are a batch.
 
@@ -121,7 +121,7 @@ def _norm(name: str, *, rows: int = 1) -> Callable:
 
     def with_whole_parameters(*operands, epsilon):
         x = operands[0]
-        whole = [jnp.broadcast_to(formula.beside(p, x.ndim), x.shape) for p in operands[rows:]]
+        whole = [jnp.broadcast_to(norm.beside(p, x.ndim), x.shape) for p in operands[rows:]]
         return listed(bind(*operands[:rows], *whole, epsilon=epsilon))
 
     def lower(context, *operands, target: str, epsilon: float):
