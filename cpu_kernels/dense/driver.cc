@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 
-#include "core/denormals.h"
 #include "core/memory.h"
 
 namespace quake {
@@ -43,11 +42,7 @@ class DenseCall {
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
       : p_(problem), kernels_(kernels), format_(static_cast<int>(problem.format)) {
     depth_ = p_.weights[0].panels.depth;
-    const size_t per_word = p_.format == DenseFormat::kFloat32         ? 1
-                            : p_.format == DenseFormat::kBFloat16      ? 2
-                            : p_.format <= DenseFormat::kInt8Quantized ? 4
-                                                                       : 8;
-    padded_size_ = depth_ * per_word;
+    padded_size_ = depth_ * elements_of_word(p_.format);
     row_words_ = padded_size_ / kernels_.row_word[format_];
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
@@ -134,7 +129,6 @@ class DenseCall {
     const size_t bytes = p_.size * element_size(p_.dtype);
     const char* const x = static_cast<const char*>(p_.x) + first * bytes;
     DenseRows rows = {.x = x,
-                      .stride = p_.size,
                       .count = count,
                       .tile_rows = part.tiling.rows,
                       .size = p_.size,
@@ -272,10 +266,6 @@ const char* run_dense(const DenseProblem& p, const DenseKernels& kernels, Parall
       !kernels.product[format][0]) {
     return kNoKernel;
   }
-  const auto in_order = [](size_t tasks, Task task) {
-    ScopedFlushDenormals flush;
-    for (size_t i = 0; i < tasks; ++i) task(i);
-  };
   size_t columns = 0;
   for (const DenseWeight& weight : p.weights) columns += weight.columns;
   if (p.rows == 0 || p.size == 0 || columns == 0) return nullptr;

@@ -2,7 +2,7 @@
 
 #include "dense/xla.h"
 
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -34,31 +34,18 @@ struct DenseAttributes {
   std::string_view activation;
 };
 
-// The formats as the attribute counts them, and the elements of a column in a word of theirs.
+// The formats as the attribute counts them.
 struct Format {
   DenseFormat plain, quantized;
   ffi::DataType codes;
-  std::int64_t per_word, of_word;  // of_word: the last axis of the codes, 0 for none
+  std::int64_t of_word;  // the last axis of the codes, 0 for none
 };
 constexpr Format kFormats[] = {
-    {DenseFormat::kFloat32, DenseFormat::kFloat32, ffi::F32, 1, 0},
-    {DenseFormat::kBFloat16, DenseFormat::kBFloat16, ffi::BF16, 2, 2},
-    {DenseFormat::kInt8, DenseFormat::kInt8Quantized, ffi::S8, 4, 4},
-    {DenseFormat::kInt4, DenseFormat::kInt4Quantized, ffi::U8, 8, 4},
+    {DenseFormat::kFloat32, DenseFormat::kFloat32, ffi::F32, 0},
+    {DenseFormat::kBFloat16, DenseFormat::kBFloat16, ffi::BF16, 2},
+    {DenseFormat::kInt8, DenseFormat::kInt8Quantized, ffi::S8, 4},
+    {DenseFormat::kInt4, DenseFormat::kInt4Quantized, ffi::U8, 4},
 };
-
-std::optional<DType> dtype_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32:
-      return DType::kFloat32;
-    case ffi::BF16:
-      return DType::kBFloat16;
-    case ffi::F16:
-      return DType::kFloat16;
-    default:
-      return std::nullopt;
-  }
-}
 
 // A buffer of `1 or stack` times `size` elements; the part of it that belongs to a weight of the stack.
 struct Stacked {
@@ -241,7 +228,7 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
   }
   const Shared shared = {stack,
                          size,
-                         ceil_div(size, static_cast<size_t>(format.per_word)),
+                         ceil_div(size, elements_of_word(format.plain)),
                          group_size ? size / group_size : 0,
                          &format,
                          a.quantized != 0};

@@ -37,5 +37,5 @@ void fill_all(KernelTable& table) {
   fill_attention<T...>(table.attention);
   fill_elementwise<T...>(table.elementwise);
   fill_rows<T...>(table.rows);
-  fill_dense(table.dense);
+  fill_dense<T...>(table.dense);
 }

@@ -20,9 +20,7 @@ struct SummedValues {
 // lower half is clear, and these may be any.
 template <class T>
 QUAKE_INLINE vf parameter(vf v) {
-  if constexpr (kDTypeOf<T> != DType::kBFloat16) return v;
-  const vi nan = (vi)(v != v);
-  return as_float((as_int(v) & ~nan) | (nan & 0x7fc00000));
+  return kDTypeOf<T> == DType::kBFloat16 ? plain_nans(v) : v;
 }
 
 // Scales or offsets in the order in which a Pair of T has its elements, for all whole Pairs of them: for

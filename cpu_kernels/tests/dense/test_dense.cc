@@ -1,9 +1,7 @@
 // Dense layers on packed weights alone, without Python or XLA: every format and shape against the definition in
 // double precision, the memory that they touch, NaN and infinities, threads.
 
-#include <atomic>
 #include <memory>
-#include <thread>
 
 #include "tests/dense/calls.h"
 
@@ -11,24 +9,6 @@ namespace quake::tests {
 namespace {
 
 using std::size_t;
-
-void in_order(size_t tasks, Task body) {
-  for (size_t i = 0; i < tasks; ++i) body(i);
-}
-void reversed(size_t tasks, Task body) {
-  for (size_t i = tasks; i-- > 0;) body(i);
-}
-void on_threads(size_t tasks, Task body) {
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    ScopedFlushDenormals flush;
-    for (size_t i; (i = next++) < tasks;) body(i);
-  };
-  std::thread a(work), b(work);
-  work();
-  a.join();
-  b.join();
-}
 
 constexpr struct {
   DenseFormat format;
