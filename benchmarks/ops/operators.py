@@ -76,22 +76,28 @@ class Operator:
 
     def __post_init__(self):
         name, fill = self.name, partial(object.__setattr__, self)
-        if self.kind == UNARY and not self.quake:
+        if self.is_row:
             fill("jax_nn", self.jax_nn or (lambda x: table.FUNCTIONS[name].exact(x)))
             fill("exact", self.exact or _exact(name))
         fill("jax_nn", self.jax_nn or (lambda *x: getattr(jax.nn, name)(*x)))
         fill("exact", self.exact or (lambda *x: getattr(np, name)(*x)))
         fill("torch", self.torch or _aten(name))
 
+    @property
+    def is_row(self) -> bool:
+        """Whether quake_jax's own table has it."""
+        return self.kind == UNARY and not self.quake
+
     def of_quake_jax(self, order: int) -> Callable:
         """The operator of quake_jax at one order; BenchmarkError where there is no quake_jax."""
         from benchmarks.harness.errors import quake_jax
 
-        if self.kind == UNARY and not self.quake:
-            quake_jax("accelerate")
-            function = table.FUNCTIONS[self.name].quake
+        name = self.quake or self.name
+        if self.is_row:
+            quake_jax("accelerate")  # an error of one line where there is none
+            function = table.FUNCTIONS[name].quake
         else:
-            function = getattr(quake_jax(self.quake or self.name), self.quake or self.name)
+            function = getattr(quake_jax(name), name)
         return partial(function, order=order, **self.options)
 
 
