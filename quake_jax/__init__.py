@@ -29,6 +29,12 @@ from quake_jax._dense.norms import *  # noqa: F403
 from quake_jax._dense.packed import *  # noqa: F403
 from quake_jax._elementwise.functions import *  # noqa: F403
 from quake_jax._elementwise.gated import *  # noqa: F403
+from quake_jax._pack.api import PackedFunction as PackedFunction
+from quake_jax._pack.api import pack as pack
+from quake_jax._pack.files import load_packed as load_packed
+from quake_jax._pack.files import save_packed as save_packed
+from quake_jax._pack.plan import PackedLeaf as PackedLeaf
+from quake_jax._pack.report import PackReport as PackReport
 from quake_jax._rewrite.api import accelerate as accelerate
 from quake_jax._rewrite.api import explain as explain
 from quake_jax._rows.api import *  # noqa: F403

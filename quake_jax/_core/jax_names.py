@@ -23,27 +23,34 @@ try:
     from jax import make_user_context
     from jax._src import checkify, source_info_util
     from jax._src.config import _check_vma, trace_context, use_shardy_partitioner
-    from jax._src.core import auto_insert_reshard, extend_axis_env_nd
+    from jax._src.core import DebugInfo, auto_insert_reshard, extend_axis_env_nd
     from jax._src.dispatch import apply_primitive
     from jax._src.interpreters.mlir import lower_with_sharding_in_types, reshape
     from jax._src.lax.lax import _convert_element_type, broadcasting_sharding_rule
     from jax._src.lib import xla_client
     from jax._src.numpy.util import promote_args_inexact
-    from jax._src.sharding_impls import GSPMDSharding, ShardingContext, SPMDAxisContext
+    from jax._src.sharding_impls import (
+        UNSPECIFIED,
+        GSPMDSharding,
+        ShardingContext,
+        SPMDAxisContext,
+    )
     from jax._src.state.types import AbstractRef
     from jax.core import Tracer
     from jax.experimental.custom_partitioning import custom_partitioning
-    from jax.extend.core import DropVar, Primitive, Var, jaxpr_as_fun
-    from jax.interpreters import batching, mlir
+    from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Primitive, Var, jaxpr_as_fun
+    from jax.interpreters import ad, batching, mlir, partial_eval
 
     # What is used of the modules among these; tests/core/test_versions.py finds what is missing.
     _USED_LATER = (
+        ad.primitive_jvps,
         batching.primitive_batchers,
         checkify.error_checks,
         checkify.nan_error_check,
         mlir.ir,
         mlir.lower_fun,
         mlir.register_lowering,
+        partial_eval.dce_jaxpr,
         source_info_util.user_frames,
         xla_client.HloSharding,
         xla_client.OpSharding.Type.REPLICATED,
@@ -54,12 +61,16 @@ versions.warn_of_newer()
 
 __all__ = [
     "INLINE",
+    "UNSPECIFIED",
+    "ClosedJaxpr",
     "DropVar",
     "GSPMDSharding",
+    "Jaxpr",
     "Primitive",
     "ShardingContext",
     "Tracer",
     "Var",
+    "ad",
     "apply_primitive",
     "auto_insert_reshard",
     "batching",
@@ -81,9 +92,11 @@ __all__ = [
     "promote_args_inexact",
     "reshape",
     "trace_context",
+    "unnamed",
     "use_shardy_partitioner",
     "user_frames",
     "with_weak_type",
+    "without_dead_code",
     "without_mesh",
     "xla_client",
 ]
@@ -140,6 +153,16 @@ def is_partitioned(context) -> bool:
 # Jaxprs, which quake_jax._rewrite edits.
 
 _JAX_FOLDER = os.path.join(jax.__path__[0], "")
+
+
+def unnamed(function: str, inputs: int, results: int):
+    """The debug information of a jaxpr whose inputs and results have no names."""
+    return DebugInfo(function, function, ("",) * inputs, ("",) * results)
+
+
+def without_dead_code(jaxpr) -> tuple[object, list[bool]]:
+    """An open jaxpr without what its results do not need, and which of its inputs are left."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
 def is_unspecified(sharding) -> bool:

@@ -24,7 +24,7 @@ from quake_jax._elementwise import functions
 
 # Sums of K products of int8 values are int32: 255 · 127 · K with a zero point, 127 · 128 · K
 # without.
-_LONGEST = {False: 66_311, True: 131_072}
+LONGEST = {False: 66_311, True: 131_072}
 
 
 def _activations() -> dict[str, str]:
@@ -277,7 +277,7 @@ def _check_packed_call(x, weights: dict, gate, dtype: str | None, residual, norm
     for name, weight in weights.items():
         if not isinstance(weight, PackedWeight) or weight.activations is None:
             continue
-        longest = _LONGEST[weight.group_size is not None]
+        longest = LONGEST[weight.group_size is not None]
         if weight.k > longest:
             expected = (
                 f"of at most {longest} rows, whose sum of int8 products is an int32; pack it with "
@@ -374,13 +374,13 @@ def _of_packed(x, weights, biases, gate, gate_bias, residual, norm, *, k, activa
         )
     ]
     scale, offset = _norm_arrays(norm, k)
-    table = layout.DEFAULT_TABLE if first.table is None else first.table
+    table = layout.default_table() if first.table is None else first.table
     operands = Operands(
         x=x,
         permutation=first.permutation,
         norm_scale=scale,
         norm_offset=offset,
-        table=jnp.asarray(table) if first.dtype == "int4" else None,
+        table=table if first.dtype == "int4" else None,
         weights=tuple(parts),
         residual=residual,
     )

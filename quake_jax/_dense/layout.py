@@ -7,7 +7,6 @@ Columns lie in panels of 16, a panel in words of 32 bits: [panels][words][16]. A
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 PANEL = 16
@@ -18,8 +17,14 @@ ROWS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 CODES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "int4": jnp.uint8}
 # The largest magnitude of a code.
 LARGEST = {"int8": 127, "int4": 7}
-# What 4-bit codes stand for where a weight has no table of its own.
-DEFAULT_TABLE = np.arange(-8, 8, dtype=np.float32)
+
+
+def default_table():
+    """What 4-bit codes stand for where a weight has no table of its own.
+
+    Computed, so that no program has a constant for it.
+    """
+    return jnp.arange(16, dtype=jnp.float32) - 8
 
 
 def shapes_of(dtype: str, k: int, n: int, group_size: int | None, activations: str | None) -> dict:

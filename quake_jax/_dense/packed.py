@@ -389,6 +389,9 @@ def _pack(weight, *, dtype, group_size, activations, method):
     groups = weight.reshape(*lead, k // group_size if group_size else 1, size, n)
     groups = groups.astype(jnp.float32)
     largest = jnp.max(jnp.abs(groups), -2, keepdims=True, initial=0.0)
+    # XLA's maximum of 64 and more may lose a NaN on CPUs.
+    is_finite = jnp.all(jnp.isfinite(groups), -2, keepdims=True)
+    largest = jnp.where(is_finite, largest, jnp.nan)
     steps = layout.LARGEST[dtype]
     scales = _scales(largest / steps, in_groups=bool(group_size))
     codes = _codes(groups, scales, steps)

@@ -44,9 +44,11 @@ def _over(x, divisor: int):
     return x / jnp.where(jnp.isnan(x), jnp.nan, jnp.float32(divisor))
 
 
-def _or_nan(scale):
-    """A scale that is neither too small nor, by a NaN or an infinity in its row, a number."""
-    return jnp.where(jnp.isfinite(scale), jnp.maximum(scale, _SMALLEST_SCALE), jnp.nan)
+def _or_nan(scale, v):
+    """A scale that is not too small, and NaN where the row v has a NaN or an infinity."""
+    # Not by the largest element: XLA's maximum of 64 and more may lose a NaN on CPUs.
+    is_finite = jnp.all(jnp.isfinite(v), -1, keepdims=True)
+    return jnp.where(is_finite, jnp.maximum(scale, _SMALLEST_SCALE), jnp.nan)
 
 
 def quantized(v: jax.Array, *, zero_point: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -57,11 +59,11 @@ def quantized(v: jax.Array, *, zero_point: bool) -> tuple[jax.Array, jax.Array, 
     """
     if not zero_point:
         largest = jnp.max(jnp.abs(v), -1, keepdims=True, initial=0.0)
-        scale = _or_nan(_over(largest, 127))
+        scale = _or_nan(_over(largest, 127), v)
         return _int8(jnp.clip(jnp.rint(v * (1 / scale)), -127, 127)), scale, None
     high = jnp.max(v, -1, keepdims=True, initial=0.0)
     low = jnp.min(v, -1, keepdims=True, initial=0.0)
-    scale = _or_nan(_over(high, 255) - _over(low, 255))
+    scale = _or_nan(_over(high, 255) - _over(low, 255), v)
     inverse = 1 / scale
     zero = jnp.rint(-low * inverse) - 128
     q = _int8(jnp.clip(jnp.rint(v * inverse) + zero, -128, 127))

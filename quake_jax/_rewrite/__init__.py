@@ -35,12 +35,16 @@ __all__ = [
 ]
 
 
-def rewrite(closed_jaxpr, options: Options) -> tuple[object, Report]:
-    """Return a program with its patterns replaced by kernels, and the report of what was done."""
-    if options.does_nothing:
+def rewrite(closed_jaxpr, options: Options, origins=None) -> tuple[object, Report]:
+    """Return a program with its patterns replaced by kernels, and the report of what was done.
+
+    With `origins`, which say for each input the format of the parameter that it is (see `Value`),
+    the program packs its weights.
+    """
+    if options.does_nothing and origins is None:
         return closed_jaxpr, Report()
     try:
-        return Rewriter(options).rewrite(closed_jaxpr)
+        return Rewriter(options).rewrite(closed_jaxpr, origins)
     finally:
         views.forget_constants()
 

@@ -31,12 +31,14 @@ class Activation:
 
     Attributes:
       name: as `only` takes it.
+      row: its name in the table.
       function: the public function that replaces it: f(x, order=…), and alpha=… if it has one.
       forms: what it looks like in programs.
       biased, gated: the public functions of x + bias, and of a gate and a value, or None.
     """
 
     name: str
+    row: str
     function: Callable
     forms: tuple[Callable, ...]
     biased: Callable | None = None
@@ -57,9 +59,9 @@ def _table() -> tuple[Activation, ...]:
         }
         forms = (row.exact, *kernel.forms, *alpha_forms[1.0])
         fused = (table.fused(row.name, kind) for kind in ("biased", "gated"))
-        rows.append(Activation(name, row.quake, forms, *(f and f.quake for f in fused)))
+        rows.append(Activation(name, row.name, row.quake, forms, *(f and f.quake for f in fused)))
         if kernel.alpha_forms:
-            with_alpha.append(Activation(name, row.quake, alpha_forms[_ALPHA]))
+            with_alpha.append(Activation(name, row.name, row.quake, alpha_forms[_ALPHA]))
     return (*rows, *with_alpha)
 
 
@@ -224,6 +226,20 @@ def _call(*arrays, function, order, alpha=None, **keywords):
 def _row_of(match: Match) -> Activation | None:
     function = dict(match.static).get("function")
     return next((row for row in _table() if row.function is function), None)
+
+
+def row_and_kind(match: Match) -> tuple[str, str]:
+    """The row of a match in the table, and "plain", "biased" or "gated"; both "" if it has none."""
+    static = dict(match.static)
+    function = static.pop("function", None)
+    if any(value is not None for value in static.values()):
+        return "", ""  # an alpha, or halves of one array
+    for row in _table():
+        functions = {"plain": row.function, "biased": row.biased, "gated": row.gated}
+        for kind, of_kind in functions.items():
+            if of_kind is not None and of_kind is function:
+                return row.row, kind
+    return "", ""
 
 
 def with_bias(match: Match) -> Match:

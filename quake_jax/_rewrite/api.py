@@ -5,133 +5,19 @@ Both trace the function, as jax.jit does, and rewrite the program that comes out
 
 from __future__ import annotations
 
-import enum
 import functools
 import types
 import weakref
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
-from quake_jax._rewrite import Options, Report, jaxprs, variables
+from quake_jax._rewrite import Options, Report, calls, jaxprs
 
 _ATTRIBUTE = "__quake_jax__"
-# What compares by identity and yet has nothing in it that a program could read and that changes
-# (for functions: nothing that jax.jit would not take for a constant too).
-_CONSTANT_TYPES = (
-    enum.Enum,
-    type,
-    types.BuiltinFunctionType,
-    types.EllipsisType,
-    types.FunctionType,
-    types.ModuleType,
-    np.ufunc,
-)
-
-
-class _Static:
-    """The structure of a call's arguments, with those in it that are no arrays: a key of caches."""
-
-    def __init__(self, tree, leaves: tuple):
-        self.tree = tree
-        self.leaves = leaves
-        # 1, 1.0 and True are equal but make different programs, as 0.0 and -0.0 do.
-        exact = (float, complex)
-        self._key = (
-            tree,
-            tuple((type(x), repr(x) if isinstance(x, exact) else x) for x in leaves),
-        )
-
-    def __hash__(self):
-        return hash(self._key)
-
-    def __eq__(self, other):
-        return isinstance(other, _Static) and self._key == other._key
-
-    def is_key(self) -> bool:
-        """Whether calls with an equal one have the same program."""
-        return _is_hashable(self) and all(map(_is_constant, self.leaves))
-
-
-class _Array:
-    """Stands for an array among static leaves."""
-
-    def __repr__(self):
-        return "array"
-
-
-_ARRAY = _Array()
-
-
-def _is_hashable(x) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
-
-
-def _is_constant(x) -> bool:
-    """Whether something hashable that is no array means the same as long as it is equal.
-
-    An object that compares by identity stays equal when its attributes change: what a program
-    reads of it may be old in the next call. One with an equality of its own is taken at its word.
-    """
-    if isinstance(x, functools.partial):
-        parts = (x.func, *x.args, *x.keywords.values())
-        return all(_is_hashable(part) and _is_constant(part) for part in parts)
-    if isinstance(x, (types.MethodType, types.BuiltinFunctionType)):
-        return _is_hashable(x.__self__) and _is_constant(x.__self__)
-    if type(x).__eq__ is not object.__eq__ or isinstance(x, _CONSTANT_TYPES):
-        return True
-    return type(x) is _Array or type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
-
-
-def _is_array(x) -> bool:
-    if isinstance(x, (np.ndarray, np.generic)):
-        return x.dtype.kind in "biufcV"
-    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) or jax_names.is_reference(x)
-
-
-def _split(args, kwargs) -> tuple[list, _Static]:
-    """The arrays among arguments, and everything else about them."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [x for x in leaves if _is_array(x)]
-    return arrays, _Static(tree, tuple(_ARRAY if _is_array(x) else x for x in leaves))
-
-
-def _joined(arrays, static: _Static):
-    remaining = iter(arrays)
-    leaves = [next(remaining) if x is _ARRAY else x for x in static.leaves]
-    return jax.tree.unflatten(static.tree, leaves)
-
-
-def _traced(fun: Callable, static: _Static, arrays):
-    """The program of a call of `fun`, and the structure of its result."""
-    origins: dict[str, int | None] = {}  # of changed variables: which of the arrays they were
-
-    def flat(*arrays):
-        args, kwargs = _joined(arrays, static)
-        before = variables.of_models(args, kwargs)
-        y = fun(*args, **kwargs)
-        after = variables.of_models(args, kwargs)
-        changed = {name: x for name, x in after.items() if x is not before.get(name)}
-        places = {id(x): i for i, x in enumerate(arrays)}
-        origins.update({name: places.get(id(before.get(name))) for name in changed})
-        return (y, changed) if changed else y
-
-    flat = jaxprs.name_like(flat, fun)
-    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    tree = jax.tree.structure(shapes[0] if origins else shapes)
-    if origins:
-        closed, lost = variables.without_changes(closed, tree.num_leaves, origins)
-        if lost:
-            variables.warn_of_changes(fun, lost)
-    return closed, tree
 
 
 def _checked(fun, function: str) -> None:
@@ -215,7 +101,7 @@ def accelerate(
 
     @functools.wraps(fun)
     def accelerated(*args, **kwargs):
-        return programs.call(*_split(args, kwargs))
+        return programs.call(*calls.split(args, kwargs))
 
     jaxprs.name_like(accelerated, fun)
     # This also keeps fun, which its programs do not.
@@ -251,10 +137,10 @@ class _Programs:
         self._options = options
         # Whether a jitted function gives arguments away, by what is not an array in the call:
         # an argument that may be None is given away only where it is an array.
-        self._donates: dict[_Static, bool] = {}
+        self._donates: dict[calls.Static, bool] = {}
 
         def call(static, *arrays):
-            closed, tree = _traced(self._function(), static, arrays)
+            closed, tree = calls.traced(self._function(), static, arrays)
             new, _ = _rewrite.rewrite(closed, options)
             return jax.tree.unflatten(tree, jax_names.jaxpr_as_fun(new)(*arrays))
 
@@ -262,23 +148,23 @@ class _Programs:
         # jit's cache knows everything that a program depends on, the default order among it.
         self._compiled = jax.jit(self._call, static_argnums=0, inline=jax_names.INLINE)
 
-    def call(self, arrays, static: _Static):
+    def call(self, arrays, static: calls.Static):
         if not static.is_key():
             return self._call(static, *arrays)
         if self._is_jitted and self._donates_in(arrays, static):
             return self._call_jitted(arrays, static)
         return self._compiled(static, *arrays)
 
-    def _donates_in(self, arrays, static: _Static) -> bool:
+    def _donates_in(self, arrays, static: calls.Static) -> bool:
         if static not in self._donates:
-            closed, _ = _traced(self._function(), static, arrays)
+            closed, _ = calls.traced(self._function(), static, arrays)
             donated = any(any(e.params.get("donated_invars", ())) for e in closed.eqns)
             self._donates[static] = donated
         return self._donates[static]
 
-    def _call_jitted(self, arrays, static: _Static):
+    def _call_jitted(self, arrays, static: calls.Static):
         """Run a jitted function in no other jit, which would not give its arguments away."""
-        closed, tree = _traced(self._function(), static, arrays)
+        closed, tree = calls.traced(self._function(), static, arrays)
         if not self._options.does_nothing:
             # What is called is the same object in every call, and so is its rewritten form.
             closed = _rewrite.rewrite_called(closed, self._options)
@@ -311,8 +197,8 @@ def explain(fun: Callable, /, *args, **kwargs) -> Report:
         fun = inner
     else:
         options = Options()
-    arrays, static = _split(args, kwargs)
-    closed, _ = _traced(fun, static, arrays)
+    arrays, static = calls.split(args, kwargs)
+    closed, _ = calls.traced(fun, static, arrays)
     report = Report()
     # JAX knows no frames outside the function that it traces.
     report.update(_rewrite.rewrite(closed, options)[1], _rewrite.call_site())

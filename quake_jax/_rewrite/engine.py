@@ -16,11 +16,21 @@ import jax.numpy as jnp
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._elementwise.table import FUNCTIONS
-from quake_jax._rewrite import activations, attention, expressions, jaxprs, logsumexp, softmax
+from quake_jax._rewrite import (
+    activations,
+    attention,
+    dense,
+    expressions,
+    jaxprs,
+    logsumexp,
+    softmax,
+    weights,
+)
 from quake_jax._rewrite.graph import JIT, Graph, Group, Node, Value, Writer
 from quake_jax._rewrite.match import Match, Reject
 from quake_jax._rewrite.options import Options
 from quake_jax._rewrite.report import Report, place
+from quake_jax._rewrite.weights import Origins
 
 # Below this many elements a call of a kernel costs as much as it saves.
 SMALLEST_ARRAY = 1024
@@ -66,23 +76,24 @@ class Rewriter:
         self._options = options
         self._has_warned = False
 
-    def rewrite(self, jaxpr) -> tuple[object, Report]:
+    def rewrite(self, jaxpr, origins: Origins | None = None) -> tuple[object, Report]:
         """The rewritten jaxpr, of the same kind and types, and what was done.
 
-        If nothing is replaced it is the jaxpr itself.
+        If nothing is replaced it is the jaxpr itself. `origins` are those of its inputs (see
+        `Value`); None if no weight is packed.
         """
-        key = (self._options, jax_names.trace_context())
+        key = (self._options, jax_names.trace_context(), origins)
         known = _rewritten.setdefault(jaxpr, {})
         if key not in known:
-            new, report = self._attempt(jaxpr)
+            new, report = self._attempt(jaxpr, origins)
             known[key] = (None if new is jaxpr else new, report)
         new, report = known[key]
         return jaxpr if new is None else new, report
 
-    def _attempt(self, jaxpr) -> tuple[object, Report]:
+    def _attempt(self, jaxpr, origins) -> tuple[object, Report]:
         """As `rewrite`; a jaxpr for which this fails in an unforeseen way stays as it is."""
         try:
-            return _Level(self, jaxpr).result()
+            return _Level(self, jaxpr, origins).result()
         except Exception as error:
             if RAISE_FAILURES:
                 raise
@@ -105,14 +116,15 @@ class Rewriter:
         equations = [self.with_inner(e) for e in jaxpr.eqns]
         return jaxprs.with_equations(jaxpr, equations, jaxpr.outvars)
 
-    def with_inner(self, equation):
+    def with_inner(self, equation, origins: Origins | None = None):
         """An equation with the jaxprs inside it rewritten; itself if that changes nothing."""
         changed = {}
         for name in _INNER.get(equation.primitive.name, ()):
             inner = equation.params.get(name)
             several = isinstance(inner, (tuple, list))
             old = list(inner) if several else [inner]
-            new = [self.rewrite(j)[0] if hasattr(j, "eqns") else j for j in old]
+            inside = weights.origins_inside(equation, name, origins)
+            new = [self.rewrite(j, inside)[0] if hasattr(j, "eqns") else j for j in old]
             if any(a is not b for a, b in zip(new, old, strict=True)):
                 changed[name] = type(inner)(new) if several else new[0]
         return equation.replace(params={**equation.params, **changed}) if changed else equation
@@ -156,12 +168,15 @@ def _traced(function, static, avals, result, order, context):
 class _Level:
     """The rewriting of one jaxpr."""
 
-    def __init__(self, rewriter: Rewriter, jaxpr):
+    def __init__(self, rewriter: Rewriter, jaxpr, origins: Origins | None):
         self._rewriter = rewriter
+        self._packs = origins is not None
         self._options = rewriter.options
         self._names = rewriter.options.names
         self._jaxpr = jaxpr
         self._graph = Graph(jaxpr)
+        if origins is not None:
+            self._graph.trace_origins(origins)
         self._matches: list[Match] = []
         # Why a node stays: (name, reason, what else of the pattern stays).
         self._reasons: dict[Node, tuple[str, str, tuple[Node, ...]]] = {}
@@ -197,6 +212,9 @@ class _Level:
         for node in reversed(self._graph.nodes):
             if node in near:
                 self._try(node, activations.find, (activations.with_bias, activations.with_gate))
+        if self._packs:
+            for node in self._graph.nodes:
+                self._try_dense(node)
         for node in self._graph.nodes:
             if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
@@ -251,13 +269,37 @@ class _Level:
             except Exception as error:
                 obstacle = _failure(error)
             if obstacle is None:
-                self._matches.append(candidate)
-                candidate.root.match = candidate
-                for node in candidate.nodes - {candidate.root}:
-                    node.removed = True
+                self._replace(candidate)
                 return
             reason = obstacle
         self._leave(match, reason)
+
+    def _try_dense(self, node: Node) -> None:
+        """Replace a product with a weight, together with activations that were found behind it."""
+        if self._is_taken(node) or len(node.outputs) != 1:
+            return
+        with self._failures(node):
+            obstacle = None
+            for candidate, absorbed in dense.candidates(node, self._matches):
+                own = {n for match in absorbed for n in match.nodes}
+                if any(self._is_taken(n) for n in candidate.nodes - own):
+                    continue
+                obstacle = self._obstacle(candidate)
+                if obstacle is None and _without_shared(candidate).nodes == candidate.nodes:
+                    for match in absorbed:
+                        self._matches.remove(match)
+                        match.root.match = None
+                    self._replace(candidate)
+                    return
+            if obstacle is not None:
+                raise Reject(obstacle, dense.NAME)
+
+    def _replace(self, match: Match) -> None:
+        self._matches.append(match)
+        match.root.match = match
+        match.root.removed = False
+        for node in match.nodes - {match.root}:
+            node.removed = True
 
     def _obstacle(self, match: Match) -> str | None:
         """Why a match cannot be put into the program, or None."""
@@ -316,14 +358,19 @@ class _Level:
         inside = [m for m in self._matches if m.nodes & own]
         if any(not m.nodes <= own for m in inside):
             return False
-        _, report = self._rewriter.rewrite(group.equation.params["jaxpr"])
+        _, report = self._rewriter.rewrite(
+            group.equation.params["jaxpr"], self._origins(group.inputs)
+        )
         found = sorted(r.replacement for r in report.replaced for _ in range(r.count))
         return found == sorted(m.replacement for m in inside)
 
     # Writing.
 
-    def _with_inner(self, equation):
-        new = self._rewriter.with_inner(equation)
+    def _origins(self, values: Sequence[Value]) -> Origins | None:
+        return tuple(v.known_origins for v in values) if self._packs else None
+
+    def _with_inner(self, equation, values: Sequence[Value]):
+        new = self._rewriter.with_inner(equation, self._origins(values))
         self._changed_inside |= new is not equation
         return new
 
@@ -363,15 +410,17 @@ class _Level:
         return "in no known pattern"
 
     def _add_inner_records(self, writer: Writer) -> None:
-        for equation in writer.kept:
+        for equation, values in writer.kept:
+            origins = self._origins(values)
             names = _INNER.get(equation.primitive.name)
             inside = [j for p in equation.params.values() for j in _jaxprs(p)]
             where = place(equation.source_info)
             if names is None and inside:
                 self._report.add(equation.primitive.name, None, "what is inside it stays", where)
             for name in names or ():
+                inside_of_it = weights.origins_inside(equation, name, origins)
                 for inner in _jaxprs(equation.params.get(name)):
-                    self._report.update(self._rewriter.rewrite(inner)[1], where)
+                    self._report.update(self._rewriter.rewrite(inner, inside_of_it)[1], where)
 
 
 def _jaxprs(parameter) -> list:

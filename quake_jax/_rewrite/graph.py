@@ -22,7 +22,7 @@ JIT = ("jit", "pjit")
 class Value:
     """An array in a program: where it comes from and which nodes use it."""
 
-    __slots__ = ("aval", "const", "is_output", "memo", "node", "uses", "variable")
+    __slots__ = ("aval", "const", "is_output", "memo", "node", "origins", "uses", "variable")
 
     def __init__(self, aval, node=None, variable=None, const=None):
         self.aval = aval
@@ -31,6 +31,8 @@ class Value:
         self.const = const  # if it is known before the program runs
         self.uses: list[Node] = []
         self.is_output = False
+        # The formats of the parameters that alone it depends on; None if it depends on more.
+        self.origins: frozenset | None = None
         self.memo: dict = {}
 
     @property
@@ -44,6 +46,10 @@ class Value:
     @property
     def dtype(self):
         return self.aval.dtype
+
+    @property
+    def known_origins(self) -> frozenset | None:
+        return self.origins if self.const is None else frozenset()
 
     @property
     def primitive(self) -> str | None:
@@ -164,11 +170,22 @@ class Graph:
         for v, const in zip(jaxpr.constvars, consts, strict=True):
             is_known = isinstance(const, np.ndarray) or _is_concrete(const)
             environment[v] = Value(v.aval, variable=v, const=const if is_known else None)
+        self._inputs = [environment[v] for v in jaxpr.invars]
         self._read(getattr(jaxpr, "jaxpr", jaxpr), environment, self.top)
         self.outputs = [self._value(v, environment) for v in jaxpr.outvars]
         for value in self.outputs:
             value.is_output = True
         self._forget_unused()
+
+    def trace_origins(self, origins: Sequence[frozenset | None]) -> None:
+        """Set `origins` of all values from those of the inputs."""
+        for value, known in zip(self._inputs, origins, strict=True):
+            value.origins = known
+        for node in self.nodes:
+            known = [v.known_origins for v in node.inputs]
+            if not node.acts and None not in known:
+                for value in node.outputs:
+                    value.origins = frozenset().union(*known)
 
     def _forget_unused(self) -> None:
         """Drop the nodes whose results nothing needs, so that they do not count as uses."""
@@ -250,7 +267,8 @@ class Writer:
         self._replacement = replacement
         self._inner = inner
         self._equations: list = []
-        self.kept: list = []  # equations of the program that stay, calls among them
+        # Equations of the program that stay, calls among them, and what they read.
+        self.kept: list = []
 
     def equations(self) -> list:
         """The equations of the rewritten program, without those that nothing needs any more."""
@@ -301,8 +319,8 @@ class Writer:
         return bound
 
     def _write_node(self, node: Node) -> None:
-        self.kept.append(node.equation)
-        equation = self._inner(node.equation)
+        self.kept.append((node.equation, node.inputs))
+        equation = self._inner(node.equation, node.inputs)
         self._equations.append(
             equation.replace(
                 invars=[self.variable(v) for v in node.inputs],
@@ -313,8 +331,8 @@ class Writer:
     def _write_call(self, group: Group) -> None:
         own = {id(v) for node in group.nodes() for v in node.outputs}
         outputs = [v if id(v) in own else None for v in group.outputs]
-        self.kept.append(group.equation)
-        equation = self._inner(group.equation)
+        self.kept.append((group.equation, group.inputs))
+        equation = self._inner(group.equation, group.inputs)
         self._equations.append(
             equation.replace(
                 invars=[self.variable(v) for v in group.inputs],

@@ -1,5 +1,12 @@
 """Jaxprs and functions with something about them changed."""
 
+from quake_jax._core import jax_names
+
+
+def closed(jaxpr, consts):
+    """An open jaxpr with the values of its constants."""
+    return jax_names.ClosedJaxpr(jaxpr, consts)
+
 
 def without_constants(jaxpr):
     """The inner jaxpr of an equation's parameter, if all its inputs are arguments; else None."""

@@ -1,0 +1,266 @@
+"""The packed parameters that several functions share: where each weight is, and how it is made.
+
+What is packed, and how, depends on the parameters, the rules and the products in the programs, not
+on the shapes of other arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quake_jax._core import jax_names
+from quake_jax._dense import pack_primitive
+from quake_jax._dense.packed import PackedWeight, pack_weight
+from quake_jax._dense.trees import pytree
+from quake_jax._pack.report import Kept, Layer
+from quake_jax._pack.rules import Rules, refusal
+from quake_jax._rewrite.dense import Format
+
+
+@pytree(("array", "weights"), ())
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedLeaf:
+    """What stands in the place of a parameter that is packed more than once, or kept besides.
+
+    Attributes:
+      array: the parameter, or None if nothing needs it any more.
+      weights: tuple of `PackedWeight`.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> def tied(embedding, tokens):
+      ...     return embedding[tokens] @ embedding.T
+      >>> tokens = jnp.arange(3)
+      >>> _, packed = quake_jax.pack(tied, jnp.ones((64, 64)), tokens, weights="int8")
+      >>> packed.weights
+      (PackedWeight(shape=(64, 64), dtype='int8', group_size=None, activations='int8'),)
+    """
+
+    array: jax.Array | None
+    weights: tuple[PackedWeight, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A packed weight: the `index`-th of those at the first parameter that it is made of."""
+
+    leaf: int
+    index: int
+    program: object  # closed jaxpr that makes its leaves
+    inputs: tuple[int, ...]  # the parameters that this takes
+    static: PackedWeight  # of abstract arrays
+
+
+def _key(program, inputs) -> tuple:
+    """What is equal for two packings of the same parameters in the same way."""
+    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    digest = hashlib.sha256(text.encode())
+    for constant in program.consts:
+        digest.update(np.asarray(constant).tobytes())
+    return inputs, digest.hexdigest()
+
+
+def abstract(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _is_array(x) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+class Plan:
+    """How parameters of one structure are packed.
+
+    Attributes:
+      params: the parameters, abstract.
+      slots: the packed weights.
+    """
+
+    def __init__(self, params, rules: Rules):
+        found, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        self.paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+        self._leaves = [abstract(x) if _is_array(x) else x for _, x in found]
+        self.params = jax.tree.unflatten(self._tree, self._leaves)
+        # Of the leaves that are arrays, which alone are inputs of programs.
+        self._arrays = [i for i, x in enumerate(self._leaves) if _is_array(x)]
+        self._rules = rules
+        self.slots: list[Slot] = []
+        self._by_key: dict[tuple, Slot] = {}
+        self._kept: set[int] = set()
+        self._is_final = False
+
+    @property
+    def origins(self) -> list[frozenset]:
+        """For each array of the parameters the format of the weights that are made of it."""
+        left = Format(None)
+        return [
+            frozenset(
+                (
+                    self._rules.format_of(self.paths[i])
+                    if jnp.issubdtype(self._leaves[i].dtype, jnp.floating)
+                    else left,
+                )
+            )
+            for i in self._arrays
+        ]
+
+    def slot(self, program, inputs: tuple[int, ...]) -> Slot:
+        """Where a packed weight is; `inputs` counts the arrays of the parameters."""
+        inputs = tuple(self._arrays[i] for i in inputs)
+        key = _key(program, inputs)
+        if key not in self._by_key:
+            if self._is_final:
+                named = ", ".join(self.paths[i] for i in inputs)
+                raise ValueError(
+                    f"quake_jax.pack: this call packs {named} as no function that was given to "
+                    "pack did; give pack the tuple of all (function, arguments) that share the "
+                    "weights"
+                )
+            leaf = inputs[0]
+            index = sum(slot.leaf == leaf for slot in self.slots)
+            packing = program.eqns[-1]
+            static = _assembled(packing, [abstract(v.aval) for v in packing.outvars])
+            self._by_key[key] = Slot(leaf, index, program, inputs, static)
+            self.slots.append(self._by_key[key])
+        return self._by_key[key]
+
+    def keep(self, index: int) -> None:
+        """Say that a program needs one of the arrays of the parameters as it is."""
+        self._kept.add(self._arrays[index])
+
+    def finish(self) -> None:
+        self._is_final = True
+
+    def packed(self, params, progress=lambda slots: slots):
+        """Packed parameters, and what there is to report of each weight."""
+        leaves, tree = jax.tree.flatten(params)
+        if tree != self._tree:
+            raise refusal("params", f"of the structure {self._tree}", str(tree))
+        for path, leaf, known in zip(self.paths, leaves, self._leaves, strict=True):
+            if _is_array(known) and (leaf.shape, leaf.dtype) != (known.shape, known.dtype):
+                expected = f"of shape {known.shape} and dtype {known.dtype}"
+                raise refusal(f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
+        weights: dict[int, list] = {}
+        layers = []
+        for slot in progress(self.slots):
+            made, error = self._made(slot, [leaves[i] for i in slot.inputs])
+            weights.setdefault(slot.leaf, []).append(made)
+            layers.append(self._layer(slot, error))
+        entries = [self._entry(i, leaf, tuple(weights.get(i, ()))) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(self._tree, entries), layers
+
+    def kept(self) -> list[Kept]:
+        """The parameters that functions read as they are."""
+        leaves = ((i, self._leaves[i]) for i in sorted(self._kept))
+        return [Kept(self.paths[i], x.shape, x.dtype.name, _bytes(x)) for i, x in leaves]
+
+    def dropped(self) -> list[str]:
+        """The parameters that nothing needs."""
+        used = self._kept.union(*(slot.inputs for slot in self.slots))
+        return [self.paths[i] for i in self._arrays if i not in used]
+
+    def _layer(self, slot: Slot, error: float | None) -> Layer:
+        paths = tuple(self.paths[i] for i in slot.inputs)
+        before = sum(_bytes(self._leaves[i]) for i in slot.inputs if i not in self._kept)
+        after = sum(map(_bytes, jax.tree.leaves(slot.static)))
+        return Layer(
+            paths,
+            slot.static.shape,
+            slot.static.dtype,
+            slot.static.group_size,
+            slot.static.activations,
+            before,
+            after,
+            error,
+            any(i in self._kept for i in slot.inputs),
+        )
+
+    def _entry(self, i: int, leaf, weights: tuple):
+        if not _is_array(leaf):
+            return leaf
+        kept = leaf if i in self._kept else None
+        if not weights:
+            return kept
+        return weights[0] if kept is None and len(weights) == 1 else PackedLeaf(kept, weights)
+
+    def _made(self, slot: Slot, arrays) -> tuple[PackedWeight, float | None]:
+        """A packed weight and its relative error; abstract, and none, for abstract arrays."""
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
+            return slot.static, None
+        packing = slot.program.eqns[-1]
+        weight = _before_packing(slot.program)(*arrays)
+        try:
+            parameters = dict(packing.params)
+            made = pack_weight(weight, parameters.pop("dtype"), **parameters)
+        except ValueError as error:
+            named = ", ".join(self.paths[i] for i in slot.inputs)
+            raise ValueError(f"quake_jax.pack: params {named}: {error}") from error
+        if isinstance(weight, jax_names.Tracer):
+            return made, None
+        return made, float(_relative_error(weight, made))
+
+    def entries(self, packed) -> list:
+        """What stands in the places of the parameters."""
+        try:
+            return self._tree.flatten_up_to(packed)
+        except (ValueError, TypeError) as error:
+            raise refusal(
+                "packed", "the tree that quake_jax.pack returned", f"another structure: {error}"
+            ) from None
+
+    def array(self, entries, index: int):
+        """One of the arrays of the parameters, as it is."""
+        i = self._arrays[index]
+        entry = entries[i]
+        array = entry.array if isinstance(entry, PackedLeaf) else entry
+        if array is None or isinstance(array, PackedWeight):
+            raise ValueError(
+                f"quake_jax.pack: this call needs the parameter {self.paths[i]} as it was, which "
+                "no function that was given to pack did; give pack the tuple of all (function, "
+                "arguments) that share the weights, or a rule that leaves it alone"
+            )
+        return array
+
+    def weight(self, entries, slot: Slot) -> list:
+        """The leaves of a packed weight."""
+        entry = entries[slot.leaf]
+        weights = entry.weights if isinstance(entry, PackedLeaf) else (entry,)
+        found = weights[slot.index] if slot.index < len(weights) else None
+        wanted = jax.tree.structure(slot.static)
+        if not isinstance(found, PackedWeight) or jax.tree.structure(found) != wanted:
+            raise refusal(f"packed {self.paths[slot.leaf]}", repr(slot.static), repr(found))
+        return jax.tree.leaves(found)
+
+
+def _bytes(x) -> int:
+    return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+def _assembled(packing, leaves) -> PackedWeight:
+    return pack_primitive.assembled(leaves, packing.invars[0].aval.shape, **packing.params)
+
+
+def _before_packing(program):
+    """The function of what is packed."""
+    (weight,) = program.eqns[-1].invars
+    inner = program.jaxpr.replace(
+        eqns=program.eqns[:-1],
+        outvars=[weight],
+        debug_info=jax_names.unnamed("weight", len(program.jaxpr.invars), 1),
+    )
+    function = jax_names.jaxpr_as_fun(jax_names.ClosedJaxpr(inner, program.consts))
+    return lambda *arrays: function(*arrays)[0]
+
+
+@jax.jit
+def _relative_error(weight, packed: PackedWeight):
+    weight = weight.astype(jnp.float32)
+    size = jnp.sqrt(jnp.sum(weight**2))
+    difference = jnp.sqrt(jnp.sum((packed.unpack() - weight) ** 2))
+    return jnp.where(size > 0, difference / size, 0.0)

@@ -1,0 +1,138 @@
+"""What packing did: the report of `quake_jax.pack`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from quake_jax._rewrite import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A packed weight.
+
+    Attributes:
+      paths: of the parameters that it is made of.
+      shape: (…, K, N), with the axes of stacked layers in front.
+      dtype, group_size, activations: as in `quake_jax.pack_weight`.
+      bytes_before: of the parameters that it takes the place of; those that are kept count as 0.
+      bytes_after: of the packed weight.
+      error: the norm of what packing changed, relative to the norm of the weight; None where
+        parameters were abstract or traced.
+      is_kept: whether a parameter is kept as it was too, for another use.
+    """
+
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    group_size: int | None
+    activations: str | None
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    is_kept: bool
+
+    @property
+    def format(self) -> str:
+        group = f", groups of {self.group_size}" if self.group_size else ""
+        return f"{self.dtype}{group}" + (", int8 rows" if self.activations else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A parameter that stays as it is: its path, shape, dtype and bytes."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+class PackReport:
+    """What `quake_jax.pack` did; `str` gives tables.
+
+    Attributes:
+      layers: list of `Layer`, the packed weights.
+      kept: list of `Kept`, the parameters that stay as they are.
+      dropped: paths of parameters that no function needs any more, nor any packed weight.
+      programs: for each function what `quake_jax.explain` says: what was replaced in its program,
+        with what is fused, and what was left and why.
+
+    Example:
+      >>> import jax.numpy as jnp, quake_jax
+      >>> def layer(w, x):
+      ...     return x @ w
+      >>> fast, _ = quake_jax.pack(layer, jnp.ones((64, 64)), jnp.ones((1, 64)), weights="int8")
+      >>> fast.report
+      <quake_jax pack report: 1 packed, 0 kept; print it for the tables>
+      >>> fast.report.bytes_before, fast.report.bytes_after
+      (16384, 4608)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        kept: Sequence[Kept],
+        dropped: Sequence[str],
+        programs: Sequence[Report],
+    ):
+        self.layers = list(layers)
+        self.kept = list(kept)
+        self.dropped = list(dropped)
+        self.programs = list(programs)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all parameters that are packed or kept."""
+        return sum(x.bytes_before for x in self.layers) + sum(x.bytes for x in self.kept)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all that takes their place."""
+        return sum(x.bytes_after for x in self.layers) + sum(x.bytes for x in self.kept)
+
+    def __repr__(self) -> str:
+        return (
+            f"<quake_jax pack report: {len(self.layers)} packed, {len(self.kept)} kept; "
+            "print it for the tables>"
+        )
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "format", "MB before", "MB after", "error")]
+        for x in self.layers:
+            error = "" if x.error is None else f"{x.error:.1e}"
+            path = " + ".join(x.paths) + (" (kept too)" if x.is_kept else "")
+            sizes = _megabytes(x.bytes_before), _megabytes(x.bytes_after)
+            rows.append((path, _shape(x.shape), x.format, *sizes, error))
+        for x in self.kept:
+            size = _megabytes(x.bytes)
+            rows.append((x.path, _shape(x.shape), x.dtype, size, size, ""))
+        totals = _megabytes(self.bytes_before), _megabytes(self.bytes_after)
+        rows.append(("total", "", "", *totals, ""))
+        parts = [_table(rows)]
+        if self.dropped:
+            parts.append("dropped: " + ", ".join(self.dropped))
+        return "\n\n".join([*parts, *map(str, self.programs)])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    is_number = (False, False, False, True, True, True)
+    lines = [
+        "  ".join(
+            x.rjust(w) if number else x.ljust(w)
+            for x, w, number in zip(row, widths, is_number, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,0 +1,399 @@
+"""Dense layers: products of an activation with something that depends on parameters alone.
+
+The graph knows what depends on parameters alone, and in which formats these are to be packed
+(`Value.origins`). A product is replaced by `dense` of a weight that the program packs itself;
+`quake_jax.pack` lifts the packing out. What stands behind a product is fused: a bias, an activation
+that was found before, a gate, a residual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from quake_jax._core.drop_in import KERNEL_DTYPES
+from quake_jax._dense import pack_primitive
+from quake_jax._dense.api import LONGEST, dense
+from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
+from quake_jax._rewrite import activations, views
+from quake_jax._rewrite.graph import Node, Value
+from quake_jax._rewrite.match import Match, Reject
+
+NAME = "dense"
+# With fewer inputs or outputs a weight keeps 8 bits at least, and so does one with so many times
+# more outputs than inputs: the projection to a vocabulary.
+_SMALL = 64
+_VOCABULARY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How the weights that depend on a parameter are packed; dtype None: they are left alone.
+
+    `is_rule` says that a rule of the caller names it, so that defaults which are more exact do not
+    apply.
+    """
+
+    dtype: str | None
+    group_size: int | None = None
+    activations: str | None = "auto"
+    scale_method: str = "max"
+    is_rule: bool = False
+
+    def of_weight(self, k: int, n: int) -> dict:
+        """The parameters of the packing of a weight (k, n)."""
+        dtype, size = self.dtype, self.group_size
+        vocabulary = n >= _VOCABULARY * k
+        if dtype == "int4" and not self.is_rule and (min(k, n) < _SMALL or vocabulary):
+            dtype, size = "int8", None
+        if dtype == "int4":
+            size = size or GROUP_MULTIPLE
+        if dtype not in LARGEST:
+            size = None
+        if size is not None and k % size:
+            if self.is_rule:
+                raise Reject(f"groups of {size} do not divide its {k} rows", NAME)
+            dtype, size = "int8", None
+        quantized = "int8" if dtype in LARGEST and self.activations == "auto" else self.activations
+        if dtype not in LARGEST or k > LONGEST[size is not None]:
+            quantized = None
+        return {
+            "dtype": dtype,
+            "group_size": size,
+            "activations": quantized,
+            "scale_method": self.scale_method,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A dot_general of rows and a weight: which axes are what.
+
+    Attributes:
+      rows_first: whether the rows are its first operand.
+      x_order, w_order: the axes of the operands as (stack, rows, K) and (stack, K, N).
+      stack: the sizes of the axes that both have, such as experts.
+      rows, columns: the sizes of those that x and the weight have alone.
+      packing: the parameters of the packing.
+      dtype: of the result.
+    """
+
+    rows_first: bool
+    x_order: tuple[int, ...]
+    w_order: tuple[int, ...]
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    k: int
+    packing: tuple[tuple[str, object], ...]
+    dtype: str
+
+    def packed(self, w):
+        w = jnp.transpose(w, self.w_order)
+        # Stacked weights have one axis in front.
+        lead = (math.prod(self.stack),) if self.stack else ()
+        w = w.reshape(*lead, self.k, math.prod(self.columns))
+        return pack_primitive.pack(w, **dict(self.packing))
+
+    def operand(self, x):
+        """x as (stack, …, K)."""
+        lead = (math.prod(self.stack),) if self.stack else ()
+        return jnp.transpose(x, self.x_order).reshape(*lead, *self.rows, self.k)
+
+    def result(self, y):
+        """The result of dense, (stack, …, N), as dot_general has it."""
+        y = y.reshape(*self.stack, *self.rows, *self.columns)
+        if self.rows_first:
+            return y
+        s, r, c = len(self.stack), len(self.rows), len(self.columns)
+        return jnp.transpose(y, (*range(s), *range(s + r, s + r + c), *range(s, s + r)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the axes of the result are those of dense's, so that more can be fused."""
+        return self.rows_first and not self.stack
+
+
+def find(node: Node) -> tuple[Product, Value, Value] | None:
+    """The product that a node is, its rows and its weight; None if it is none with a weight.
+
+    Raises:
+      Reject: if it is one that must stay.
+    """
+    if node.primitive != "dot_general":
+        return None
+    left, right = node.inputs
+    if (left.origins is None) == (right.origins is None):
+        return None
+    rows_first = left.origins is None
+    x, w = (left, right) if rows_first else (right, left)
+    if not w.origins:
+        return None  # it depends on constants alone
+    result = node.output
+    if not all(views.is_float(v) for v in (x, w, result)):
+        raise Reject(f"operands of dtype {x.dtype} and {w.dtype}", NAME)
+    for what, value in (("rows", x), ("a result", result)):
+        if value.dtype not in KERNEL_DTYPES:
+            raise Reject(f"{what} of dtype {value.dtype}", NAME)
+    contracted, stacked = node.params["dimension_numbers"]
+    if not rows_first:
+        contracted, stacked = contracted[::-1], stacked[::-1]
+    x_contracted, w_contracted = contracted
+    x_stacked, w_stacked = stacked
+    x_rest = [d for d in range(x.ndim) if d not in (*x_contracted, *x_stacked)]
+    w_rest = [d for d in range(w.ndim) if d not in (*w_contracted, *w_stacked)]
+    # The rows of a weight stay in the order in which they lie.
+    pairs = sorted(zip(w_contracted, x_contracted, strict=True))
+    w_order = (*w_stacked, *(a for a, _ in pairs), *w_rest)
+    x_order = (*x_stacked, *x_rest, *(a for _, a in pairs))
+    if not all(isinstance(n, int) for n in w.shape):
+        raise Reject("a weight of unknown shape", NAME)
+    k = math.prod(w.shape[a] for a in w_contracted)
+    n = math.prod(w.shape[a] for a in w_rest)
+    if not k or not n or not math.prod(w.shape):
+        raise Reject(f"an empty weight of shape {w.shape}", NAME)
+    chosen = _format(w)
+    if chosen.dtype is None:
+        raise Reject("a rule leaves it alone", NAME)
+    product = Product(
+        rows_first,
+        tuple(x_order),
+        tuple(w_order),
+        tuple(w.shape[a] for a in w_stacked),
+        tuple(x.shape[a] for a in x_rest),
+        tuple(w.shape[a] for a in w_rest),
+        k,
+        tuple(chosen.of_weight(k, n).items()),
+        result.dtype.name,
+    )
+    return product, x, w
+
+
+def _format(w: Value) -> Format:
+    """The most exact format of the parameters that a weight is made of."""
+    exactness = [None, *ROWS]
+    return min(w.origins, key=lambda f: (exactness.index(f.dtype), repr(f)))
+
+
+def candidates(node: Node, matches: list[Match]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
+    """The replacements of a product with what stands behind it, those that take more in first.
+
+    With each come the matches of activations that it takes the place of.
+
+    Raises:
+      Reject: if the product must stay.
+    """
+    found = find(node)
+    if found is None:
+        return
+    product, x, w = found
+    step = _Chain(product, x, w, node)
+    chain = [step]
+    while product.is_plain and (step := step.widened(matches)) is not None:
+        chain.append(step)
+    for step in reversed(chain):
+        yield step.match(), step.absorbed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """A product and what has been found behind it so far."""
+
+    product: Product
+    x: Value
+    w: Value
+    last: Node
+    nodes: frozenset[Node] = frozenset()
+    bias: Value | None = None
+    activation: str = ""
+    gate: Value | None = None  # the weight of one
+    gate_bias: Value | None = None
+    residual: Value | None = None
+    absorbed: tuple[Match, ...] = ()
+
+    def match(self) -> Match:
+        extras = {
+            name: value
+            for name in ("bias", "gate", "gate_bias", "residual")
+            if (value := getattr(self, name)) is not None
+        }
+        parts = [self.activation or None, *(name for name in extras)]
+        parts = [p for p in parts if p]
+        dtype = dict(self.product.packing)["dtype"]
+        return Match(
+            NAME,
+            f"quake_jax.dense({', '.join((dtype, *parts))})",
+            self.last,
+            self.nodes | {self.last},
+            (self.x, self.w, *extras.values()),
+            _call,
+            (
+                ("product", self.product),
+                ("extras", tuple(extras)),
+                ("activation", self.activation or None),
+            ),
+        )
+
+    def _with(self, last: Node, more=(), **changes) -> _Chain:
+        nodes = self.nodes | {self.last, *more}
+        return dataclasses.replace(self, last=last, nodes=nodes, **changes)
+
+    def widened(self, matches: list[Match]) -> _Chain | None:
+        """With the next thing behind it, or None if that is nothing that dense knows."""
+        value = self.last.output
+        if value.is_output or not value.uses or self.residual is not None:
+            return None
+        behind = self._activated(value, matches)
+        if behind is not None:
+            return behind
+        if len(value.uses) != 1:
+            return None
+        (use,) = value.uses
+        if use.removed or use.match is not None:
+            return None
+        if use.primitive == "mul" and use.output.dtype == value.dtype:
+            return self._multiplied(use, matches)
+        result = use.output
+        if use.primitive != "add" or (result.shape, result.dtype) != (value.shape, value.dtype):
+            return None
+        (other,) = [v for v in use.inputs if v is not value] or [value]
+        if other is value:
+            return None
+        if self.bias is None and not self.activation:
+            source = bias_source(other, len(self.product.columns), value.shape)
+            if source is not None:
+                return self._with(use, bias=source)
+        if other.shape == value.shape and views.is_float(other):
+            return self._with(use, residual=other)
+        return None
+
+    def _activated(self, value: Value, matches: list[Match]) -> _Chain | None:
+        """With the activation, of those found already, that is applied to the result."""
+        if self.activation:
+            return None
+        taking = [m for m in matches if any(v is value for v in m.inputs)]
+        if len(taking) != 1:
+            return None
+        (match,) = taking
+        if not all(use in match.nodes for use in value.uses):
+            return None
+        row, kind = activations.row_and_kind(match)
+        changes = {"activation": row, "absorbed": (match,)}
+        if kind == "gated":
+            return self._gated(match, changes)
+        if kind == "biased":
+            bias = match.inputs[1]
+            fits = self.bias is None and match.inputs[0] is value
+            if not fits or math.prod(bias.shape) != math.prod(self.product.columns):
+                return None
+            changes["bias"] = bias
+        return self._with(match.root, match.nodes, **changes) if row else None
+
+    def _gated(self, match: Match, changes: dict) -> _Chain | None:
+        """activation(x·gate) · (x·weight), found as one already."""
+        gate, main = (_linear(v) for v in match.inputs)
+        if any(v.is_output or any(u not in match.nodes for u in v.uses) for v in match.inputs):
+            return None
+        return _joined(gate, main, match.root, nodes=match.nodes, **changes)
+
+    def _multiplied(self, product: Node, matches: list[Match]) -> _Chain | None:
+        """activation(x·gate) · (x·weight), if this is one of the factors."""
+        if self.gate is not None:
+            return None
+        (other,) = [v for v in product.inputs if v is not self.last.output] or [None]
+        if other is None or other.is_output or other.uses != [product]:
+            return None
+        if self.activation:
+            changes = {"activation": self.activation, "absorbed": self.absorbed}
+            return _joined(self, _linear(other), product, **changes)
+        for match in matches:
+            row, kind = activations.row_and_kind(match)
+            if match.root is other.node and kind in ("plain", "biased"):
+                gate = _linear(match.inputs[0])
+                if gate is None or any(u not in match.nodes for u in match.inputs[0].uses):
+                    return None
+                gate = gate._activated(match.inputs[0], [match])
+                changes = {"activation": row, "absorbed": (match,)}
+                return _joined(gate, self, product, **changes)
+        return None
+
+
+def _joined(gate: _Chain | None, main: _Chain | None, root: Node, nodes=(), **changes):
+    """activation(x·gate) · (x·weight), if both are products of the same rows."""
+    if gate is None or main is None or gate.product != main.product:
+        return None
+    if gate.x is not main.x or gate.w is main.w:
+        return None
+    nodes = frozenset(nodes) | gate.nodes | main.nodes | {gate.last, main.last, root}
+    return dataclasses.replace(
+        main, last=root, nodes=nodes, gate=gate.w, gate_bias=gate.bias, **changes
+    )
+
+
+def _linear(value: Value) -> _Chain | None:
+    """A product and its bias whose result is a value."""
+    node = value.node
+    if node is None or node.removed or node.match is not None:
+        return None
+    sides = [(node, None)]
+    if node.primitive == "add":
+        sides = [(v.node, other) for v, other in zip(node.inputs, node.inputs[::-1], strict=True)]
+    for last, bias in sides:
+        if last is None or last.primitive != "dot_general" or last.match or last.removed:
+            continue
+        found = find(last)
+        if found is None or not found[0].is_plain:
+            continue
+        chain = _Chain(*found, last)
+        if bias is None:
+            return chain
+        source = bias_source(bias, len(chain.product.columns), last.output.shape)
+        if source is not None and not last.output.is_output and last.output.uses == [node]:
+            return chain._with(node, bias=source)
+    return None
+
+
+def bias_source(value: Value, axes: int, shape: tuple[int, ...]) -> Value | None:
+    """The array that a value repeats along all but its last axes, or None if it is none such."""
+    if value.ndim != len(shape):
+        return None
+    view = views.view(value)
+    lead, last = view.axes[:-axes], view.axes[len(view.axes) - axes :]
+    if axes == 0 or any(a is not None for a in lead):
+        return None
+    # Axes of size 1 have no label.
+    kept = [a for a in last if a is not None]
+    sizes = [n for n in shape[len(shape) - axes :] if n != 1]
+    if kept != sorted(kept) or [view.source.shape[a] for a in kept] != sizes:
+        return None
+    if math.prod(view.source.shape) != math.prod(sizes):
+        return None
+    return view.source
+
+
+def _call(x, w, *more, product, extras, activation, order):
+    given = dict(zip(extras, more, strict=True))
+    weight, x = product.packed(w), product.operand(x)
+    given = {
+        name: product.packed(value) if name == "gate" else value for name, value in given.items()
+    }
+    lead = (*product.rows, math.prod(product.columns))
+    flat = {"bias": (-1,), "gate_bias": (-1,), "residual": lead}
+    given = {name: v.reshape(flat[name]) if name in flat else v for name, v in given.items()}
+
+    def layer(x, weight):
+        return dense(
+            x,
+            weight,
+            activation=activation,
+            order=order,
+            preferred_element_type=product.dtype,
+            **given,
+        )
+
+    y = jax.vmap(layer)(x, weight) if product.stack else layer(x, weight)
+    return product.result(y)

@@ -1,0 +1,441 @@
+"""pack: which products it finds, in which programs, and what it makes of the parameters."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import quake_jax
+from quake_jax._rewrite import engine
+
+K, N, ROWS = 64, 96, 32
+
+
+@pytest.fixture(autouse=True)
+def failures(monkeypatch):
+    monkeypatch.setattr(engine, "RAISE_FAILURES", True)
+
+
+def normal(*shape, seed=0):
+    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1.0
+    return (np.random.default_rng(seed).normal(size=shape) / scale).astype(np.float32)
+
+
+X = normal(ROWS, K, seed=1)
+
+
+def replacements(fast) -> list[str]:
+    """What took the place of parts of the programs, without "quake_jax."."""
+    return sorted(
+        r.replacement.removeprefix("quake_jax.")
+        for report in fast.report.programs
+        for r in report.replaced
+        for _ in range(r.count)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A way to write a dense layer: (function, parameters, other arguments).
+
+    `packed` are the paths and shapes of what is packed, `calls` the calls of dense.
+    """
+
+    fun: object
+    params: object
+    args: tuple
+    packed: dict
+    calls: tuple = ("dense(float32)",)
+    kept: tuple = ()
+
+
+def _scan(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w["w"] + w["b"]), None), x, p)[0]
+
+
+def _tanh(p, x):
+    return jnp.tanh(x @ p)
+
+
+def _many(w, x):
+    return functools.reduce(lambda h, _: jnp.sin(h @ w), range(70), x)
+
+
+def _called_twice(p, x):
+    layer = jax.jit(_many)
+    return layer(p["b"], layer(p["a"], x))
+
+
+SQUARE, STACK, EXPERTS = normal(K, K), normal(3, K, K), normal(4, K, N)
+PAIR = {"a": normal(K, K, seed=2), "b": normal(K, K, seed=3)}
+LAYERS = {"w": normal(3, K, K, seed=4), "b": normal(3, K, seed=5)}
+TANH = ("dense(float32, tanh)",)
+CASES = {
+    "plain": Case(lambda p, x: x @ p, SQUARE, (X,), {"": (K, K)}),
+    "several axes": Case(
+        lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["k"]) + p["b"],
+        {"k": normal(K, 4, 24), "b": normal(4, 24)},
+        (X,),
+        {"k": (K, N)},
+        ("dense(float32, bias)",),
+        ("b",),
+    ),
+    "several axes summed": Case(
+        lambda p, x: jnp.einsum("bhk,hkd->bd", x.reshape(ROWS, 4, 16), p),
+        normal(4, 16, N),
+        (X,),
+        {"": (K, N)},
+    ),
+    "weight first": Case(lambda p, x: p @ x.T, normal(N, K), (X,), {"": (K, N)}),
+    "weight transposed": Case(
+        lambda p, x: jnp.einsum("fd,bd->bf", p, x), normal(N, K), (X,), {"": (K, N)}
+    ),
+    "axes of both": Case(
+        lambda p, x: jnp.einsum("ebd,edf->ebf", x.reshape(4, 8, K), p),
+        EXPERTS,
+        (X,),
+        {"": (4, K, N)},
+    ),
+    "axes of both, weight first": Case(
+        lambda p, x: jnp.einsum("edf,ebd->efb", p, x.reshape(4, 8, K)),
+        EXPERTS,
+        (X,),
+        {"": (4, K, N)},
+    ),
+    "vmap": Case(
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p, x.reshape(4, 8, K)),
+        EXPERTS,
+        (X,),
+        {"": (4, K, N)},
+    ),
+    "scan over layers": Case(
+        _scan, LAYERS, (X,), {"w": (3, K, K)}, ("dense(float32, tanh, bias)",), ("b",)
+    ),
+    "remat in scan": Case(
+        lambda p, x: lax.scan(jax.checkpoint(lambda h, w: (_tanh(w, h), None)), x, p)[0],
+        STACK,
+        (X,),
+        {"": (3, K, K)},
+        TANH,
+    ),
+    "scan with a weight of its own": Case(
+        lambda p, x: lax.scan(lambda h, _: (_tanh(p, h), None), x, length=3)[0],
+        SQUARE,
+        (X,),
+        {"": (K, K)},
+        TANH,
+    ),
+    "scan in scan": Case(
+        lambda p, x: lax.scan(
+            lambda h, w: (lax.scan(lambda h, v: (_tanh(v, h), None), h, w)[0], None), x, p
+        )[0],
+        normal(2, 3, K, K),
+        (X,),
+        {"": (2, 3, K, K)},
+        TANH,
+    ),
+    "while": Case(
+        lambda p, x: lax.while_loop(
+            lambda s: s[0] < 3, lambda s: (s[0] + 1, _tanh(p, s[1])), (0, x)
+        )[1],
+        SQUARE,
+        (X,),
+        {"": (K, K)},
+        TANH,
+    ),
+    "cond": Case(
+        lambda p, x: lax.cond(x.sum() > 0, lambda x: x @ p["a"], lambda x: x @ p["b"] + 1, x),
+        PAIR,
+        (X,),
+        {"a": (K, K), "b": (K, K)},
+        ("dense(float32)", "dense(float32)"),
+    ),
+    "a call made twice": Case(
+        _called_twice, PAIR, (X,), {"a": (K, K), "b": (K, K)}, ("dense(float32)",) * 140
+    ),
+    "a weight that is split": Case(
+        lambda p, x: sum(x @ w for w in jnp.split(p, 3, 1)),
+        normal(K, 3 * K),
+        (X,),
+        {"": (K, K)},
+        # The sum is the residual of the next one.
+        ("dense(float32)", "dense(float32, residual)", "dense(float32, residual)"),
+    ),
+    "a weight of several": Case(
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1), PAIR, (X,), {"a + b": (K, 2 * K)}
+    ),
+    "a weight that is scaled": Case(
+        lambda p, x: x @ (p["w"] * p["scale"]),
+        {"w": SQUARE, "scale": normal(K)},
+        (X,),
+        {"scale + w": (K, K)},
+    ),
+    "tied embedding": Case(
+        lambda p, i: p[i] @ p.T, normal(200, K), (np.arange(7),), {"": (K, 200)}, kept=("",)
+    ),
+    "bias, activation and residual": Case(
+        lambda p, x: x + (jax.nn.gelu(x @ p["a"] + p["c"]) @ p["b"] + p["d"]),
+        PAIR | {"c": normal(K), "d": normal(K)},
+        (X,),
+        {"a": (K, K), "b": (K, K)},
+        ("dense(float32, bias, residual)", "dense(float32, gelu_tanh, bias)"),
+        ("c", "d"),
+    ),
+    "gate": Case(
+        lambda p, x: jax.nn.silu(x @ p["a"]) * (x @ p["b"]),
+        PAIR,
+        (X,),
+        {"a": (K, K), "b": (K, K)},
+        ("dense(float32, silu, gate)",),
+    ),
+    "gate with biases, behind": Case(
+        lambda p, x: (x @ p["a"] + p["c"]) * jax.nn.gelu(x @ p["b"] + p["d"]),
+        PAIR | {"c": normal(K), "d": normal(K)},
+        (X,),
+        {"a": (K, K), "b": (K, K)},
+        ("dense(float32, gelu_tanh, bias, gate, gate_bias)",),
+        ("c", "d"),
+    ),
+    "a result that is needed twice": Case(
+        lambda p, x: (lambda y: jnp.tanh(y) + y)(x @ p),
+        SQUARE,
+        (X,),
+        {"": (K, K)},
+        ("dense(float32)", "tanh"),
+    ),
+    "a product with itself": Case(
+        lambda p, x: (lambda y: y * jax.nn.silu(y))(x @ p),
+        SQUARE,
+        (X,),
+        {"": (K, K)},
+        ("dense(float32)", "swiglu"),
+    ),
+    "keyword order and None leaves": Case(
+        lambda p, x: x @ p["a"] if p["n"] is None else x,
+        {"a": SQUARE, "n": None},
+        (X,),
+        {"a": (K, K)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finds(name):
+    case = CASES[name]
+    fast, packed = quake_jax.pack(case.fun, case.params, *case.args, weights="float32", order=5)
+    layers = {" + ".join(x.paths): x.shape for x in fast.report.layers}
+    assert layers == case.packed
+    assert tuple(x.path for x in fast.report.kept) == case.kept
+    assert replacements(fast) == sorted(case.calls)
+    got = jax.jit(fast)(packed, *case.args)
+    wanted = jax.jit(case.fun)(case.params, *case.args)
+    assert got.dtype == wanted.dtype
+    # Sums in another order, and activations of order 5; a chain of 140 sines loses a little more.
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    # What was packed is no longer there as it was.
+    arrays = jax.tree.leaves(packed)
+    bytes_of = sum(x.size * x.dtype.itemsize for x in arrays)
+    assert bytes_of == fast.report.bytes_after
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("activations", ["auto", None])
+def test_is_dense_of_packed_weights(weights, activations):
+    if activations is None and weights in ("float32", "bfloat16"):
+        activations = "auto"
+    params = {"w": SQUARE, "b": normal(K)}
+    fast, packed = quake_jax.pack(
+        lambda p, x: x @ p["w"] + p["b"], params, X, weights=weights, activations=activations
+    )
+    weight = quake_jax.pack_weight(SQUARE, weights, activations=activations)
+    assert jax.tree.structure(packed["w"]) == jax.tree.structure(weight)
+    jax.tree.map(np.testing.assert_array_equal, packed["w"], weight)
+    wanted = quake_jax.dense(X, weight, params["b"])
+    np.testing.assert_allclose(fast(packed, X), wanted, rtol=1e-6, atol=1e-6)
+    layer = fast.report.layers[0]
+    error = np.linalg.norm(np.asarray(weight.unpack()) - SQUARE) / np.linalg.norm(SQUARE)
+    assert layer.error == pytest.approx(error, rel=1e-3, abs=1e-7)
+    assert layer.format in str(fast.report)
+
+
+def test_other_shapes_share_the_parameters():
+    fast, packed = quake_jax.pack(_scan, LAYERS, X, weights="int8")
+    for rows in (1, 5, 70):
+        x = normal(rows, K)
+        whole = jax.jit(fast)(packed, x)
+        np.testing.assert_allclose(whole, _scan(LAYERS, x), atol=0.1)
+    by_row = jax.vmap(fast, (None, 0))(packed, X[:, None])[:, 0]
+    np.testing.assert_allclose(by_row, fast(packed, X), rtol=1e-5, atol=1e-5)
+
+
+def test_functions_share_the_parameters():
+    def prefill(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    def step(p, x, *, scale):
+        return (x @ p["a"])[0] * scale
+
+    pairs = ((prefill, (X,)), (functools.partial(step, scale=2.0), (X[:1],)))
+    (first, second), packed = quake_jax.pack(pairs, PAIR, weights="int8")
+    assert len(first.report.layers) == 2 and first.report is second.report
+    np.testing.assert_allclose(first(packed, X), prefill(PAIR, X), atol=0.1)
+    np.testing.assert_allclose(second(packed, X[:1]), step(PAIR, X[:1], scale=2.0), atol=0.1)
+
+
+def test_rules():
+    params = {"a": {"w": SQUARE}, "b": {"w": SQUARE}, "c": {"w": SQUARE}}
+
+    def fun(p, x):
+        return jnp.sin(jnp.sin(x @ p["a"]["w"]) @ p["b"]["w"]) @ p["c"]["w"]
+
+    rules = [("a/.*", None), ("b/w", "bfloat16"), (".*", "int4")]
+    fast, packed = quake_jax.pack(fun, params, X, weights="int8", rules=rules)
+    assert {x.paths[0]: x.dtype for x in fast.report.layers} == {"b/w": "bfloat16", "c/w": "int4"}
+    assert packed["a"]["w"] is SQUARE
+    assert any(x.reason == "a rule leaves it alone" for x in fast.report.programs[0].left)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "dtype"),
+    [
+        ((64, 32), None, "int8"),  # few outputs
+        ((64, 512), None, "int8"),  # a vocabulary
+        ((80, 96), None, "int8"),  # no groups
+        ((64, 511), None, "int4"),
+        ((64, 32), "int4", "int4"),
+        ((64, 512), "int4", "int4"),
+    ],
+)
+def test_int4_spares_some_weights(shape, rule, dtype):
+    rules = None if rule is None else [(".*", rule)]
+    fast, packed = quake_jax.pack(
+        lambda p, x: x @ p, normal(*shape), normal(3, shape[0]), weights="int4", rules=rules
+    )
+    assert packed.dtype == dtype
+
+
+def test_repack():
+    fast, packed = quake_jax.pack(_scan, LAYERS, X, weights="int8")
+    other = jax.tree.map(lambda x: 2 * x, LAYERS)
+    traced = []
+    again = fast.repack(other)
+    assert not traced
+    assert jax.tree.structure(again) == jax.tree.structure(packed)
+    np.testing.assert_array_equal(again["w"].codes, packed["w"].codes)
+    np.testing.assert_allclose(again["w"].scales, 2 * packed["w"].scales, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"params w must be of shape \(3, 64, 64\)"):
+        fast.repack(other | {"w": other["w"][:, :1]})
+    with pytest.raises(ValueError, match="params must be of the structure"):
+        fast.repack({"w": other["w"]})
+
+
+def test_abstract_parameters():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), LAYERS)
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    fast, packed = quake_jax.pack(_scan, shapes, x, weights="int8")
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed))
+    real = fast.repack(LAYERS)
+    assert jax.tree.structure(real) == jax.tree.structure(packed)
+    assert jax.eval_shape(fast, packed, x).shape == X.shape
+    np.testing.assert_allclose(fast(real, X), _scan(LAYERS, X), atol=0.1)
+
+
+def test_traces_once_for_each_shape():
+    traced = []
+
+    def fun(p, x):
+        traced.append(x.shape)
+        return x @ p
+
+    fast, packed = quake_jax.pack(fun, SQUARE, X, weights="int8")
+    traced.clear()
+    for _ in range(3):
+        fast(packed, X)
+    assert len(traced) == 1
+    step = jax.jit(fast)
+    for _ in range(3):
+        step(packed, X)
+    assert len(traced) <= 2
+    fast(packed, X[:1])
+    assert traced[-1] == (1, K)
+
+
+def test_derivatives():
+    params = {"w": SQUARE, "b": normal(K)}
+
+    def fun(p, x):
+        return jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
+
+    fast, packed = quake_jax.pack(fun, params, X, weights="float32", order=5)
+    got, wanted = jax.grad(fast, 1)(packed, X), jax.grad(fun, 1)(params, X)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    of_bias = jax.grad(lambda b: fast(packed | {"b": b}, X))(params["b"])
+    np.testing.assert_allclose(of_bias, jax.grad(fun)(params, X)["b"], rtol=1e-4, atol=1e-4)
+    fast, packed = quake_jax.pack(fun, params, X, weights="float32", rules=[("b", None)])
+    with pytest.raises(TypeError, match="a packed weight is a constant"):
+        jax.grad(lambda w: fast({"w": w, "b": packed["b"]}, X))(packed["w"])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"weights": "int3"}, ValueError, "weights must be one of 'float32', 'bfloat16', 'int8'"),
+        ({"weights": "int8", "activations": "int4"}, ValueError, 'activations must be "auto"'),
+        ({"weights": "int8", "group_size": 33}, ValueError, "group_size must be None or a posit"),
+        ({"weights": "bfloat16", "group_size": 32}, ValueError, "group_size must be left out"),
+        ({"weights": "bfloat16", "activations": "int8"}, ValueError, "activations must be left"),
+        ({"weights": "int8", "scale_method": "min"}, ValueError, 'scale_method must be "max"'),
+        ({"weights": "int8", "rules": "w"}, TypeError, "rules must be None or pairs"),
+        ({"weights": "int8", "rules": ["w"]}, TypeError, r"rules\[0\] must be a pair"),
+        ({"weights": "int8", "rules": [("(", None)]}, ValueError, r"rules\[0\]\[0\] must be a reg"),
+        ({"weights": "int8", "rules": [("w", "x")]}, ValueError, r"rules\[0\]\[1\] must be one of"),
+        ({"weights": "int8", "order": 7}, ValueError, "order"),
+    ],
+)
+def test_bad_arguments(keywords, error, message):
+    with pytest.raises(error, match=message):
+        quake_jax.pack(lambda p, x: x @ p, SQUARE, X, **keywords)
+
+
+def test_bad_functions():
+    for fun in (3, "f", [], [jnp.sin], [(jnp.sin, X)]):
+        with pytest.raises(TypeError, match="fun must be a function, or pairs"):
+            quake_jax.pack(fun, SQUARE, weights="int8")
+    with pytest.raises(TypeError, match="args must be left out where fun is pairs"):
+        quake_jax.pack([(_tanh, (X,))], SQUARE, X, weights="int8")
+
+
+def test_bad_values_and_trees():
+    bad = SQUARE.copy()
+    bad[3, 5] = np.nan
+    with pytest.raises(ValueError, match=r"params layer/w: .*finite.*row 3, column 5"):
+        quake_jax.pack(lambda p, x: x @ p["layer"]["w"], {"layer": {"w": bad}}, X, weights="int8")
+    fast, packed = quake_jax.pack(lambda p, x: x @ p["w"], {"w": SQUARE}, X, weights="int8")
+    with pytest.raises(ValueError, match="packed must be the tree that quake_jax.pack returned"):
+        fast([packed["w"]], X)
+    with pytest.raises(ValueError, match="packed w must be PackedWeight"):
+        fast({"w": SQUARE}, X)
+    with pytest.raises(ValueError, match="packed w must be PackedWeight"):
+        fast({"w": quake_jax.pack_weight(SQUARE, "int4")}, X)
+
+
+def test_what_was_dropped_is_named():
+    def fun(p, x, *, both=False):
+        return x @ p["w"] + p["more"] if both else x @ p["w"]
+
+    params = {"w": SQUARE, "more": normal(K)}
+    fast, packed = quake_jax.pack(fun, params, X, weights="int8")
+    assert packed["more"] is None and fast.report.dropped == ["more"]
+    with pytest.raises(ValueError, match="this call needs the parameter more as it was"):
+        fast(packed, X, both=True)
+
+    def other(p, x, *, turned=False):
+        return x @ (p["w"].T if turned else p["w"])
+
+    fast, packed = quake_jax.pack(other, params, X, weights="int8")
+    with pytest.raises(ValueError, match="this call packs w as no function"):
+        fast(packed, X, turned=True)
