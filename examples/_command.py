@@ -13,6 +13,7 @@ from typing import Any
 
 ORDERS = ("1", "2", "3", "4", "5")
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 # The rows of every comparison.
 COMPARED_ORDERS = ("exact", 1, 2, 3, 5)
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
@@ -54,7 +55,7 @@ def parse_count(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: str, compare: str) -> None:
-    """Adds --checkpoint, --order, --dtype and --compare; two of them with these help texts."""
+    """Adds --checkpoint, --order, --dtype, --weights and --compare; two with these help texts."""
     parser.add_argument("--checkpoint", metavar="DIR", help=checkpoint)
     parser.add_argument(
         "--order",
@@ -67,7 +68,29 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: str, compare:
         default="float32",
         help="of parameters and arithmetic (default: %(default)s)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="pack the weights of dense layers in this format (default: they stay as they are)",
+    )
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, help=compare)
+
+
+def models(make: Callable, args: argparse.Namespace) -> tuple[dict[Hashable, Any], Any]:
+    """Returns the models of a comparison by the names of their rows, and the one that was asked
+    for. `make(order, weights)` makes one."""
+    chosen = make(args.order, args.weights)
+    if not args.compare:
+        return {}, chosen
+    compared = {order: make(order, None) for order in COMPARED_ORDERS}
+    if args.weights is not None:
+        compared[args.weights] = chosen
+    return compared, chosen
+
+
+def megabytes(model: Any) -> str:
+    """Returns the size of a model's parameters for a table."""
+    return f"{model.bytes / 1e6:.2f}"
 
 
 def start(program: str, run: Callable[[], int]) -> None:

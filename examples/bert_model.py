@@ -102,6 +102,10 @@ class Encoder:
         tokenizer: a tokenizers.Tokenizer.
         max_length: tokens of a text that are read; the rest is left out.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
+        weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+
+    Attributes:
+        bytes: of the parameters.
 
     Example:
         >>> encode = Encoder(config, params, tokenizer, max_length=256)
@@ -115,6 +119,7 @@ class Encoder:
         tokenizer,
         max_length: int,
         order: int | str | None = None,
+        weights: str | None = None,
     ):
         model = BERT(config)
         tokenizer.no_padding()
@@ -122,15 +127,19 @@ class Encoder:
         self._tokenizer = tokenizer
         self._max_length = max_length
 
-        @jax.jit
         def embed(params, tokens, present):
-            with quake_jax.linen.substitute(order):
-                hidden = model.apply({"params": params}, tokens, present)
+            hidden = model.apply({"params": params}, tokens, present)
             hidden = hidden.astype(jnp.float32)
             mean = jnp.mean(hidden, axis=1, where=present[:, :, None])
             return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
-        self._embed = partial(embed, params)
+        if weights is None:
+            embed = quake_jax.linen.substitute(order)(embed)
+        else:
+            text = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
+            embed, params = quake_jax.pack(embed, params, *text, weights=weights, order=order)
+        self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+        self._embed = partial(jax.jit(embed), params)
 
     def __call__(self, texts: Sequence[str], batch: int = 16) -> np.ndarray:
         """Returns the vectors, float32 (len(texts), hidden_size)."""

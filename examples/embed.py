@@ -100,7 +100,7 @@ def print_comparison(encoders: dict, texts, dtype: str) -> None:
     exact = times["exact"][0]
     _command.print_table(
         f"Exact model against QuAKE, {len(texts)} sections, {dtype}, {_command.kernels_note()}",
-        ("order", "min cosine", "same nearest", f"of nearest {NEIGHBOURS}", "speed"),
+        ("order", "min cosine", "same nearest", f"of nearest {NEIGHBOURS}", "speed", "MB"),
         [
             (
                 order,
@@ -108,6 +108,7 @@ def print_comparison(encoders: dict, texts, dtype: str) -> None:
                 f"{same:.2%}",
                 f"{common:.2%}",
                 f"{exact / times[order][0]:.2f}x",
+                _command.megabytes(encoders[order]),
             )
             for order, (cosine, same, common) in quality.items()
         ],
@@ -131,19 +132,18 @@ def run(argv: list[str] | None = None) -> int:
     tokenizer = _checkpoint.load_tokenizer(folder, config.vocab_size)
     length = bert_model.max_length(folder, config)
 
-    def encoder(order):
-        return bert_model.Encoder(config, params, tokenizer, length, order)
-
+    encoders, encoder = _command.models(
+        partial(bert_model.Encoder, config, params, tokenizer, length), args
+    )
     sections = doc_sections.sections()
     if args.compare:
         # Evenly spread: neighbours in the text repeat each other.
         count = min(args.eval_sections, len(sections))
         chosen = [sections[i * len(sections) // count].text for i in range(count)]
-        print_comparison({o: encoder(o) for o in _command.COMPARED_ORDERS}, chosen, args.dtype)
-    chosen = encoder(args.order)
+        print_comparison(encoders, chosen, args.dtype)
     print(f"embedding {len(sections)} sections", file=sys.stderr)
-    vectors = chosen([section.text for section in sections])
-    search(chosen, sections, vectors, args.query or QUERIES, args.top)
+    vectors = encoder([section.text for section in sections])
+    search(encoder, sections, vectors, args.query or QUERIES, args.top)
     return 0
 
 

@@ -173,12 +173,13 @@ def print_comparison(generators: dict, held_out, dtype: str) -> None:
                 f"{difference:.2g}",
                 f"{exact_prefill / prefill:.2f}x",
                 f"{exact_decode / decode:.2f}x",
+                _command.megabytes(generators[order]),
             )
         )
     _command.print_table(
         f"Exact model against QuAKE, {held_out[:, 1:].size} held-out tokens, {dtype}, "
         f"{_command.kernels_note()}",
-        ("order", "perplexity", "same greedy", "max logit diff.", "prefill", "decode"),
+        ("order", "perplexity", "same greedy", "max logit diff.", "prefill", "decode", "MB"),
         rows,
         f"Speed: exact time / time, medians of {rounds} interleaved runs. Exact: prefill of "
         f"{len(tokens)} tokens {exact_prefill * 1e3:.2f} ms, decode {exact_decode * 1e3:.2f} ms a "
@@ -228,9 +229,7 @@ def run(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
 
-    orders = _command.COMPARED_ORDERS if args.compare else ()
-    generators = {order: gpt_model.Generator(config, params, order) for order in orders}
-    chosen = generators.get(args.order) or gpt_model.Generator(config, params, args.order)
+    generators, chosen = _command.models(partial(gpt_model.Generator, config, params), args)
     print_continuation(chosen, tokenizer, end, prompt, args)
     if args.compare:
         held_out = held_out_windows(tokenizer, end, config, args.eval_tokens)

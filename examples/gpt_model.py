@@ -212,39 +212,55 @@ class Generator:
         config: the sizes.
         params: the parameters, as from `load`. Their dtype is that of the arithmetic.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
+        weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+
+    Attributes:
+        bytes: of the parameters.
 
     Example:
         >>> generator = Generator(config, params, order=3)
         >>> list(itertools.islice(generator.stream(prompt, Sampling(0.7), seed=0), 100))
     """
 
-    def __init__(self, config: Config, params: Params, order: int | str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        order: int | str | None = None,
+        weights: str | None = None,
+    ):
         self.config = config
         dtype = jax.tree.leaves(params)[0].dtype
         model = GPT(config)
 
-        def apply(params, *args, **kwargs):
-            with quake_jax.linen.substitute(order):
-                return model.apply({"params": params}, *args, **kwargs)
-
-        @jax.jit
         def full(params, tokens):
-            return apply(params, tokens)[0][0]
+            return model.apply({"params": params}, tokens)[0][0]
 
-        @jax.jit
         def prefill(params, tokens, length):
-            logits, cache = apply(params, tokens, Cache.empty(config, dtype=dtype), only=length - 1)
+            cache = Cache.empty(config, dtype=dtype)
+            logits, cache = model.apply({"params": params}, tokens, cache, only=length - 1)
             return logits[0, 0], cache.replace(length=length)
 
-        # The cache is donated: each step writes one position of it in place.
-        @partial(jax.jit, donate_argnums=1)
         def decode(params, cache, token):
-            logits, cache = apply(params, token.reshape(1, 1), cache)
+            logits, cache = model.apply({"params": params}, token.reshape(1, 1), cache)
             return logits[0, 0], cache
 
-        self._full = partial(full, params)
-        self._prefill = partial(prefill, params)
-        self._decode = partial(decode, params)
+        functions = full, prefill, decode
+        if weights is None:
+            functions = map(quake_jax.linen.substitute(order), functions)
+        else:
+            # Their shapes alone count: of a text of one token.
+            token, cache = np.int32(0), Cache.empty(config, dtype=dtype)
+            tokens = token.reshape(1, 1)
+            arguments = (tokens,), (tokens, np.int32(1)), (cache, token)
+            pairs = tuple(zip(functions, arguments, strict=True))
+            functions, params = quake_jax.pack(pairs, params, weights=weights, order=order)
+        full, prefill, decode = functions
+        self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+        self._full = partial(jax.jit(full), params)
+        self._prefill = partial(jax.jit(prefill), params)
+        # The cache is donated: each step writes one position of it in place.
+        self._decode = partial(jax.jit(decode, donate_argnums=1), params)
 
     def logits(self, tokens: Sequence[int]) -> jax.Array:
         """Runs 1 to n_positions tokens; returns the logits (T, vocab_size) after each."""

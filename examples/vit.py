@@ -113,10 +113,11 @@ def print_comparison(classifiers: dict, images, truth, dtype: str) -> None:
         difference = float(np.abs(jax.nn.softmax(found) - jax.nn.softmax(exact)).max())
         right = "" if truth is None else f"{(found.argmax(-1) == truth).mean():.2%}"
         speed = f"{exact_time / times[order][0]:.2f}x"
-        rows.append((order, right, changed, f"{difference:.2g}", speed))
+        size = _command.megabytes(classifiers[order])
+        rows.append((order, right, changed, f"{difference:.2g}", speed, size))
     _command.print_table(
         f"Exact model against QuAKE, {len(images)} images, {dtype}, {_command.kernels_note()}",
-        ("order", "accuracy", "changed predictions", "max probability diff.", "speed"),
+        ("order", "accuracy", "changed predictions", "max probability diff.", "speed", "MB"),
         rows,
         f"Speed: exact time / time, medians of {rounds} interleaved runs. Exact: {len(batch)} "
         f"image(s) {exact_time * 1e3:.2f} ms.",
@@ -145,9 +146,7 @@ def run(argv: list[str] | None = None) -> int:
     else:
         raise UserError("argument IMAGE: at least one is needed with this checkpoint")
 
-    orders = _command.COMPARED_ORDERS if args.compare else ()
-    classifiers = {order: vit_model.Classifier(config, params, order) for order in orders}
-    chosen = classifiers.get(args.order) or vit_model.Classifier(config, params, args.order)
+    classifiers, chosen = _command.models(partial(vit_model.Classifier, config, params), args)
     logits = logits_of(chosen, images)
     if args.images:
         print_top(args.images, logits, labels)

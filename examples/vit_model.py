@@ -99,24 +99,39 @@ class Classifier:
         config: the sizes.
         params: the parameters, as from `load`. Their dtype is that of the arithmetic.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
+        weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+
+    Attributes:
+        bytes: of the parameters.
 
     Example:
         >>> classify = Classifier(config, params, order=3)
         >>> probabilities = jax.nn.softmax(classify(images))
     """
 
-    def __init__(self, config: Config, params: Params, order: int | str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        order: int | str | None = None,
+        weights: str | None = None,
+    ):
         classes = params["classifier"]["bias"].size
         dtype = params["classifier"]["bias"].dtype
         model = ViT(config, classes)
 
-        @jax.jit
         def apply(params, images):
-            with quake_jax.linen.substitute(order):
-                logits = model.apply({"params": params}, images.astype(dtype))
+            logits = model.apply({"params": params}, images.astype(dtype))
             return logits.astype(jnp.float32)
 
-        self._apply = partial(apply, params)
+        if weights is None:
+            apply = quake_jax.linen.substitute(order)(apply)
+        else:
+            images = np.zeros((1, config.image_size, config.image_size, config.num_channels))
+            images = images.astype(np.float32)
+            apply, params = quake_jax.pack(apply, params, images, weights=weights, order=order)
+        self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+        self._apply = partial(jax.jit(apply), params)
 
     def __call__(self, images) -> jax.Array:
         """Returns the logits, float32 (batch, classes), for images (batch, height, width,
