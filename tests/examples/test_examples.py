@@ -354,7 +354,8 @@ def test_order_3_keeps_the_held_out_perplexity(generator, checkpoint, held_out):
 
 
 def test_generates_and_prints_the_table(capsys):
-    assert gpt.run(["--tokens", "30", "--eval-tokens", "1000", "--prompt", "The naïve"]) == 0
+    options = ["--tokens", "30", "--eval-tokens", "1000", "--prompt", "The naïve"]
+    assert gpt.run([*options, "--weights", "int8"]) == 0
     text, _, table = capsys.readouterr().out.partition("Exact model against QuAKE")
     assert text.startswith("The naïve")
     assert len(text.strip()) > len("The naïve") + 20
@@ -362,16 +363,21 @@ def test_generates_and_prints_the_table(capsys):
     rows = {}
     for line in table.splitlines():
         match = re.match(
-            r"\s*(exact|\d)\s+([\d.]+)\s+([\d.]+)%\s+(\S+)\s+([\d.]+)x\s+([\d.]+)x\s*$", line
+            r"\s*(exact|\d|int8)\s+([\d.]+)\s+([\d.]+)%\s+(\S+)\s+([\d.]+)x\s+([\d.]+)x"
+            r"\s+([\d.]+)\s*$",
+            line,
         )
         if match:
             rows[match[1]] = [float(value) for value in match.groups()[1:]]
-    assert list(rows) == ["exact", "1", "2", "3", "5"]
-    perplexity, same, difference, prefill, decode = rows["exact"]
+    assert list(rows) == ["exact", "1", "2", "3", "5", "int8"]
+    perplexity, same, difference, prefill, decode, size = rows["exact"]
     assert (same, difference, prefill, decode) == (100, 0, 1, 1)
     assert rows["3"][0] == pytest.approx(perplexity, rel=1e-3)
     assert 0 < rows["5"][2] < rows["3"][2] < rows["2"][2] < rows["1"][2]
     assert rows["3"][1] > 99 and rows["5"][1] > 99
+    # int8 weights: less than a per cent of the perplexity; the embedding is kept besides.
+    assert rows["int8"][0] == pytest.approx(perplexity, rel=1e-2)
+    assert rows["3"][5] == size and rows["int8"][5] < size / 2
 
 
 def test_generation_goes_past_the_context_and_repeats_with_its_seed(checkpoint, capsys):

@@ -758,10 +758,12 @@ def test_embed_searches_the_documentation(tmp_path, capsys, two_orders):
     assert out[1] == "the for statement" and len(out) == 4
     assert all(re.match(r"  -?[01]\.\d{3}  \S+: \S", line) for line in out[2:])
     options = ["--compare", "--eval-sections", "8", "--dtype", "bfloat16", "--order", "1"]
+    options += ["--weights", "bfloat16"]
     assert embed.run(["--checkpoint", folder, *options, "x"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"8 sections,\s+bfloat16", out)
-    assert re.findall(r"^ +(exact|\d) .*%", out, re.MULTILINE) == ["exact", "2"]
+    rows = re.findall(r"^ +(exact|\d|bfloat16) .*%", out, re.MULTILINE)
+    assert rows == ["exact", "2", "bfloat16"]
 
 
 def test_embedding_depends_on_the_text_alone(tmp_path):

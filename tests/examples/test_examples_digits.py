@@ -119,14 +119,18 @@ def test_trained_checkpoint_is_classified_with(tmp_path, capsys, monkeypatch):
 
 
 def test_classifies_digits_and_prints_the_table():
-    process = run_example("--order", "2", script="vit.py")
+    process = run_example("--order", "2", "--weights", "int8", script="vit.py")
     assert process.returncode == 0, process.stderr
     assert "predicted (true); of all 450 held-out digits" in process.stdout
     rows = re.findall(
-        r"^ +(exact|\d) +([\d.]+)% +(\d+) +(\S+) +([\d.]+)x *$", process.stdout, re.MULTILINE
+        r"^ +(exact|\d|int8) +([\d.]+)% +(\d+) +(\S+) +([\d.]+)x +([\d.]+) *$",
+        process.stdout,
+        re.MULTILINE,
     )
-    assert [row[0] for row in rows] == ["exact", "1", "2", "3", "5"]
-    assert rows[0][2:] == ("0", "0", "1.00")
+    assert [row[0] for row in rows] == ["exact", "1", "2", "3", "5", "int8"]
+    assert rows[0][2:5] == ("0", "0", "1.00")
+    assert abs(float(rows[5][1]) - float(rows[0][1])) < 1
+    assert float(rows[5][5]) < float(rows[0][5]) / 3
     assert rows[2][1] == rows[3][1] == rows[4][1] == rows[0][1]
 
 
@@ -134,7 +138,7 @@ def test_classifies_digits_and_prints_the_table():
 def test_help_names_the_common_options(script):
     process = run_example("--help", script=script)
     assert process.returncode == 0
-    for option in ("--checkpoint", "--order", "--dtype", "--compare", "--no-compare"):
+    for option in ("--checkpoint", "--order", "--dtype", "--weights", "--compare", "--no-compare"):
         assert option in process.stdout
 
 
