@@ -3,7 +3,7 @@
 The graph knows what depends on parameters alone, and in which formats these are to be packed
 (`Value.origins`). A product is replaced by `dense` of a weight that the program packs itself;
 `quake_jax.pack` lifts the packing out. What stands behind a product is fused: a bias, an activation
-that was found before, a gate, a residual.
+that was found before, a gate, a residual; and a norm before it that nothing else reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._dense import pack_primitive
 from quake_jax._dense.api import LONGEST, dense
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
-from quake_jax._rewrite import activations, views
+from quake_jax._rewrite import activations, norms, views
 from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.match import Match, Reject
 
@@ -195,7 +195,10 @@ def candidates(node: Node, matches: list[Match]) -> Iterator[tuple[Match, tuple[
     chain = [step]
     while product.is_plain and (step := step.widened(matches)) is not None:
         chain.append(step)
+    before = x.node.match if x.node is not None and norms.is_norm(x.node.match) else None
     for step in reversed(chain):
+        if before is not None and not x.is_output and all(u in step.everything for u in x.uses):
+            yield step.match(before), (*step.absorbed, before)
         yield step.match(), step.absorbed
 
 
@@ -215,26 +218,34 @@ class _Chain:
     residual: Value | None = None
     absorbed: tuple[Match, ...] = ()
 
-    def match(self) -> Match:
+    @property
+    def everything(self) -> frozenset[Node]:
+        return self.nodes | {self.last}
+
+    def match(self, norm: Match | None = None) -> Match:
         extras = {
             name: value
             for name in ("bias", "gate", "gate_bias", "residual")
             if (value := getattr(self, name)) is not None
         }
-        parts = [self.activation or None, *(name for name in extras)]
+        x, arrays, static = self.x, (), None
+        if norm is not None:
+            (x, *arrays), static = norm.inputs, norm.static
+        parts = [norm and norm.name, self.activation, *extras]
         parts = [p for p in parts if p]
         dtype = dict(self.product.packing)["dtype"]
         return Match(
             NAME,
             f"quake_jax.dense({', '.join((dtype, *parts))})",
             self.last,
-            self.nodes | {self.last},
-            (self.x, self.w, *extras.values()),
+            self.everything | (frozenset() if norm is None else norm.nodes),
+            (x, self.w, *extras.values(), *arrays),
             _call,
             (
                 ("product", self.product),
                 ("extras", tuple(extras)),
                 ("activation", self.activation or None),
+                ("norm", static),
             ),
         )
 
@@ -264,7 +275,7 @@ class _Chain:
         if other is value:
             return None
         if self.bias is None and not self.activation:
-            source = bias_source(other, len(self.product.columns), value.shape)
+            source = norms.vector_source(other, len(self.product.columns), value.shape)
             if source is not None:
                 return self._with(use, bias=source)
         if other.shape == value.shape and views.is_float(other):
@@ -351,32 +362,16 @@ def _linear(value: Value) -> _Chain | None:
         chain = _Chain(*found, last)
         if bias is None:
             return chain
-        source = bias_source(bias, len(chain.product.columns), last.output.shape)
+        source = norms.vector_source(bias, len(chain.product.columns), last.output.shape)
         if source is not None and not last.output.is_output and last.output.uses == [node]:
             return chain._with(node, bias=source)
     return None
 
 
-def bias_source(value: Value, axes: int, shape: tuple[int, ...]) -> Value | None:
-    """The array that a value repeats along all but its last axes, or None if it is none such."""
-    if value.ndim != len(shape):
-        return None
-    view = views.view(value)
-    lead, last = view.axes[:-axes], view.axes[len(view.axes) - axes :]
-    if axes == 0 or any(a is not None for a in lead):
-        return None
-    # Axes of size 1 have no label.
-    kept = [a for a in last if a is not None]
-    sizes = [n for n in shape[len(shape) - axes :] if n != 1]
-    if kept != sorted(kept) or [view.source.shape[a] for a in kept] != sizes:
-        return None
-    if math.prod(view.source.shape) != math.prod(sizes):
-        return None
-    return view.source
-
-
-def _call(x, w, *more, product, extras, activation, order):
-    given = dict(zip(extras, more, strict=True))
+def _call(x, w, *more, product, extras, activation, norm, order):
+    given = dict(zip(extras, more, strict=False))
+    if norm is not None:
+        norm = norms.of_dense(more[len(extras) :], **dict(norm))
     weight, x = product.packed(w), product.operand(x)
     given = {
         name: product.packed(value) if name == "gate" else value for name, value in given.items()
@@ -390,6 +385,7 @@ def _call(x, w, *more, product, extras, activation, order):
             x,
             weight,
             activation=activation,
+            norm=norm,
             order=order,
             preferred_element_type=product.dtype,
             **given,

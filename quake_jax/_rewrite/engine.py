@@ -23,6 +23,7 @@ from quake_jax._rewrite import (
     expressions,
     jaxprs,
     logsumexp,
+    norms,
     softmax,
     weights,
 )
@@ -213,6 +214,8 @@ class _Level:
             if node in near:
                 self._try(node, activations.find, (activations.with_bias, activations.with_gate))
         if self._packs:
+            for node in reversed(self._graph.nodes):
+                self._try_norm(node)
             for node in self._graph.nodes:
                 self._try_dense(node)
         for node in self._graph.nodes:
@@ -273,6 +276,16 @@ class _Level:
                 return
             reason = obstacle
         self._leave(match, reason)
+
+    def _try_norm(self, node: Node) -> None:
+        if self._is_taken(node) or len(node.outputs) != 1:
+            return
+        with self._failures(node):
+            match = norms.find(node)
+            if match is not None and not any(self._is_taken(n) for n in match.nodes):
+                match = _without_shared(match)
+                if self._obstacle(match) is None:
+                    self._replace(match)
 
     def _try_dense(self, node: Node) -> None:
         """Replace a product with a weight, together with activations that were found behind it."""

@@ -223,6 +223,69 @@ CASES = {
 }
 
 
+def _layer_norm(x, p):
+    mean = jnp.mean(x, -1, keepdims=True)
+    return (x - mean) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5) * p["scale"] + p["offset"]
+
+
+def _fast_layer_norm(x, p):
+    mean, squares = x.mean(-1), jnp.square(x).mean(-1)
+    variance = jnp.maximum(0.0, squares - mean * mean)
+    factor = lax.rsqrt(variance[:, None] + 1e-5) * p["scale"]
+    return p["offset"] + factor * (x - mean[:, None])
+
+
+def _rms_norm(x, p):
+    return p["scale"] * (x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5))
+
+
+def _almost_layer_norm(x, p):
+    mean = jnp.mean(x[::-1], -1, keepdims=True)  # of other rows
+    return (x - mean) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5) * p["scale"] + p["offset"]
+
+
+def _other_axis(x, p):
+    return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * p["scale"] + p["offset"]
+
+
+NORMED = {
+    "layer norm": (_layer_norm, "layer_norm"),
+    "fast layer norm": (_fast_layer_norm, "layer_norm"),
+    "RMS norm": (_rms_norm, "rms_norm"),
+    "almost a norm": (_almost_layer_norm, None),
+    "another axis": (_other_axis, None),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMED)
+@pytest.mark.parametrize("products", [1, 2])
+def test_finds_norms(name, products, dtype):
+    norm, called = NORMED[name]
+    params = {"scale": 1 + normal(K), "offset": normal(K, seed=6), "weights": [SQUARE] * products}
+
+    def fun(p, x):
+        y = norm(x.astype(jnp.float32), p).astype(dtype)
+        return [y @ w.astype(dtype) for w in p["weights"]]
+
+    # As many rows as columns: axes that are mistaken for each other are not seen in shapes.
+    x = (3 * normal(K, K, seed=7) + 1).astype(dtype)
+    fast, packed = quake_jax.pack(fun, params, x, weights="float32", order=5)
+    if called is None:
+        calls = ["dense(float32)"] * products
+    elif products == 1:
+        calls = [f"dense(float32, {called})"]
+    else:
+        calls = ["dense(float32)"] * products + [called]
+    assert replacements(fast) == sorted(calls)
+    # In bfloat16 the original rounds before and after the product, and sums in float32.
+    tolerance = 1e-4 if dtype == "float32" else 3 * 2.0**-8
+    for got, wanted in zip(jax.jit(fast)(packed, x), jax.jit(fun)(params, x), strict=True):
+        assert got.dtype == wanted.dtype
+        got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+        np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_finds(name):
     case = CASES[name]
