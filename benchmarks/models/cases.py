@@ -15,13 +15,19 @@ DTYPES = ("float32", "bfloat16")
 
 FLAX, PARTS, ACCELERATE, INTERCEPTOR = "flax", "softmax-gelu", "accelerate", "interceptor"
 CEILING = "ceiling"
-SYSTEMS = (FLAX, PARTS, ACCELERATE, INTERCEPTOR, CEILING, TORCH)
+# The formats of weights, by the names of the systems that pack them.
+PACKED = {f"pack-{weights}": weights for weights in ("float32", "bfloat16", "int8", "int4")}
+SYSTEMS = (FLAX, PARTS, ACCELERATE, INTERCEPTOR, *PACKED, CEILING, TORCH)
 SUBJECT = ACCELERATE
 MEANING = {
     FLAX: "the jitted model as it is, the others' weights and inputs are its own",
     PARTS: 'accelerate(model, only={"softmax", "gelu"}), without fused attention',
     ACCELERATE: "jax.jit(quake_jax.accelerate(model))",
     INTERCEPTOR: "the model called under quake_jax.linen.substitute()",
+    **{
+        name: f'quake_jax.pack(model, …, weights="{weights}"), packed before'
+        for name, weights in PACKED.items()
+    },
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
 }

@@ -14,6 +14,7 @@ from benchmarks.models.cases import (
     FLAX,
     INTERCEPTOR,
     MEANING,
+    PACKED,
     PARTS,
     label,
 )
@@ -23,6 +24,7 @@ COLOURS = {
     PARTS: "#6baed6",
     ACCELERATE: "#08519c",
     INTERCEPTOR: "#2171b5",
+    **dict(zip(PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b"), strict=True)),
     CEILING: "#bdbdbd",
     TORCH: "#a63603",
 }

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import flax.linen as nn
@@ -20,9 +21,12 @@ import numpy as np
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.peers import TORCH
 from benchmarks.models import cases, flax_models, memory
-from benchmarks.models.cases import ACCELERATE, CEILING, FLAX, INTERCEPTOR, PARTS, Case
+from benchmarks.models.cases import ACCELERATE, CEILING, FLAX, INTERCEPTOR, PACKED, PARTS, Case
 
 PARTS_REPLACED = ("softmax", "gelu")
+# What a product of random numbers loses, relative to its result, by the format of the weight.
+PRODUCT_ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.015, "int4": 0.13}
+PRODUCTS = 6  # of a layer
 # Small, and has all that the others have.
 _WARM_UP_MODEL = "minilm-32x128"
 
@@ -152,14 +156,15 @@ def warm_up(names: list[str], dtype: str) -> None:
     (case,) = cases.choose([_WARM_UP_MODEL], dtype, quick=True)
     setting = Setting(case)
     for name in names:
-        if name in TRANSFORMS:
+        if name in TRANSFORMS or name in PACKED:
             build(setting, name)
 
 
 def build(setting: Setting, name: str) -> System:
-    """Compile a system of JAX, a key of `TRANSFORMS`, and run it once."""
-    program, trace_seconds, compile_seconds = _compiled(setting, name)
-    parameters, cache, *inputs = setting.arguments
+    """Compile a system of JAX, a key of `TRANSFORMS` or `PACKED`, and run it once."""
+    function, parameters = _prepared(setting, name)
+    _, cache, *inputs = setting.arguments
+    program, trace_seconds, compile_seconds = _compiled(function, parameters, cache, *inputs)
 
     def first_run():
         return jax.block_until_ready(program(parameters, cache, *inputs))
@@ -183,10 +188,17 @@ def build(setting: Setting, name: str) -> System:
     )
 
 
-def _compiled(setting: Setting, name: str) -> tuple[jax.stages.Compiled, float, float]:
+def _prepared(setting: Setting, name: str) -> tuple[Callable, Any]:
+    """A system's function and its parameters."""
+    if name not in PACKED:
+        return TRANSFORMS[name](setting.forward()), setting.parameters
+    pack = quake_jax("pack").pack
+    return pack(setting.forward(), *setting.arguments, weights=PACKED[name])
+
+
+def _compiled(function: Callable, *arguments) -> tuple[jax.stages.Compiled, float, float]:
     """A system's program, and the CPU seconds of tracing and of compiling it."""
-    function = jax.jit(TRANSFORMS[name](setting.forward()), donate_argnums=1)
-    arguments = setting.arguments
+    function = jax.jit(function, donate_argnums=1)
     jax.clear_caches()  # nothing that another system traced or compiled shortens this
     # CPU time: no reading can be repeated that another process disturbed.
     start = time.process_time()
@@ -225,7 +237,10 @@ def tolerance(case: Case, name: str) -> float:
         PARTS: accuracy.bound("softmax", 3, case.dtype) + accuracy.bound(gelu, 3, case.dtype),
     }
     both = accuracy.bound("softmax", 5, case.dtype) + accuracy.bound(gelu, 3, case.dtype)
-    return case.sizes.layers * (bounds.get(name, both) + rounding)
+    packing = PRODUCT_ERROR[PACKED[name]] if name in PACKED else 0.0
+    # Errors of weights are independent of each other: their squares add up.
+    products = packing * (PRODUCTS * case.sizes.layers) ** 0.5
+    return case.sizes.layers * (bounds.get(name, both) + rounding) + products
 
 
 def difference(result: np.ndarray, wanted: np.ndarray) -> float:

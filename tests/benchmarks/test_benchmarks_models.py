@@ -321,7 +321,9 @@ def result_of(bar, figure, **conditions):
 def test_bars_are_about_things_that_are_measured():
     assert all(bar.case in CASES.values() for bar in goals.BARS)
     assert len(set(goals.BARS)) == len(goals.BARS)
-    assert set(cases.MEANING) == set(SYSTEMS) == set(systems.TRANSFORMS) | {TORCH}
+    assert (
+        set(cases.MEANING) == set(SYSTEMS) == set(systems.TRANSFORMS) | set(cases.PACKED) | {TORCH}
+    )
 
 
 @pytest.mark.parametrize(
