@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = (
 
 # Programs of tests run once, and XLA's optimizations take longer than all the rest together. They
 # move rounding alone, within any stated bound: `optimized` below has what they are tested with.
-# Processes that tests start inherit this; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
+# Started processes inherit this; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # NumPy's float64 products are small; with threads of their own they would wait for cores that the
