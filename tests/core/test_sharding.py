@@ -25,6 +25,7 @@ from support import (
     SOFTMAX,
     SPLITS,
     inputs,
+    on_device,
     parametrize_functions,
 )
 
@@ -433,7 +434,7 @@ def test_unreduced_values_are_refused():
 def attention_operands(batch=4, heads=8, kv_heads=8, queries=6, keys=10, size=8):
     shapes = [(batch, queries, heads, size), *[(batch, keys, kv_heads, size)] * 2]
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    return [on_device(rng.standard_normal(shape), "float32") for shape in shapes]
 
 
 def attend(*x, **keywords):
