@@ -7,6 +7,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# Programs of tests run once, and XLA's optimizations take longer than all the rest together. They
+# move rounding alone, within any stated bound: `optimized` below has what they are tested with.
+# Started processes inherit this; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # NumPy's float64 products are small; with threads of their own they would wait for cores that the
 # other process of pytest-xdist, and XLA, have.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -15,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import jax
 import pytest
 from support import ROOT
 
@@ -58,19 +64,25 @@ def pytest_collection_modifyitems(items):
 sys.path.append(str(ROOT))
 
 
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs compiled as users have them, for tests of what `jax.numpy` computes."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of operations that an earlier file has compiled without
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def run_benchmarks() -> Callable[..., subprocess.CompletedProcess]:
     """A function that runs `python -m benchmarks ARGUMENTS`."""
 
     def run(subcommand: str, *arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "XLA_FLAGS": ""}
-        if subcommand in ("quality", "approximations"):
-            # The models that they try compile for longer than they run.
-            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         return subprocess.run(
             [sys.executable, "-m", "benchmarks", subcommand, *arguments],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, "XLA_FLAGS": ""},
             capture_output=True,
             text=True,
             timeout=600,  # against hangs only

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from support import ELEMENTWISE
+from support import ELEMENTWISE, on_device
 
 import quake_jax
 from quake_jax._dense import layout
@@ -29,6 +30,8 @@ SHAPES = ((1, 1, 1), (2, 17, 33), (5, 48, 64), (7, 15, 130), (16, 33, 96), (37, 
 # Half the distance between neighbouring float32 values, relative to them.
 U = 2.0**-24
 _FUNCTIONS = {f.name: f for f in ELEMENTWISE}
+# One program for each weight, and not one for each of its operations.
+_unpack = jax.jit(quake_jax.PackedWeight.unpack)
 
 
 def depth(format: str, k: int) -> int:
@@ -45,7 +48,7 @@ def pack(weight, format: str) -> quake_jax.PackedWeight:
 
 def normal(shape, seed: int = 0, dtype="float32"):
     values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return jnp.asarray(values, dtype)
+    return on_device(values, dtype)
 
 
 class Bounded(NamedTuple):
@@ -76,7 +79,7 @@ class Bounded(NamedTuple):
 
 
 def float64(x) -> np.ndarray:
-    return np.asarray(jnp.asarray(x, jnp.float32), np.float64)
+    return np.asarray(x).astype(np.float32).astype(np.float64)
 
 
 def rows(x, norm=None) -> Bounded:
@@ -98,10 +101,10 @@ def rows(x, norm=None) -> Bounded:
 
 def product(v: Bounded, packed: quake_jax.PackedWeight) -> Bounded:
     """v · W: the rounding of float32 sums in any order; and of quantised rows, half a step."""
-    weight = float64(packed.unpack())
+    weight = float64(_unpack(packed))
     value, error, k = v.value, v.error, weight.shape[0]
     if packed.dtype == "bfloat16":
-        value = float64(jnp.asarray(v.value.astype(np.float32), jnp.bfloat16))
+        value = float64(v.value.astype(np.float32).astype(jnp.bfloat16))
         # Where v itself is not known exactly, it may be rounded to a neighbour.
         error = error + np.where(v.error > 0, np.abs(value) * 2.0**-8, 0)
     if packed.activations == "int8":

@@ -245,10 +245,16 @@ def parametrize_functions(functions=FUNCTIONS):
     return pytest.mark.parametrize("function", functions, ids=lambda f: f.name)
 
 
+def on_device(values, dtype=None) -> jax.Array:
+    """What `jnp.asarray` gives, which compiles a program for each shape and pair of dtypes."""
+    values = np.asarray(values)
+    return jax.device_put(values.astype(jnp.dtype(dtype or values.dtype)))
+
+
 def inputs(shape, dtype="float32", seed: int = 0):
     """Uniform values from -8 to 8."""
     values = np.random.default_rng(seed).uniform(-8, 8, shape)
-    return jnp.asarray(values.astype(np.float32), dtype)
+    return on_device(values.astype(np.float32), dtype)
 
 
 def orders_in(jaxpr) -> list[int]:

@@ -2,8 +2,9 @@
 // factors of the product. Included inside an instruction set's namespace, after core/product-inl.h.
 //
 // What an instruction set adds to its shim for them:
-//   byte_products(a, b, c)          c + a0 b0 + a1 b1 + a2 b2 + a3 b3 of unsigned bytes a and signed bytes b,
-//                                   if there is such an instruction
+//   byte_products(a, b, c)          c + a0 b0 + a1 b1 + a2 b2 + a3 b3 of bytes a and signed bytes b, if there is
+//                                   such an instruction
+//   kByteOffset                     128 if that takes a as unsigned, 0 if as signed
 //   pair_sums(a, b, c)              c + a0 b0 + a1 b1 of the int16 pairs in each lane
 //   to_int(v)                       to the nearest even, for |v| < 2^31
 //   store_bytes(int8_t* p, v)       the low bytes of the lanes
@@ -96,10 +97,10 @@ struct PairProduct : IntegerProduct<kCount, 0> {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return pair_sums(a, b, c); }
 };
 
-// Or by fours of bytes, of which the weight's are unsigned: kOffset is added to them. Sums begin with what that
-// takes away.
+// Or by fours of bytes. Where the weight's are unsigned there, kOffset is added to them, and sums begin with what
+// that takes away.
 template <int kCount>
-struct ByteProduct : IntegerProduct<kCount, 128> {
+struct ByteProduct : IntegerProduct<kCount, kByteOffset> {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return byte_products(b, a, c); }
 };
 
@@ -114,7 +115,7 @@ template <>
 struct QuantizedBytes<true> : ByteProduct<1> {
   explicit QuantizedBytes(const void*) {}
   QUAKE_INLINE_MEMBER vi factor(const PackedWord* p, int) const {
-    return load_bits(p) ^ static_cast<std::int32_t>(0x80808080);
+    return load_bits(p) ^ static_cast<std::int32_t>(kByteOffset * 0x01010101u);
   }
 };
 
@@ -130,11 +131,11 @@ struct QuantizedCodes : PairProduct<4> {
 template <>
 struct QuantizedCodes<true> : ByteProduct<2> {
   explicit QuantizedCodes(const void* values) {
-    std::int8_t unsigned_values[16];
+    std::int8_t with_offset[16];
     for (int i = 0; i < 16; ++i) {
-      unsigned_values[i] = static_cast<std::int8_t>(static_cast<const std::int8_t*>(values)[i] ^ 0x80);
+      with_offset[i] = static_cast<std::int8_t>(static_cast<const std::int8_t*>(values)[i] ^ kByteOffset);
     }
-    table = load_table(unsigned_values);
+    table = load_table(with_offset);
   }
   QUAKE_INLINE_MEMBER vi factor(const PackedWord* p, int i) const {
     return look_up(table, i == 0 ? low_codes(load_bits(p)) : high_codes(load_bits(p)));

@@ -13,6 +13,7 @@ constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr bool kHasLookup = false;
 constexpr int kReciprocalBits = 11;
+constexpr int kByteOffset = 128;
 typedef float vf __attribute__((vector_size(32)));
 typedef std::int32_t vi __attribute__((vector_size(32)));
 using vh = __m128i;

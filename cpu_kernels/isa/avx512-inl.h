@@ -5,6 +5,7 @@ constexpr int kRegisters = 32;
 constexpr bool kHasScalef = true;
 constexpr bool kHasLookup = true;
 constexpr int kReciprocalBits = 14;
+constexpr int kByteOffset = 128;
 typedef float vf __attribute__((vector_size(64)));
 typedef std::int32_t vi __attribute__((vector_size(64)));
 using vh = __m256i;

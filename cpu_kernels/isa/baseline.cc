@@ -14,6 +14,7 @@ constexpr int kRegisters = 16;
 constexpr bool kHasScalef = false;
 constexpr bool kHasLookup = false;
 constexpr int kReciprocalBits = 24;
+constexpr int kByteOffset = 128;
 typedef float vf __attribute__((vector_size(16)));
 typedef std::int32_t vi __attribute__((vector_size(16)));
 typedef std::uint16_t vh __attribute__((vector_size(8)));

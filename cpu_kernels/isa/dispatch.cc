@@ -7,6 +7,12 @@
 
 #include "isa/sets.h"
 
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace quake {
 namespace {
 
@@ -17,14 +23,45 @@ struct InstructionSet {
   void (*fill)(KernelTable&);
 };
 
-// The rows of the sets that were compiled (CMakeLists.txt defines QUAKE_HAVE_name as 1 or 0). The compiler's
-// builtin asks cpuid, and whether the operating system saves the wide registers.
+#if defined(__aarch64__)
+// What list.h calls features, as the kernel of the operating system names them.
+bool has_feature(const char* name) {
+  struct Feature {
+    const char* name;
+    const char* of_apple;
+    unsigned long auxiliary;  // of Linux: which vector of bits, and the bit
+    unsigned bit;
+  };
+  constexpr unsigned long kHwcap = 16, kHwcap2 = 26;
+  constexpr Feature kFeatures[] = {
+      {"dotprod", "hw.optional.arm.FEAT_DotProd", kHwcap, 20},
+      {"bf16", "hw.optional.arm.FEAT_BF16", kHwcap2, 14},
+  };
+  for (const Feature& feature : kFeatures) {
+    if (std::strcmp(feature.name, name) != 0) continue;
+#if defined(__APPLE__)
+    int value = 0;
+    std::size_t size = sizeof value;
+    return sysctlbyname(feature.of_apple, &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+    return (getauxval(feature.auxiliary) >> feature.bit & 1) != 0;
+#endif
+  }
+  return false;
+}
+#define QUAKE_HAS_FEATURE(feature) has_feature(#feature)
+#else
+// The compiler's builtin asks cpuid, and whether the operating system saves the wide registers.
+#define QUAKE_HAS_FEATURE(feature) __builtin_cpu_supports(#feature)
+#endif
+
+// The rows of the sets that were compiled (CMakeLists.txt defines QUAKE_HAVE_name as 1 or 0).
 constexpr InstructionSet kSets[] = {
 #define QUAKE_ROW_1(...) {__VA_ARGS__},
 #define QUAKE_ROW_0(...)
 #define QUAKE_ROW_IF(built, ...) QUAKE_ROW_##built(__VA_ARGS__)
 #define QUAKE_ROW(built, ...) QUAKE_ROW_IF(built, __VA_ARGS__)
-#define HAS(feature) &&__builtin_cpu_supports(#feature)
+#define HAS(feature) &&QUAKE_HAS_FEATURE(feature)
 #define QUAKE_ISA(processor, name, extended, features) \
   QUAKE_ROW(                                           \
       QUAKE_HAVE_##name, #name, #extended, []() -> bool { return true features; }, isa::fill_##name)

@@ -42,6 +42,7 @@ from quake_jax import reference
 from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 from quake_jax._elementwise import table
 
+pytestmark = pytest.mark.usefixtures("optimized")
 SMALLEST_NORMAL = 2.0**-126
 HALF_ULP = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # Below the smallest normal float32 a result is flushed; float16 has subnormals of step 2^-24.

@@ -13,6 +13,8 @@ from quake_jax import accuracy, reference
 from quake_jax._core.constants import MAX_REL_ERROR
 from quake_jax.accuracy import attention as _accuracy_attention
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", _accuracy_attention.CASES)

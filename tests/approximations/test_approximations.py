@@ -16,6 +16,7 @@ from support import run_python
 
 from quake_jax import approximations
 
+pytestmark = pytest.mark.usefixtures("optimized")
 KINDS = ("softmax", "gelu", "layernorm", "exp", "sigmoid")
 # Not a power of two, so that no quotient by it is near an integer by accident.
 SCALE = 0.06

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import in_double
-from support import DTYPES, ORDERS, orders_in, run_python
+from support import DTYPES, ORDERS, on_device, orders_in, run_python
 
 import quake_jax
 from quake_jax import reference
@@ -28,7 +28,7 @@ exact = jax.nn.dot_product_attention
 
 def normal(*shape, seed=0, dtype="float32", scale=1.0):
     values = scale * np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(values.astype(np.float32), dtype)
+    return on_device(values.astype(np.float32), dtype)
 
 
 def operands(b=2, t=7, s=9, n=4, k=2, h=16, v=None, dtype="float32", seed=0):
@@ -41,7 +41,7 @@ def operands(b=2, t=7, s=9, n=4, k=2, h=16, v=None, dtype="float32", seed=0):
 
 
 def keep(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).random(shape) > 0.4)
+    return on_device(np.random.default_rng(seed).random(shape) > 0.4)
 
 
 def lengths(*values):

@@ -25,6 +25,7 @@ from support import (
     SOFTMAX,
     SPLITS,
     inputs,
+    on_device,
     parametrize_functions,
 )
 
@@ -322,17 +323,12 @@ def test_gradients_of_every_function_with_replicated_operands():
     def slopes(f):
         return jax.tree.leaves(jax.jit(jax.grad(f, (0, 1)))(x, shared))
 
-    jax.config.update("jax_disable_most_optimizations", True)  # which take longer than the rest
-    try:
-        expected = slopes(total)
-        for check in (True, False):
-            specs = {"in_specs": (P("a"), P()), "out_specs": P(), "check_vma": check}
-            for a, e in zip(
-                slopes(jax.shard_map(on_each, mesh=mesh, **specs)), expected, strict=True
-            ):
-                np.testing.assert_allclose(a, e, rtol=2.0**-14, atol=2.0**-14)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    expected = slopes(total)
+    for check in (True, False):
+        specs = {"in_specs": (P("a"), P()), "out_specs": P(), "check_vma": check}
+        on_mesh = jax.shard_map(on_each, mesh=mesh, **specs)
+        for a, e in zip(slopes(on_mesh), expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=2.0**-14, atol=2.0**-14)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -438,7 +434,7 @@ def test_unreduced_values_are_refused():
 def attention_operands(batch=4, heads=8, kv_heads=8, queries=6, keys=10, size=8):
     shapes = [(batch, queries, heads, size), *[(batch, keys, kv_heads, size)] * 2]
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    return [on_device(rng.standard_normal(shape), "float32") for shape in shapes]
 
 
 def attend(*x, **keywords):

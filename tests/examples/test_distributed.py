@@ -32,11 +32,7 @@ TIMEOUT = 300
 
 def start(*arguments) -> subprocess.Popen:
     """Starts it with one device in each process."""
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONIOENCODING": "utf-8"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--timeout", str(TIMEOUT)],
         stdout=subprocess.PIPE,

@@ -45,14 +45,6 @@ def test_a_result_says_whether_the_kernels_are_switched_off(value, monkeypatch):
     assert _command.kernels_note() == ("QUAKE_JAX_DISABLE is set" if off else quake_jax.isa())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimizations take longer than all that is computed here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def short_comparisons(monkeypatch):
     """Speed is not tested: few readings of it are enough."""
@@ -61,7 +53,7 @@ def short_comparisons(monkeypatch):
 
 def run_example(*arguments, script="gpt.py", path=None):
     """Runs a script of examples/ from another folder; returns the finished process."""
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers")
 
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_examples import EXAMPLES, quick_compilation, short_comparisons  # noqa: F401
+from test_examples import EXAMPLES, short_comparisons  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 sys.path.insert(0, str(EXAMPLES))

@@ -18,7 +18,6 @@ pytest.importorskip("sklearn", reason="needs scikit-learn: pip install '.[exampl
 
 from test_examples import (  # noqa: E402, F401
     EXAMPLES,
-    quick_compilation,
     run_example,
     short_comparisons,
 )

@@ -53,7 +53,7 @@ def assert_accurate(actual, name, x, residual, scale, offset=None, epsilon=EPSIL
         y, total = actual
         x = (x + np.asarray(residual, np.float64)).astype(np.float32).astype(np.float64)
         assert total.dtype == dtype and total.shape == x.shape
-        np.testing.assert_array_equal(total, jnp.asarray(x, jnp.float32).astype(dtype))
+        np.testing.assert_array_equal(total, x.astype(np.float32).astype(dtype))
     assert y.dtype == dtype and y.shape == x.shape
     n = x.shape[-1]
     c = min(n, 4096) / 32 + 12

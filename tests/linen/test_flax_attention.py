@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax_models import changed_einsum, primitives, rounding
-from support import run_python
+from support import on_device, run_python
 
 import quake_jax
 import quake_jax.linen
@@ -46,7 +46,7 @@ both = pytest.mark.parametrize("library", (LINEN, NNX), ids=lambda library: libr
 
 
 def normal(seed: int, *shape: int, dtype="float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return on_device(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def arrays(batch=(2,), dtype="float32", queries=QUERIES, keys=KEYS, key_heads=HEADS):

@@ -23,6 +23,7 @@ from flax_models import (
     rounding,
     variables_of,
 )
+from support import on_device
 
 import quake_jax
 import quake_jax.linen
@@ -37,7 +38,7 @@ BATCH, LENGTH, WIDTH, HEADS = 2, 16, 32, 2  # large enough for the rewriter to r
 
 def inputs(*shape: int) -> jax.Array:
     shape = shape or (BATCH, LENGTH, WIDTH)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return on_device(np.random.default_rng(0).normal(size=shape), "float32")
 
 
 def intercepted(order=5, **keywords):

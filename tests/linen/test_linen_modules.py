@@ -17,6 +17,7 @@ from flax_models import (
     primitives,
     variables_of,
 )
+from support import on_device
 
 import quake_jax
 import quake_jax.linen
@@ -31,7 +32,7 @@ RATE = 0.3
 
 def inputs(*shape: int) -> jax.Array:
     shape = shape or (BATCH, LENGTH, WIDTH)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return on_device(np.random.default_rng(0).normal(size=shape), "float32")
 
 
 # The blocks in Flax: quake_jax's docstrings promise the names that these get.

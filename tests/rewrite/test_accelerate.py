@@ -75,7 +75,8 @@ def assert_close(actual, expected, scale=1.0):
 
 
 def inputs(shape=(ROWS, COLUMNS), dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 2, dtype)
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return support.on_device(values * 2, dtype)
 
 
 erf = jax.scipy.special.erf

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import on_device
 from test_accelerate import primitives, reasons, replacements
 
 import quake_jax
@@ -29,7 +30,7 @@ def failures(monkeypatch):
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return on_device(np.random.default_rng(seed).normal(size=shape), "float32")
 
 
 def qkv(*shape):
