@@ -9,6 +9,9 @@ from dense_oracle import FORMATS, depth, normal, pack
 
 import quake_jax
 
+# XLA's optimizations lose some NaN.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 formats = pytest.mark.parametrize("format", FORMATS)
 
 
