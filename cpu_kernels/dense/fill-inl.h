@@ -7,8 +7,17 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
     constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
     constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
     const int f = static_cast<int>(format);
-    table.product[f][I] = dense_product<Words, kRows, kPanels>;
-    if constexpr (kGrouped) table.grouped[f][I] = grouped_product<Words, kRows, kPanels>;
+    if constexpr (Words::kFactors > 1 && kDenseShapes.at[I].expanded) {
+      using Expanded = typename Words::Expanded;
+      table.expand[f] = expand_panel<Words>;
+      table.product[f][I] = dense_product<Expanded, kRows, kPanels>;
+      if constexpr (kGrouped && std::is_same_v<typename Expanded::Sum, vi>) {
+        table.grouped[f][I] = grouped_product<Expanded, kRows, kPanels>;
+      }
+    } else {
+      table.product[f][I] = dense_product<Words, kRows, kPanels>;
+      if constexpr (kGrouped) table.grouped[f][I] = grouped_product<Words, kRows, kPanels>;
+    }
     fill_dense_products<Words, kGrouped, I + 1>(table, format);
   }
 }

@@ -9,11 +9,11 @@ struct DenseShapes {
   int count;
   DenseKernels::Shape at[DenseKernels::kMaxShapes];
 };
-constexpr DenseShapes kDenseShapes = kLanes == 16
-                                         ? DenseShapes{6, {{1, 8}, {2, 8}, {4, 4}, {6, 4}, {8, 3}, {12, 2}}}
-                                     : kLanes == 8      ? DenseShapes{4, {{1, 4}, {2, 2}, {4, 1}, {6, 1}}}
-                                     : kRegisters >= 32 ? DenseShapes{4, {{1, 2}, {2, 2}, {4, 1}, {6, 1}}}
-                                                        : DenseShapes{2, {{1, 1}, {2, 1}}};
+constexpr DenseShapes kDenseShapes =
+    kLanes == 16       ? DenseShapes{6, {{1, 8}, {2, 8}, {4, 4}, {6, 4}, {8, 3}, {12, 2}}}
+    : kLanes == 8      ? DenseShapes{5, {{1, 4}, {2, 2}, {4, 1}, {4, 1, true}, {6, 1, true}}}
+    : kRegisters >= 32 ? DenseShapes{5, {{1, 2}, {2, 2}, {4, 1}, {4, 1, true}, {6, 1, true}}}
+                       : DenseShapes{2, {{1, 1}, {2, 1}}};
 
 // Bytes of a panel that few rows, which wait for memory, fetch ahead.
 constexpr std::size_t kFetchWords = 256;
@@ -38,6 +38,7 @@ QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
+        if constexpr (R > 4 && kRegisters < 32) asm volatile("" ::: "memory");
         const typename Words::Vector factor = Words::broadcast(rows + r);
 #pragma GCC unroll 8
         for (int v = 0; v < V * kPanelVectors; ++v) c[r][v] = Words::multiply_add(factor, column[v], c[r][v]);
@@ -58,31 +59,35 @@ QUAKE_INLINE typename Words::Sum first_sum(const PackedWord* sum) {
 
 // The panels that exist, and the last one again for those that do not.
 template <int V>
-QUAKE_INLINE std::size_t panel_at(const DenseTile& tile, int v) {
-  return static_cast<std::size_t>(v) < tile.panels ? static_cast<std::size_t>(v) : tile.panels - 1;
+QUAKE_INLINE std::size_t panel_at(const DenseTiles& tiles, int v) {
+  return static_cast<std::size_t>(v) < tiles.panels ? static_cast<std::size_t>(v) : tiles.panels - 1;
 }
 
 template <class Words, int R, int V>
-void dense_product(const DensePanels& b, const DenseTile& tile) {
+void dense_product(const DensePanels& b, const DenseTiles& tiles) {
   constexpr int kVectors = V * kPanelVectors;
   const Words words(b.table);
   const PackedWord* panels[V];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) panels[v] = b.words + panel_at<V>(tile, v) * b.panel_words;
-  typename Words::Sum c[R][kVectors];
+  for (int v = 0; v < V; ++v) panels[v] = b.words + panel_at<V>(tiles, v) * b.panel_words;
+  const PackedWord *rows = tiles.rows, *sums = tiles.sums;
+  float* tile = tiles.tiles;
+  for (std::size_t i = 0; i < tiles.count; ++i, rows += tiles.row_words, sums += tiles.sum_words) {
+    typename Words::Sum c[R][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      float* const at = tile.tile + (r * kVectors + v) * kLanes;
-      c[r][v] = tile.add ? (typename Words::Sum)load(at) : first_sum<Words>(tile.sums + r);
+      for (int v = 0; v < kVectors; ++v) {
+        c[r][v] = tiles.add ? (typename Words::Sum)load(tile + (r * kVectors + v) * kLanes)
+                            : first_sum<Words>(sums + r);
+      }
     }
-  }
-  multiply_add<Words, R, V>(words, tile.rows, panels, b.depth, c);
+    multiply_add<Words, R, V>(words, rows, panels, b.depth, c);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(tile.tile + (r * kVectors + v) * kLanes, (vf)c[r][v]);
+      for (int v = 0; v < kVectors; ++v, tile += kLanes) store(tile, (vf)c[r][v]);
+    }
   }
 }
 
@@ -91,44 +96,82 @@ QUAKE_INLINE vf load_halves(const std::uint16_t* p) { return half_to_float(load_
 // With a scale, and perhaps an offset, for every group: the sums of a group are in registers, those of all in
 // the tile, where they become float32.
 template <class Words, int R, int V>
-void grouped_product(const DensePanels& b, const DenseTile& tile) {
+void grouped_product(const DensePanels& b, const DenseTiles& tiles) {
   constexpr int kVectors = V * kPanelVectors;
   const Words words(b.table);
   const std::size_t groups = b.groups();
-  const PackedWord* panels[V];
-  std::size_t at[V];  // of the scales
+  float* tile = tiles.tiles;
+  for (std::size_t i = 0; i < tiles.count; ++i, tile += R * kVectors * kLanes) {
+    const PackedWord* panels[V];
+    std::size_t at[V];  // of the scales
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    panels[v] = b.words + panel_at<V>(tile, v) * b.panel_words;
-    at[v] = panel_at<V>(tile, v) * groups * kPanelColumns;
-  }
-  for (int i = 0; i < R * kVectors; ++i) store(tile.tile + i * kLanes, vf{});
-  const PackedWord *rows = tile.rows, *sums = tile.sums;
-  for (std::size_t group = 0; group < groups; ++group, sums += R) {
-    typename Words::Sum c[R][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) c[r][v] = first_sum<Words>(sums + r);
+    for (int v = 0; v < V; ++v) {
+      panels[v] = b.words + panel_at<V>(tiles, v) * b.panel_words;
+      at[v] = panel_at<V>(tiles, v) * groups * kPanelColumns;
     }
-    multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
-    rows += b.group_words * Words::kFactors * R;
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const std::size_t from = at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes;
-      const vf scale = load_halves(b.scales + from);
+    for (int j = 0; j < R * kVectors; ++j) store(tile + j * kLanes, vf{});
+    const PackedWord *rows = tiles.rows + i * tiles.row_words, *sums = tiles.sums + i * tiles.sum_words;
+    for (std::size_t group = 0; group < groups; ++group, sums += R) {
+      typename Words::Sum c[R][kVectors];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        float* const to = tile.tile + (r * kVectors + v) * kLanes;
-        store(to, fma(scale, to_float(c[r][v]), load(to)));
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) c[r][v] = first_sum<Words>(sums + r);
       }
-      if (b.offsets != nullptr) {
-        const vf offset = load_halves(b.offsets + from);
+      multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
+      rows += b.group_words * Words::kFactors * R;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const std::size_t from = at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes;
+        const vf scale = load_halves(b.scales + from);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          float* const to = tile.tile + (r * kVectors + v) * kLanes;
-          store(to, fma(offset, to_float((typename Words::Sum)broadcast_bits(sums + r)), load(to)));
+          float* const to = tile + (r * kVectors + v) * kLanes;
+          store(to, fma(scale, to_float(c[r][v]), load(to)));
+        }
+        if (b.offsets != nullptr) {
+          const vf offset = load_halves(b.offsets + from);
+          for (int r = 0; r < R; ++r) {
+            float* const to = tile + (r * kVectors + v) * kLanes;
+            store(to, fma(offset, to_float((typename Words::Sum)broadcast_bits(sums + r)), load(to)));
+          }
+        }
+      }
+    }
+  }
+}
+
+// The factors of a panel's words (kernels.h).
+template <class Words>
+void expand_panel(const DensePanels& b, std::size_t first, std::size_t count, PackedWord* out) {
+  const Words words(b.table);
+  const bool scaled = std::is_same_v<typename Words::Vector, vf> && b.group_words != 0;
+  const std::size_t run = scaled ? b.group_words : count;  // of words with one scale
+  for (std::size_t k = first, end; k < first + count; k = end) {
+    end = scaled ? (k / run + 1) * run : k + run;
+    if (end > first + count) end = first + count;
+    vf scale[kPanelVectors], offset[kPanelVectors] = {};
+    if (scaled) {
+      const std::size_t at = k / run * kPanelColumns;
+      for (int v = 0; v < kPanelVectors; ++v) {
+        scale[v] = load_halves(b.scales + at + v * kLanes);
+        if (b.offsets != nullptr) offset[v] = load_halves(b.offsets + at + v * kLanes);
+      }
+    }
+    for (std::size_t j = k; j < end; ++j) {
+      const PackedWord* const from = b.words + j * kPanelColumns;
+      __builtin_prefetch(from + kFetchWords);
+#pragma GCC unroll 8
+      for (int i = 0; i < Words::kFactors; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v, out += kLanes) {
+          auto factor = words.factor(from + v * kLanes, i);
+          if constexpr (std::is_same_v<typename Words::Vector, vf>) {
+            if (scaled) factor = fma(factor, scale[v], offset[v]);
+          }
+          store(as_floats(out), (vf)factor);
         }
       }
     }

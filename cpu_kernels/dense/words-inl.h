@@ -32,8 +32,11 @@ QUAKE_INLINE vi low_codes(vi v) { return v & 0x0f0f0f0f; }
 QUAKE_INLINE vi high_codes(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 
 // A word of the weight is multiplied with kFactors words of x; factor(p, i) is what the i-th multiplies.
+struct DenseFloats;
+
 template <int kCount>
 struct FloatProduct {
+  using Expanded = DenseFloats;
   using Sum = vf;
   using Vector = vf;
   static constexpr int kFactors = kCount;
@@ -91,9 +94,17 @@ struct IntegerProduct {
 };
 
 // By pairs of int16, which are exact, two words of x for a word of four bytes: its even bytes and its odd ones.
+struct DensePairs;
+
 template <int kCount>
 struct PairProduct : IntegerProduct<kCount, 0> {
+  using Expanded = DensePairs;
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return pair_sums(a, b, c); }
+};
+
+struct DensePairs : PairProduct<1> {
+  explicit DensePairs(const void*) {}
+  QUAKE_INLINE_MEMBER vi factor(const PackedWord* p, int) const { return load_bits(p); }
 };
 
 // Or by fours of bytes, of which the weight's are unsigned: kOffset is added to them. Sums begin with what that
