@@ -62,10 +62,22 @@ Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
   return best;
 }
 
+// Codes whose values are close have a product of their own for few rows.
+bool are_narrow(const DenseProblem& p, const DenseKernels& kernels) {
+  const int narrow = static_cast<int>(DenseFormat::kInt4Narrow);
+  if (p.format != DenseFormat::kInt4Quantized || p.group_size == 0) return false;
+  if (!kernels.grouped[narrow][cut_rows(kernels, p.rows).shape]) return false;
+  const std::int8_t* const values = static_cast<const std::int8_t*>(p.weights[0].panels.table);
+  const auto [least, largest] = std::minmax_element(values, values + 16);
+  return *largest - *least <= 15;
+}
+
 class DenseCall {
  public:
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
-      : p_(problem), kernels_(kernels), format_(static_cast<int>(problem.format)) {
+      : p_(problem),
+        kernels_(kernels),
+        format_(static_cast<int>(are_narrow(problem, kernels) ? DenseFormat::kInt4Narrow : problem.format)) {
     depth_ = p_.weights[0].panels.depth;
     padded_size_ = depth_ * elements_of_word(p_.format);
     factors_ = elements_of_word(p_.format) / kernels_.row_word[format_];

@@ -22,6 +22,16 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
   }
 }
 
+// Of few rows alone.
+template <int I = 0>
+void fill_narrow_products(DenseKernels& table) {
+  if constexpr (!kDenseShapes.at[I].expanded) {
+    table.grouped[static_cast<int>(DenseFormat::kInt4Narrow)][I] =
+        narrow_product<static_cast<int>(kDenseShapes.at[I].rows), static_cast<int>(kDenseShapes.at[I].panels)>;
+    fill_narrow_products<I + 1>(table);
+  }
+}
+
 // What encodes rows of the types T for them.
 template <class Encoder, class... T>
 void fill_dense_rows(DenseKernels& table, DenseFormat format) {
@@ -43,6 +53,12 @@ void fill_dense_quantized(DenseKernels& table) {
   fill_dense_products<QuantizedCodes<kByFours>, true>(table, DenseFormat::kInt4Quantized);
   fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt8Quantized);
   fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt4Quantized);
+}
+
+template <class... T>
+void fill_dense_narrow(DenseKernels& table) {
+  fill_dense_rows<EncodeQuantized<4>, T...>(table, DenseFormat::kInt4Narrow);
+  fill_narrow_products(table);
 }
 
 template <class... T>

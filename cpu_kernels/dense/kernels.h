@@ -17,6 +17,7 @@ enum class DenseFormat : int {
   kInt8Quantized,  // four int8; the rows of x are quantised to int8
   kInt4,           // eight codes of four bits, indices of a table of floats; x stays float32
   kInt4Quantized,  // the same of a table of int8; the rows of x are quantised
+  kInt4Narrow,     // the same if the table's values differ by at most 15: the driver's choice for few rows
   kCount
 };
 inline constexpr int kDenseFormats = static_cast<int>(DenseFormat::kCount);

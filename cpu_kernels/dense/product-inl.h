@@ -47,16 +47,6 @@ QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const
   }
 }
 
-// What the sums of a row begin with.
-template <class Words>
-QUAKE_INLINE typename Words::Sum first_sum(const PackedWord* sum) {
-  if constexpr (Words::kOffset == 0) {
-    return typename Words::Sum{};
-  } else {
-    return broadcast_bits(sum) * -Words::kOffset;
-  }
-}
-
 // The panels that exist, and the last one again for those that do not.
 template <int V>
 QUAKE_INLINE std::size_t panel_at(const DenseTiles& tiles, int v) {
@@ -79,7 +69,7 @@ void dense_product(const DensePanels& b, const DenseTiles& tiles) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         c[r][v] = tiles.add ? (typename Words::Sum)load(tile + (r * kVectors + v) * kLanes)
-                            : first_sum<Words>(sums + r);
+                            : words.first_sum(sums + r);
       }
     }
     multiply_add<Words, R, V>(words, rows, panels, b.depth, c);
@@ -92,6 +82,23 @@ void dense_product(const DensePanels& b, const DenseTiles& tiles) {
 }
 
 QUAKE_INLINE vf load_halves(const std::uint16_t* p) { return half_to_float(load_words(p)); }
+
+// Adds a group's products for a vector of columns to a tile. Scales and offsets are read at `from`.
+template <int kVectors, int R, class Sum>
+QUAKE_INLINE void add_group(const DensePanels& b, std::size_t from, const PackedWord* sums, const Sum (&c)[R],
+                            float* tile) {
+  constexpr int kStride = kVectors * kLanes;
+  const vf scale = load_halves(b.scales + from);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    store(tile + r * kStride, fma(scale, to_float(c[r]), load(tile + r * kStride)));
+  }
+  if (b.offsets == nullptr) return;
+  const vf offset = load_halves(b.offsets + from);
+  for (int r = 0; r < R; ++r) {
+    store(tile + r * kStride, fma(offset, to_float((Sum)broadcast_bits(sums + r)), load(tile + r * kStride)));
+  }
+}
 
 // With a scale, and perhaps an offset, for every group: the sums of a group are in registers, those of all in
 // the tile, where they become float32.
@@ -116,7 +123,7 @@ void grouped_product(const DensePanels& b, const DenseTiles& tiles) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) c[r][v] = first_sum<Words>(sums + r);
+        for (int v = 0; v < kVectors; ++v) c[r][v] = words.first_sum(sums + r);
       }
       multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
       rows += b.group_words * Words::kFactors * R;
@@ -124,23 +131,76 @@ void grouped_product(const DensePanels& b, const DenseTiles& tiles) {
       for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const std::size_t from = at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes;
-        const vf scale = load_halves(b.scales + from);
+        typename Words::Sum column[R];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          float* const to = tile + (r * kVectors + v) * kLanes;
-          store(to, fma(scale, to_float(c[r][v]), load(to)));
+        for (int r = 0; r < R; ++r) column[r] = c[r][v];
+        add_group<kVectors>(b, at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes, sums,
+                            column, tile + v * kLanes);
+      }
+    }
+  }
+}
+
+// The same with sums of 16 bits in a block, for one panel after the other: a group's sums are in registers.
+template <class Words, int R, int V>
+QUAKE_INLINE void narrow_product_of(const Words& words, const DensePanels& weight, const DenseTiles& all) {
+  const DensePanels b = weight;  // which what is stored does not overlap
+  const DenseTiles tiles = all;
+  constexpr int kVectors = V * kPanelVectors, kN = kPanelVectors;
+  constexpr std::size_t kStep = Words::kFactors * R;
+  const vi ones = vi{} + 0x00010001;
+  const std::size_t groups = b.groups(), depth = b.group_words;
+  float* tile = tiles.tiles;
+  for (std::size_t i = 0; i < tiles.count; ++i, tile += R * kVectors * kLanes) {
+    for (int j = 0; j < R * kVectors; ++j) store(tile + j * kLanes, vf{});
+    const PackedWord *rows = tiles.rows + i * tiles.row_words, *sums = tiles.sums + i * tiles.sum_words;
+    for (std::size_t group = 0; group < groups; ++group, sums += R, rows += depth * kStep) {
+      for (int p = 0; p < V; ++p) {
+        const std::size_t panel = panel_at<V>(tiles, p);
+        const PackedWord* word = b.words + panel * b.panel_words + group * depth * kPanelColumns;
+        const PackedWord *x = rows, *const end = rows + depth * kStep;
+        vi c[kN][R];
+#pragma GCC unroll 4
+        for (int v = 0; v < kN; ++v) {
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) c[v][r] = words.first_sum(sums + r);
         }
-        if (b.offsets != nullptr) {
-          const vf offset = load_halves(b.offsets + from);
-          for (int r = 0; r < R; ++r) {
-            float* const to = tile + (r * kVectors + v) * kLanes;
-            store(to, fma(offset, to_float((typename Words::Sum)broadcast_bits(sums + r)), load(to)));
+        do {
+          vi block[kN][R] = {};
+#pragma GCC unroll 4
+          for (std::size_t j = 0; j < Words::kBlock; ++j, x += kStep, word += kPanelColumns) {
+            __builtin_prefetch(word + 2 * kFetchWords);
+#pragma GCC unroll 4
+            for (int v = 0; v < kN; ++v) {
+              const vi low = words.factor(word + v * kLanes, 0), high = words.factor(word + v * kLanes, 1);
+#pragma GCC unroll 4
+              for (int r = 0; r < R; ++r) {
+                block[v][r] = byte_pairs(low, Words::broadcast(x + r), block[v][r]);
+                block[v][r] = byte_pairs(high, Words::broadcast(x + R + r), block[v][r]);
+              }
+            }
           }
+#pragma GCC unroll 4
+          for (int v = 0; v < kN; ++v) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) c[v][r] = pair_sums(block[v][r], ones, c[v][r]);
+          }
+        } while (x != end);
+#pragma GCC unroll 4
+        for (int v = 0; v < kN; ++v) {
+          add_group<kVectors>(b, (panel * groups + group) * kPanelColumns + v * kLanes, sums, c[v],
+                              tile + (p * kN + v) * kLanes);
         }
       }
     }
   }
+}
+
+template <int R, int V>
+void narrow_product(const DensePanels& b, const DenseTiles& tiles) {
+  const NarrowTable table(b.table);
+  if (table.are_codes) return narrow_product_of<NarrowCodes<true>, R, V>(NarrowCodes<true>(table), b, tiles);
+  narrow_product_of<NarrowCodes<false>, R, V>(NarrowCodes<false>(table), b, tiles);
 }
 
 // The factors of a panel's words (kernels.h).
