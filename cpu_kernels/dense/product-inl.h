@@ -83,61 +83,68 @@ void dense_product(const DensePanels& b, const DenseTiles& tiles) {
 
 QUAKE_INLINE vf load_halves(const std::uint16_t* p) { return half_to_float(load_words(p)); }
 
-// Adds a group's products for a vector of columns to a tile. Scales and offsets are read at `from`.
-template <int kVectors, int R, class Sum>
-QUAKE_INLINE void add_group(const DensePanels& b, std::size_t from, const PackedWord* sums, const Sum (&c)[R],
+// Adds a group's products for a vector of columns, sum(row), to a tile. Scales and offsets are read at `from`.
+template <int R, int kVectors, class SumOf>
+QUAKE_INLINE void add_group(const DensePanels& b, std::size_t from, const PackedWord* sums, const SumOf& sum,
                             float* tile) {
   constexpr int kStride = kVectors * kLanes;
   const vf scale = load_halves(b.scales + from);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    store(tile + r * kStride, fma(scale, to_float(c[r]), load(tile + r * kStride)));
+    store(tile + r * kStride, fma(scale, to_float(sum(r)), load(tile + r * kStride)));
   }
   if (b.offsets == nullptr) return;
   const vf offset = load_halves(b.offsets + from);
   for (int r = 0; r < R; ++r) {
-    store(tile + r * kStride, fma(offset, to_float((Sum)broadcast_bits(sums + r)), load(tile + r * kStride)));
+    const vf ones = to_float((decltype(sum(r)))broadcast_bits(sums + r));
+    store(tile + r * kStride, fma(offset, ones, load(tile + r * kStride)));
   }
 }
 
 // With a scale, and perhaps an offset, for every group: the sums of a group are in registers, those of all in
-// the tile, where they become float32.
+// the tile, where they become float32. A function of its own: around it, the loop over tiles costs GCC registers.
 template <class Words, int R, int V>
-void grouped_product(const DensePanels& b, const DenseTiles& tiles) {
+[[gnu::noinline]] void grouped_tile(const DensePanels& b, const DenseTiles& tile) {
   constexpr int kVectors = V * kPanelVectors;
   const Words words(b.table);
   const std::size_t groups = b.groups();
-  float* tile = tiles.tiles;
-  for (std::size_t i = 0; i < tiles.count; ++i, tile += R * kVectors * kLanes) {
-    const PackedWord* panels[V];
-    std::size_t at[V];  // of the scales
+  const PackedWord* panels[V];
+  std::size_t at[V];  // of the scales
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      panels[v] = b.words + panel_at<V>(tiles, v) * b.panel_words;
-      at[v] = panel_at<V>(tiles, v) * groups * kPanelColumns;
-    }
-    for (int j = 0; j < R * kVectors; ++j) store(tile + j * kLanes, vf{});
-    const PackedWord *rows = tiles.rows + i * tiles.row_words, *sums = tiles.sums + i * tiles.sum_words;
-    for (std::size_t group = 0; group < groups; ++group, sums += R) {
-      typename Words::Sum c[R][kVectors];
+  for (int v = 0; v < V; ++v) {
+    panels[v] = b.words + panel_at<V>(tile, v) * b.panel_words;
+    at[v] = panel_at<V>(tile, v) * groups * kPanelColumns;
+  }
+  for (int j = 0; j < R * kVectors; ++j) store(tile.tiles + j * kLanes, vf{});
+  const PackedWord *rows = tile.rows, *sums = tile.sums;
+  for (std::size_t group = 0; group < groups; ++group, sums += R) {
+    typename Words::Sum c[R][kVectors];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) c[r][v] = words.first_sum(sums + r);
-      }
-      multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
-      rows += b.group_words * Words::kFactors * R;
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        typename Words::Sum column[R];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) column[r] = c[r][v];
-        add_group<kVectors>(b, at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes, sums,
-                            column, tile + v * kLanes);
-      }
+      for (int v = 0; v < kVectors; ++v) c[r][v] = words.first_sum(sums + r);
     }
+    multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
+    rows += b.group_words * Words::kFactors * R;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      add_group<R, kVectors>(
+          b, at[v / kPanelVectors] + group * kPanelColumns + v % kPanelVectors * kLanes, sums,
+          [&](int r) QUAKE_INLINE_LAMBDA { return c[r][v]; }, tile.tiles + v * kLanes);
+    }
+  }
+}
+
+template <class Words, int R, int V>
+void grouped_product(const DensePanels& b, const DenseTiles& tiles) {
+  DenseTiles tile = tiles;
+  for (std::size_t i = 0; i < tiles.count; ++i) {
+    grouped_tile<Words, R, V>(b, tile);
+    tile.rows += tiles.row_words;
+    tile.sums += tiles.sum_words;
+    tile.tiles += R * V * kPanelColumns;
   }
 }
 
@@ -188,8 +195,9 @@ QUAKE_INLINE void narrow_product_of(const Words& words, const DensePanels& weigh
         } while (x != end);
 #pragma GCC unroll 4
         for (int v = 0; v < kN; ++v) {
-          add_group<kVectors>(b, (panel * groups + group) * kPanelColumns + v * kLanes, sums, c[v],
-                              tile + (p * kN + v) * kLanes);
+          add_group<R, kVectors>(
+              b, (panel * groups + group) * kPanelColumns + v * kLanes, sums,
+              [&](int r) QUAKE_INLINE_LAMBDA { return c[v][r]; }, tile + (p * kN + v) * kLanes);
         }
       }
     }
