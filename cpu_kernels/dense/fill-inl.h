@@ -32,6 +32,21 @@ void fill_narrow_products(DenseKernels& table) {
   }
 }
 
+// Where looking up bytes is cheaper than floats.
+template <int I = 0>
+void fill_byte_codes(DenseKernels& table) {
+  constexpr int f = static_cast<int>(DenseFormat::kInt4);
+  if constexpr (kDenseShapes.at[I].expanded) {
+    table.expand[f] = expand_codes<expand_panel<DenseByteCodes>, expand_panel<DenseCodes>>;
+  } else {
+    constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
+    constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
+    table.grouped[f][I] = product_of_codes<grouped_product<DenseByteCodes, kRows, kPanels>,
+                                           grouped_product<DenseCodes, kRows, kPanels>>;
+    fill_byte_codes<I + 1>(table);
+  }
+}
+
 // What encodes rows of the types T for them.
 template <class Encoder, class... T>
 void fill_dense_rows(DenseKernels& table, DenseFormat format) {

@@ -27,6 +27,23 @@ QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) __builtin_prefetch(panels[v] + k + kFetchWords);
     }
+    // Of few rows each vector is finished before the next is decoded: registers for all would spill.
+    if constexpr (R <= 2 && Words::kFactors == 8 && kRegisters < 32) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V * kPanelVectors; ++v) {
+        asm volatile("" ::: "memory");
+#pragma GCC unroll 8
+        for (int i = 0; i < Words::kFactors; ++i) {
+          const auto column = words.factor(panels[v / kPanelVectors] + k + v % kPanelVectors * kLanes, i);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) {
+            c[r][v] = Words::multiply_add(Words::broadcast(rows + i * R + r), column, c[r][v]);
+          }
+        }
+      }
+      rows += Words::kFactors * R;
+      continue;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < Words::kFactors; ++i, rows += R) {
       // The columns of the next factor are loaded after this one's are used: registers for both would spill.
@@ -244,4 +261,14 @@ void expand_panel(const DensePanels& b, std::size_t first, std::size_t count, Pa
       }
     }
   }
+}
+
+// Codes by a table of bytes if it has the values.
+template <DenseKernels::ProductFn kBytes, DenseKernels::ProductFn kFloats>
+void product_of_codes(const DensePanels& b, const DenseTiles& tiles) {
+  (DenseByteCodes::bytes_of(b.table).exact ? kBytes : kFloats)(b, tiles);
+}
+template <DenseKernels::ExpandFn kBytes, DenseKernels::ExpandFn kFloats>
+void expand_codes(const DensePanels& b, std::size_t first, std::size_t count, PackedWord* out) {
+  (DenseByteCodes::bytes_of(b.table).exact ? kBytes : kFloats)(b, first, count, out);
 }

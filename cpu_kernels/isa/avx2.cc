@@ -141,6 +141,7 @@ QUAKE_INLINE vi look_up(const ByteTable& table, vi index) {
 
 void isa::fill_avx2(KernelTable& table) {
   fill_all<bfloat16, float, float16>(table);
+  fill_byte_codes(table.dense);
   fill_dense_narrow<bfloat16, float, float16>(table.dense);
 }
 
