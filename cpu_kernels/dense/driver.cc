@@ -44,6 +44,9 @@ Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
   const size_t used = ceil_div(rows, ceil_div(rows, shapes[last].rows));
   int shape = 0;
   while (shapes[shape].rows < used) ++shape;
+  // Expanding pays for more tiles than these.
+  constexpr size_t kFewTiles = 4;
+  if (shape < last && shapes[shape + 1].rows == shapes[shape].rows && rows > kFewTiles * used) ++shape;
   const DenseKernels::Shape& tall = shapes[shape];
   Tiling best = {shape, tall.rows, tall.panels, tall.expanded, ceil_div(rows, tall.rows), 0, 0};
   if (shape == 0 || shape < last) return best;

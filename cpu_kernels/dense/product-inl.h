@@ -13,7 +13,7 @@ constexpr DenseShapes kDenseShapes =
     kLanes == 16       ? DenseShapes{6, {{1, 8}, {2, 8}, {4, 4}, {6, 4}, {8, 3}, {12, 2}}}
     : kLanes == 8      ? DenseShapes{5, {{1, 4}, {2, 2}, {4, 1}, {4, 1, true}, {6, 1, true}}}
     : kRegisters >= 32 ? DenseShapes{5, {{1, 2}, {2, 2}, {4, 1}, {4, 1, true}, {6, 1, true}}}
-                       : DenseShapes{2, {{1, 1}, {2, 1}}};
+                       : DenseShapes{3, {{1, 1}, {2, 1}, {2, 1, true}}};
 
 // Bytes of a panel that few rows, which wait for memory, fetch ahead.
 constexpr std::size_t kFetchWords = 256;
