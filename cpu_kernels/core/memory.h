@@ -20,9 +20,11 @@ using Bytes = std::unique_ptr<char[], FreeBytes>;
 Bytes allocate(std::size_t count);
 
 // This thread's work memory, aligned to a cache line, or null if it is refused. A thread keeps it from call to
-// call, since fresh memory would cost a tenth of the time of a call; it is one or two MiB, whatever the length
-// of the sequences. What was in it is lost with the next call.
-char* workspace(std::size_t count);
+// call, since fresh memory would cost a tenth of the time of a call; it is a few MiB, whatever the length
+// of the sequences. What was in it is lost with the next call for the same user: a driver's call, or a task,
+// which may run on the thread of the call.
+enum class WorkspaceOf { kCall, kTask };
+char* workspace(std::size_t count, WorkspaceOf user = WorkspaceOf::kCall);
 
 // Hands out parts of a block of memory, each from a cache line on. With a null block it counts what they need.
 class Carver {

@@ -14,36 +14,77 @@ using std::size_t;
 constexpr size_t kRowBytes = size_t{4} << 20;
 // Rows of a task: their words stay in the second-level cache while the panels pass by.
 constexpr size_t kBlockRows = 192;
-// Words of a panel that a block of rows is multiplied with before the next ones, for the same reason.
-constexpr size_t kDepth = 4096;
+// Words of a panel that a block of rows is multiplied with before the next ones, for the same reason; and of
+// factors, where they are expanded.
+constexpr size_t kDepth = 4096, kExpandedDepth = 1024;
+// Rows whose products are finished at a time: few enough to stay in the first-level cache.
+constexpr size_t kRowsAtOnce = 24;
 // A task is at least and about so many products.
 constexpr size_t kLeastWork = size_t{1} << 19, kMostWork = size_t{1} << 24;
 // Turning rows writes up to a vector past a tile.
 constexpr size_t kSlack = 16;
 
-// How a part of the rows is cut into tiles, all of one shape.
+// How a part of the rows is cut into tiles: of one shape, or the last ones of the next lower one.
 struct Tiling {
   int shape;
   size_t rows, panels;  // of the shape
-  size_t tile_rows;     // that are used
-  size_t tiles;
+  bool expanded;        // likewise
+  size_t tiles, low_tiles, low_rows;
+
+  bool is_low(size_t tile) const { return tile + low_tiles >= tiles; }
+  size_t rows_of(size_t tile) const { return is_low(tile) ? low_rows : rows; }
+  size_t first_row(size_t tile) const {
+    return is_low(tile) ? (tiles - low_tiles) * rows + (tile + low_tiles - tiles) * low_rows : tile * rows;
+  }
 };
 
 Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
-  const size_t tiles = ceil_div(rows, kernels.shapes[kernels.shape_count - 1].rows);
-  const size_t used = ceil_div(rows, tiles);
+  const auto* const shapes = kernels.shapes;
+  const int last = kernels.shape_count - 1;
+  const size_t used = ceil_div(rows, ceil_div(rows, shapes[last].rows));
   int shape = 0;
-  while (kernels.shapes[shape].rows < used) ++shape;
-  return {shape, kernels.shapes[shape].rows, kernels.shapes[shape].panels, used, ceil_div(rows, used)};
+  while (shapes[shape].rows < used) ++shape;
+  // Expanding pays for more tiles than these.
+  constexpr size_t kFewTiles = 4;
+  if (shape < last && shapes[shape + 1].rows == shapes[shape].rows && rows > kFewTiles * used) ++shape;
+  const DenseKernels::Shape& tall = shapes[shape];
+  Tiling best = {shape, tall.rows, tall.panels, tall.expanded, ceil_div(rows, tall.rows), 0, 0};
+  if (shape == 0 || shape < last) return best;
+  const DenseKernels::Shape& low = shapes[shape - 1];
+  if (low.panels != tall.panels || low.expanded != tall.expanded) return best;
+  best.low_rows = low.rows;
+  size_t least = best.tiles * tall.rows;
+  for (size_t count = 1; count <= 2 && count * low.rows < rows; ++count) {
+    const size_t tall_tiles = ceil_div(rows - count * low.rows, tall.rows);
+    if (const size_t all = tall_tiles * tall.rows + count * low.rows; all < least) {
+      least = all;
+      best.tiles = tall_tiles + count;
+      best.low_tiles = count;
+    }
+  }
+  return best;
+}
+
+// Codes whose values are close have a product of their own for few rows.
+bool are_narrow(const DenseProblem& p, const DenseKernels& kernels) {
+  const int narrow = static_cast<int>(DenseFormat::kInt4Narrow);
+  if (p.format != DenseFormat::kInt4Quantized || p.group_size == 0) return false;
+  if (!kernels.grouped[narrow][cut_rows(kernels, p.rows).shape]) return false;
+  const std::int8_t* const values = static_cast<const std::int8_t*>(p.weights[0].panels.table);
+  const auto [least, largest] = std::minmax_element(values, values + 16);
+  return *largest - *least <= 15;
 }
 
 class DenseCall {
  public:
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
-      : p_(problem), kernels_(kernels), format_(static_cast<int>(problem.format)) {
+      : p_(problem),
+        kernels_(kernels),
+        format_(static_cast<int>(are_narrow(problem, kernels) ? DenseFormat::kInt4Narrow : problem.format)) {
     depth_ = p_.weights[0].panels.depth;
     padded_size_ = depth_ * elements_of_word(p_.format);
-    row_words_ = padded_size_ / kernels_.row_word[format_];
+    factors_ = elements_of_word(p_.format) / kernels_.row_word[format_];
+    row_words_ = depth_ * factors_;
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
     // A weight without columns has no offsets.
@@ -56,7 +97,7 @@ class DenseCall {
     const Tiling whole = cut_rows(kernels_, p_.rows);
     const size_t part_tiles =
         std::max<size_t>(kBlockRows / whole.rows, kRowBytes / (row_words_ * whole.rows * sizeof(PackedWord)));
-    const size_t part_rows = part_tiles * whole.tile_rows;
+    const size_t part_rows = part_tiles * whole.rows;
     for (size_t first = 0; first < p_.rows; first += part_rows) {
       if (!run_part(first, std::min(part_rows, p_.rows - first), parallel)) return "not enough memory";
     }
@@ -71,10 +112,14 @@ class DenseCall {
     PackedWord* words = nullptr;
     size_t tile_words = 0;       // between tiles
     PackedWord* sums = nullptr;  // [tiles][groups][rows of the shape]
-    float* scales = nullptr;     // [tiles][rows of the shape], and so the next
+    float* scales = nullptr;     // of all rows, and of those that the last tile lacks; and so the next
     std::int32_t* zeros = nullptr;
 
-    size_t rows_of(size_t tile) const { return std::min(tiling.tile_rows, rows - tile * tiling.tile_rows); }
+    // Those that exist, of tiles one after the other.
+    size_t rows_of(size_t first_tile, size_t count) const {
+      const size_t end = first_tile + count < tiling.tiles ? tiling.first_row(first_tile + count) : rows;
+      return end - tiling.first_row(first_tile);
+    }
   };
 
   bool run_part(size_t first, size_t rows, ParallelFor parallel) {
@@ -125,27 +170,29 @@ class DenseCall {
   }
 
   void encode(const Part& part, size_t tile) {
-    const size_t count = part.rows_of(tile), first = part.first + tile * part.tiling.tile_rows;
+    const Tiling& t = part.tiling;
+    const size_t count = part.rows_of(tile, 1), row_in_part = t.first_row(tile),
+                 first = part.first + row_in_part;
     const size_t bytes = p_.size * element_size(p_.dtype);
     const char* const x = static_cast<const char*>(p_.x) + first * bytes;
     DenseRows rows = {.x = x,
                       .count = count,
-                      .tile_rows = part.tiling.rows,
+                      .tile_rows = t.rows_of(tile),
                       .size = p_.size,
                       .padded_size = padded_size_,
                       .group_size = p_.group_size ? p_.group_size : padded_size_,
                       .zero_point = p_.format == DenseFormat::kInt8Quantized && !p_.group_size,
                       .out = part.words + tile * part.tile_words,
-                      .scales = part.scales + tile * part.tiling.rows,
-                      .zeros = part.zeros + tile * part.tiling.rows,
-                      .sums = has_sums_ ? part.sums + tile * groups_ * part.tiling.rows : nullptr};
+                      .scales = part.scales + row_in_part,
+                      .zeros = part.zeros + row_in_part,
+                      .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr};
     if (!p_.norm && !p_.permutation) return kernels_.encode[format_][static_cast<int>(p_.dtype)](rows);
-    const Bytes memory = allocate((count + 1) * p_.size * sizeof(float));
+    char* const memory = workspace((count + 1) * p_.size * sizeof(float), WorkspaceOf::kTask);
     if (!memory) {
       failed_ = true;
       return;
     }
-    float* const values = reinterpret_cast<float*>(memory.get());
+    float* const values = reinterpret_cast<float*>(memory);
     float* const row = values + count * p_.size;
     for (size_t r = 0; r < count; ++r) {
       float* const to = values + r * p_.size;
@@ -171,89 +218,152 @@ class DenseCall {
 
   void multiply(const Part& part, size_t first_tile, size_t last_tile, const Columns& columns) {
     const Tiling& t = part.tiling;
-    const size_t tile_size = t.rows * t.panels * kPanelColumns, tiles = last_tile - first_tile;
-    const Bytes memory = allocate(tiles * tile_size * sizeof(float) * (p_.gate ? 2 : 1));
+    const size_t columns_of_tile = t.panels * kPanelColumns, first_row = t.first_row(first_tile);
+    const size_t size = (last_tile - first_tile) * t.rows * columns_of_tile;
+    const bool expanded = t.expanded && kernels_.expand[format_];
+    const size_t step = step_of(t, expanded);
+    float *values = nullptr, *gates = nullptr;
+    PackedWord* factors = nullptr;
+    const auto carve = [&](Carver carver) {
+      values = carver.take<float>(size);
+      if (p_.gate) gates = carver.take<float>(size);
+      if (expanded) factors = carver.take<PackedWord>(columns_of_tile * step * factors_);
+      return carver.used();
+    };
+    char* const memory = workspace(carve(Carver(nullptr)), WorkspaceOf::kTask);
     if (!memory) {
       failed_ = true;
       return;
     }
-    float* const values = reinterpret_cast<float*>(memory.get());
-    float* const gates = p_.gate ? values + tiles * tile_size : nullptr;
+    carve(Carver(memory));
     for (size_t panel = columns.from; panel < columns.to; panel += t.panels) {
-      const size_t panels = std::min(t.panels, columns.to - panel);
-      product(part, first_tile, last_tile, columns.weight->panels, panel, panels, values);
-      if (gates) product(part, first_tile, last_tile, p_.gate->panels, panel, panels, gates);
-      for (size_t tile = first_tile; tile < last_tile; ++tile) {
-        finish(part, tile, *columns.weight, panel, panels, values + (tile - first_tile) * tile_size,
-               gates ? gates + (tile - first_tile) * tile_size : nullptr);
+      const Panels panels = {columns.weight, panel, std::min(t.panels, columns.to - panel)};
+      if (gates) {
+        product(part, first_tile, last_tile, p_.gate->panels, panels, step, factors, gates,
+                [](size_t, size_t) {});
       }
+      product(part, first_tile, last_tile, columns.weight->panels, panels, step, factors, values,
+              [&](size_t tile, size_t count) {
+                const size_t row = t.first_row(tile), at = (row - first_row) * columns_of_tile;
+                finish(part, row, part.rows_of(tile, count), panels, values + at, gates ? gates + at : nullptr);
+              });
     }
   }
 
-  void product(const Part& part, size_t first_tile, size_t last_tile, const DensePanels& weight, size_t panel,
-               size_t panels, float* out) const {
-    const Tiling& t = part.tiling;
+  // From a panel on.
+  DensePanels panel_of(const DensePanels& weight, size_t panel) const {
     DensePanels b = weight;
     b.words += panel * b.panel_words;
-    const bool grouped = p_.group_size != 0;
-    if (grouped) {
+    if (p_.group_size != 0) {
       b.scales += panel * groups_ * kPanelColumns;
       if (b.offsets) b.offsets += panel * groups_ * kPanelColumns;
     }
-    const auto kernel = grouped ? kernels_.grouped[format_][t.shape] : kernels_.product[format_][t.shape];
-    const size_t step = grouped || t.tiles == 1 ? depth_ : kDepth;
+    return b;
+  }
+
+  // Words of a panel that all tiles of a block are multiplied with before the next ones.
+  size_t step_of(const Tiling& t, bool expanded) const {
+    if (sums_groups(expanded)) return depth_;
+    if (expanded) return std::min(depth_, kExpandedDepth / factors_);
+    return t.tiles == 1 ? depth_ : std::min(depth_, kDepth);
+  }
+  // Whether the product has the scales of groups; those of float factors are in what is expanded.
+  bool sums_groups(bool expanded) const { return p_.group_size != 0 && (quantized_ || !expanded); }
+
+  // Panels beside each other: of the columns of a weight, or of its gate.
+  struct Panels {
+    const DenseWeight* weight;
+    size_t first, count;
+  };
+
+  // The rows of tiles times panels, one after the other in `out`. `factors` has room for those of `step` words
+  // of all panels, or is null where words are multiplied. finished(tile, count) is called with some at a time.
+  template <class Finished>
+  void product(const Part& part, size_t first_tile, size_t last_tile, const DensePanels& weight,
+               const Panels& panels, size_t step, PackedWord* factors, float* out,
+               const Finished& finished) const {
+    const Tiling& t = part.tiling;
+    const auto& kernels = sums_groups(factors) ? kernels_.grouped : kernels_.product;
+    const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows);
     for (size_t k = 0; k == 0 || k < depth_; k += step) {
+      DensePanels b = panel_of(weight, panels.first);
       b.depth = std::min(step, depth_ - k);
-      for (size_t tile = first_tile; tile < last_tile; ++tile) {
-        kernel(b, {.rows = part.words + tile * part.tile_words +
-                           k * (row_words_ / std::max<size_t>(depth_, 1)) * t.rows,
-                   .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr,
-                   .panels = panels,
-                   .add = k > 0,
-                   .tile = out + (tile - first_tile) * t.rows * t.panels * kPanelColumns});
+      if (factors) {
+        const size_t words = b.depth * factors_ * kPanelColumns;
+        for (size_t i = 0; i < panels.count; ++i) {
+          kernels_.expand[format_](panel_of(weight, panels.first + i), k, b.depth, factors + i * words);
+        }
+        b.words = factors;
+        b.panel_words = words;
+        b.depth *= factors_;
+        b.group_words *= factors_;
+      } else {
+        b.words += k * kPanelColumns;
       }
-      b.words += step * kPanelColumns;
+      for (size_t tile = first_tile, count; tile < last_tile; tile += count) {
+        const bool low = t.is_low(tile);
+        const size_t end = low ? last_tile : std::min(last_tile, t.tiles - t.low_tiles);
+        const size_t rows = t.rows_of(tile);
+        count = std::min(at_once, end - tile);
+        kernels[format_][t.shape - low](
+            b, {.count = count,
+                .rows = part.words + tile * part.tile_words + k * factors_ * rows,
+                .row_words = part.tile_words,
+                .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr,
+                .sum_words = has_sums_ ? groups_ * t.rows : 0,
+                .panels = panels.count,
+                .add = k > 0,
+                .tiles = out + (t.first_row(tile) - t.first_row(first_tile)) * t.panels * kPanelColumns});
+        if (k + step >= depth_) finished(tile, count);
+      }
     }
   }
 
-  void scale(const Part& part, size_t tile, const DenseWeight& weight, size_t panel, size_t valid,
-             float* values) const {
-    const size_t at = panel * kPanelColumns;
-    const bool grouped = p_.group_size != 0;
-    kernels_.scale(values, {.rows = part.rows_of(tile),
-                            .columns = part.tiling.panels * kPanelColumns,
-                            .valid = valid,
-                            .integers = quantized_ && !grouped,
-                            .row_scales = quantized_ ? part.scales + tile * part.tiling.rows : nullptr,
-                            .row_zeros = part.zeros + tile * part.tiling.rows,
-                            .column_scales = weight.column_scales ? weight.column_scales + at : nullptr,
-                            .column_sums = weight.column_sums ? weight.column_sums + at : nullptr,
-                            .bias = weight.bias ? weight.bias + at : nullptr});
+  DenseScale scale_of(const Part& part, size_t row, size_t rows, const DenseWeight& weight,
+                      const Panels& panels, size_t valid) const {
+    const size_t at = panels.first * kPanelColumns;
+    return {.rows = rows,
+            .columns = part.tiling.panels * kPanelColumns,
+            .valid = valid,
+            .integers = quantized_ && !p_.group_size,
+            .row_scales = quantized_ ? part.scales + row : nullptr,
+            .row_zeros = part.zeros + row,
+            .column_scales = weight.column_scales ? weight.column_scales + at : nullptr,
+            .column_sums = weight.column_sums ? weight.column_sums + at : nullptr,
+            .bias = weight.bias ? weight.bias + at : nullptr};
   }
 
-  void finish(const Part& part, size_t tile, const DenseWeight& weight, size_t panel, size_t panels,
-              float* values, float* gates) const {
-    const size_t stride = part.tiling.panels * kPanelColumns, rows = part.rows_of(tile);
-    const size_t at = panel * kPanelColumns;
-    const size_t valid = std::min(panels * kPanelColumns, weight.columns - at);
-    scale(part, tile, weight, panel, valid, values);
-    if (gates) scale(part, tile, *p_.gate, panel, valid, gates);
-    if (p_.activation) {
-      float* const active = gates ? gates : values;
-      p_.activation(active, active, rows * stride, Stores::kCached);
+  // What rows from `row` of the part on become of their products.
+  void finish(const Part& part, size_t row, size_t rows, const Panels& panels, float* values,
+              float* gates) const {
+    const DenseWeight& weight = *panels.weight;
+    const size_t stride = part.tiling.panels * kPanelColumns, at = panels.first * kPanelColumns;
+    const size_t valid = std::min(panels.count * kPanelColumns, weight.columns - at);
+    const DenseScale how = scale_of(part, row, rows, weight, panels, valid);
+    float* const active = gates ? gates : values;
+    if (gates) {
+      kernels_.scale(gates, scale_of(part, row, rows, *p_.gate, panels, valid));
+    } else if (p_.activation) {
+      kernels_.scale(values, how);
     }
-    const size_t offset = (part.first + tile * part.tiling.tile_rows) * weight.columns + at;
-    const size_t bytes = offset * element_size(p_.out_dtype);
+    if (p_.activation) p_.activation(active, active, rows * stride, Stores::kCached);
+    const size_t bytes = ((part.first + row) * weight.columns + at) * element_size(p_.out_dtype);
     const char* const residual = static_cast<const char*>(p_.residual);
-    kernels_.store[static_cast<int>(p_.out_dtype)](values, gates, stride, rows, valid,
-                                                   residual ? residual + bytes : nullptr,
-                                                   static_cast<char*>(weight.out) + bytes, weight.columns);
+    kernels_.store[static_cast<int>(p_.out_dtype)](values, gates || !p_.activation ? &how : nullptr,
+                                                   {.rows = rows,
+                                                    .columns = valid,
+                                                    .tile_stride = stride,
+                                                    .gate = gates,
+                                                    .residual = residual ? residual + bytes : nullptr,
+                                                    .out = static_cast<char*>(weight.out) + bytes,
+                                                    .out_stride = weight.columns});
   }
 
   const DenseProblem& p_;
   const DenseKernels& kernels_;
   const int format_;
-  size_t depth_, padded_size_, row_words_, groups_;
+  size_t depth_, padded_size_, groups_;
+  size_t factors_, row_words_;  // of a word of the weight, and of a row: what products multiply
   bool quantized_, has_sums_;
   std::atomic<bool> failed_ = false;
 };

@@ -7,9 +7,44 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
     constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
     constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
     const int f = static_cast<int>(format);
-    table.product[f][I] = dense_product<Words, kRows, kPanels>;
-    if constexpr (kGrouped) table.grouped[f][I] = grouped_product<Words, kRows, kPanels>;
+    if constexpr (Words::kFactors > 1 && kDenseShapes.at[I].expanded) {
+      using Expanded = typename Words::Expanded;
+      table.expand[f] = expand_panel<Words>;
+      table.product[f][I] = dense_product<Expanded, kRows, kPanels>;
+      if constexpr (kGrouped && std::is_same_v<typename Expanded::Sum, vi>) {
+        table.grouped[f][I] = grouped_product<Expanded, kRows, kPanels>;
+      }
+    } else {
+      if constexpr (kDenseShapes.at[I].expanded) table.expand[f] = nullptr;  // the extended set may have one
+      table.product[f][I] = dense_product<Words, kRows, kPanels>;
+      if constexpr (kGrouped) table.grouped[f][I] = grouped_product<Words, kRows, kPanels>;
+    }
     fill_dense_products<Words, kGrouped, I + 1>(table, format);
+  }
+}
+
+// Of few rows alone.
+template <int I = 0>
+void fill_narrow_products(DenseKernels& table) {
+  if constexpr (!kDenseShapes.at[I].expanded) {
+    table.grouped[static_cast<int>(DenseFormat::kInt4Narrow)][I] =
+        narrow_product<static_cast<int>(kDenseShapes.at[I].rows), static_cast<int>(kDenseShapes.at[I].panels)>;
+    fill_narrow_products<I + 1>(table);
+  }
+}
+
+// Where looking up bytes is cheaper than floats.
+template <int I = 0>
+void fill_byte_codes(DenseKernels& table) {
+  constexpr int f = static_cast<int>(DenseFormat::kInt4);
+  if constexpr (kDenseShapes.at[I].expanded) {
+    table.expand[f] = expand_codes<expand_panel<DenseByteCodes>, expand_panel<DenseCodes>>;
+  } else {
+    constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
+    constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
+    table.grouped[f][I] = product_of_codes<grouped_product<DenseByteCodes, kRows, kPanels>,
+                                           grouped_product<DenseCodes, kRows, kPanels>>;
+    fill_byte_codes<I + 1>(table);
   }
 }
 
@@ -34,6 +69,12 @@ void fill_dense_quantized(DenseKernels& table) {
   fill_dense_products<QuantizedCodes<kByFours>, true>(table, DenseFormat::kInt4Quantized);
   fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt8Quantized);
   fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt4Quantized);
+}
+
+template <class... T>
+void fill_dense_narrow(DenseKernels& table) {
+  fill_dense_rows<EncodeQuantized<4>, T...>(table, DenseFormat::kInt4Narrow);
+  fill_narrow_products(table);
 }
 
 template <class... T>

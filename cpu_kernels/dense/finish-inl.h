@@ -1,39 +1,49 @@
 // What is done with a tile of the product before and after its activation. Included inside an instruction set's
 // namespace, after words-inl.h.
 
+// The vector at column j of a row of a tile, scaled and with its bias.
+struct RowScale {
+  vf scale;
+  vi zero;
+};
+QUAKE_INLINE RowScale scale_of_row(const DenseScale& s, std::size_t r) {
+  return {set1(s.row_scales ? s.row_scales[r] : 1.0f), (s.integers ? s.row_zeros[r] : 0) - vi{}};
+}
+QUAKE_INLINE vf scaled(const DenseScale& s, const RowScale& row, vf v, std::size_t j, std::size_t n) {
+  if (s.integers) {
+    const vi sums = load_bits(reinterpret_cast<const PackedWord*>(s.column_sums + j));
+    v = to_float(as_int(v) - row.zero * sums) * (row.scale * load(s.column_scales + j));
+  } else {
+    if (s.column_scales) v *= load(s.column_scales + j);
+    if (s.row_scales) v *= row.scale;
+  }
+  return s.bias ? v + load_up_to(s.bias + j, n) : v;
+}
+
 template <class = void>
 void scale_tile(float* tile, const DenseScale& s) {
   for (std::size_t r = 0; r < s.rows; ++r, tile += s.columns) {
-    const vf row_scale = set1(s.row_scales ? s.row_scales[r] : 1.0f);
-    const vi zero = (s.integers ? s.row_zeros[r] : 0) - vi{};
+    const RowScale row = scale_of_row(s, r);
     for (std::size_t j = 0; j < s.valid; j += kLanes) {
       const std::size_t n = s.valid - j < kLanes ? s.valid - j : kLanes;
-      vf v = load(tile + j);
-      if (s.integers) {
-        vi sums;
-        std::memcpy(&sums, s.column_sums + j, sizeof sums);
-        v = to_float(as_int(v) - zero * sums) * (row_scale * load(s.column_scales + j));
-      } else {
-        if (s.column_scales) v *= load(s.column_scales + j);
-        if (s.row_scales) v *= row_scale;
-      }
-      if (s.bias) v += load_up_to(s.bias + j, n);
-      store(tile + j, v);
+      store(tile + j, scaled(s, row, load(tile + j), j, n));
     }
   }
 }
 
 template <class T>
-void store_tile(const float* tile, const float* gate, std::size_t tile_stride, std::size_t rows,
-                std::size_t columns, const void* residual, void* out, std::size_t out_stride) {
-  const T* added = static_cast<const T*>(residual);
-  T* to = static_cast<T*>(out);
-  for (std::size_t r = 0; r < rows; ++r, tile += tile_stride, to += out_stride) {
-    for (std::size_t j = 0; j < columns; j += kLanes) {
-      const std::size_t n = columns - j < kLanes ? columns - j : kLanes;
+void store_tile(const float* tile, const DenseScale* how, const DenseStore& s) {
+  const T* added = static_cast<const T*>(s.residual);
+  const float* gate = s.gate;
+  T* to = static_cast<T*>(s.out);
+  for (std::size_t r = 0; r < s.rows; ++r, tile += s.tile_stride, to += s.out_stride) {
+    const RowScale row = how ? scale_of_row(*how, r) : RowScale{};
+    for (std::size_t j = 0; j < s.columns; j += kLanes) {
+      const std::size_t n = s.columns - j < kLanes ? s.columns - j : kLanes;
       vf v = load(tile + j);
-      if (gate) v *= load(gate + r * tile_stride + j);
-      if (added) v += load_up_to(added + r * out_stride + j, n);
+      if (how) v = scaled(*how, row, v, j, n);
+      if (gate) v *= load(gate + r * s.tile_stride + j);
+      if (added) v += load_up_to(added + r * s.out_stride + j, n);
       store_up_to(to + j, sizeof(T) < sizeof(float) ? plain_nans(v) : v, n);
     }
   }

@@ -17,6 +17,7 @@ enum class DenseFormat : int {
   kInt8Quantized,  // four int8; the rows of x are quantised to int8
   kInt4,           // eight codes of four bits, indices of a table of floats; x stays float32
   kInt4Quantized,  // the same of a table of int8; the rows of x are quantised
+  kInt4Narrow,     // the same if the table's values differ by at most 15: the driver's choice for few rows
   kCount
 };
 inline constexpr int kDenseFormats = static_cast<int>(DenseFormat::kCount);
@@ -60,18 +61,21 @@ struct DenseRows {
   PackedWord* sums;         // [groups][tile_rows], of the quantised values (int32) or of x (float32)
 };
 
-// tile = rows · panels, for `panels` neighbouring panels of which at least one exists:
-// [tile_rows][panels * 16] of int32 for quantised rows of a weight without groups, else float32. Those that do
+// Tiles of rows · panels, for `panels` neighbouring panels of which at least one exists, one after the other:
+// [tile_rows][panels * 16] of int32 for quantised rows of a weight without groups, else float32. Panels that do
 // not exist are computed from the last one.
-struct DenseTile {
+struct DenseTiles {
+  std::size_t count;
   const PackedWord* rows;
+  std::size_t row_words;  // between tiles
   const PackedWord* sums;
-  std::size_t panels;  // that exist, up to the kernel's
-  bool add;            // to what is in the tile
-  float* tile;
+  std::size_t sum_words;  // likewise
+  std::size_t panels;     // that exist, up to the kernel's
+  bool add;               // to what is in the tiles
+  float* tiles;
 };
 
-// What becomes of a tile before its activation.
+// What a tile is scaled by, and its bias.
 struct DenseScale {
   std::size_t rows, columns;  // columns is also the distance between rows
   std::size_t valid;          // the columns that exist
@@ -83,14 +87,27 @@ struct DenseScale {
   const float* bias;                // or null; `valid` of them
 };
 
+// Where a tile goes: `columns` of each of its rows.
+struct DenseStore {
+  std::size_t rows, columns;
+  std::size_t tile_stride;
+  const float* gate;     // a tile, or null
+  const void* residual;  // or null; strides as those of `out`
+  void* out;
+  std::size_t out_stride;
+};
+
 struct DenseKernels {
   static constexpr int kMaxShapes = 6;
-  // Register tiles, rising: rows, and panels beside each other.
+  // Register tiles, rising: rows, and panels beside each other. Panels of words that hold several factors are
+  // expanded before they are multiplied with a tall tile, once for all tiles of a block of rows.
   struct Shape {
     std::size_t rows, panels;
+    bool expanded = false;
   };
   using EncodeFn = void (*)(const DenseRows& rows);
-  using ProductFn = void (*)(const DensePanels& b, const DenseTile& tile);
+  using ExpandFn = void (*)(const DensePanels& b, std::size_t first, std::size_t count, PackedWord* out);
+  using ProductFn = void (*)(const DensePanels& b, const DenseTiles& tiles);
 
   Shape shapes[kMaxShapes];
   int shape_count;
@@ -99,12 +116,15 @@ struct DenseKernels {
   EncodeFn encode[kDenseFormats][kDTypes];
   // A row as float32; `norm` may be null.
   void (*normalize[kDTypes])(const void* x, std::size_t size, const Norm* norm, float* out);
+  // The factors in `count` words of a panel from the first one on, in the order of the words of x, times the
+  // scales of their groups and with the offsets if the rows are floats. Null where a word is one factor.
+  ExpandFn expand[kDenseFormats];
+  // Of the words of the weight, or for shapes that are expanded of its factors, 32 bits each.
   ProductFn product[kDenseFormats][kMaxShapes];
   ProductFn grouped[kDenseFormats][kMaxShapes];
   void (*scale)(float* tile, const DenseScale& how);
-  // out = (gate *) tile (+ residual), `columns` of each of the rows; gate and residual may be null.
-  void (*store[kDTypes])(const float* tile, const float* gate, std::size_t tile_stride, std::size_t rows,
-                         std::size_t columns, const void* residual, void* out, std::size_t out_stride);
+  // out = (gate *) tile (+ residual), with the tile scaled first if `how` is not null.
+  void (*store[kDTypes])(const float* tile, const DenseScale* how, const DenseStore& to);
 };
 
 }  // namespace quake

@@ -105,6 +105,9 @@ QUAKE_INLINE void store_quad_sum(float* p, vf v) {
 }
 
 QUAKE_INLINE vi pair_sums(vi a, vi b, vi c) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b) + c; }
+QUAKE_INLINE vi byte_pairs(vi a, vi b, vi c) {
+  return (vi)_mm256_add_epi16((__m256i)c, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+}
 QUAKE_INLINE vi to_int(vf v) { return (vi)_mm256_cvtps_epi32(v); }
 QUAKE_INLINE void store_bytes(std::int8_t* p, vi v) {
   const __m256i in_halves = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
@@ -137,6 +140,10 @@ QUAKE_INLINE vi look_up(const ByteTable& table, vi index) {
 
 }  // namespace
 
-void isa::fill_avx2(KernelTable& table) { fill_all<bfloat16, float, float16>(table); }
+void isa::fill_avx2(KernelTable& table) {
+  fill_all<bfloat16, float, float16>(table);
+  fill_byte_codes(table.dense);
+  fill_dense_narrow<bfloat16, float, float16>(table.dense);
+}
 
 }  // namespace quake

@@ -193,10 +193,12 @@ inline std::vector<DenseArray> random_operands(const DenseShape& s, std::mt19937
       std::shuffle(order.begin(), order.end(), random);
       for (std::size_t i = 0; i < count; ++i) write(data, i, order[i]);
     } else if (what == "table") {
-      const int kind = between(0, 2);
+      // The codes less 8, values close to each other, or any.
+      const int kind = between(0, 3), least = between(s.integers ? -20 : -128, s.integers ? 5 : 112);
       for (int i = 0; i < 16; ++i) {
         const bool whole = s.integers || s.quantized();
-        const float value = kind == 0 ? static_cast<float>(i - 8)
+        const float value = kind == 0   ? static_cast<float>(i - 8)
+                            : kind == 1 ? static_cast<float>(least + (i < 2 ? 15 * i : between(0, 15)))
                             : whole
                                 ? static_cast<float>(between(s.integers ? -20 : -128, s.integers ? 20 : 127))
                                 : normal(random);

@@ -240,6 +240,43 @@ void test_ranges(const KernelTable& table) {
   }
 }
 
+// Sums of the largest products.
+void test_largest_sums(const KernelTable& table) {
+  std::mt19937 random(13);
+  for (const auto& kind : kKinds) {
+    for (const size_t rows : {1, 2, 4, 13}) {
+      for (const int sign : {1, -1}) {
+        DenseShape s = {.format = kind.format,
+                        .group_size = kind.grouped ? size_t{128} : 0,
+                        .rows = rows,
+                        .size = 256,
+                        .columns = {33}};
+        if (kind.offsets || !s.quantized()) continue;
+        for (const int least : {-8, -128, 112}) {
+          std::vector<DenseArray> arrays = random_operands(s, random);
+          for (size_t i = 0; i < rows * s.size; ++i) write(arrays[0].bytes.data(), i, static_cast<float>(sign));
+          for (DenseArray& array : arrays) {
+            const std::string what = array.what;
+            if (what == "table") {
+              for (int i = 0; i < 16; ++i) write(array.bytes.data(), i, static_cast<float>(least + i));
+            } else if (what == "codes") {
+              std::fill(array.bytes.begin(), array.bytes.end(), s.is_int4() ? char(0xff) : char{127});
+            } else if (what == "sums") {
+              for (size_t n = 0; n < array.bytes.size() / 4; ++n) write(array.bytes.data(), n, 127 * 256);
+            }
+          }
+          const std::vector<std::vector<char>> results = results_of(s, table, arrays, in_order);
+          const DensePointers operands = dense_pointers(s, pointers(arrays));
+          for (size_t row = 0; row < rows; ++row) {
+            check_dense_row(s, operands, {results[0].data()}, row,
+                            std::string(table.isa) + " " + describe(s) + ", the largest");
+          }
+        }
+      }
+    }
+  }
+}
+
 // Indices of a permutation that do not exist read nothing outside; no rows and no columns are no work.
 void test_nothing(const KernelTable& table) {
   std::mt19937 random(12);
@@ -286,6 +323,7 @@ int main(int argc, char** argv) {
     test_threads(table);
     test_special_values(table);
     test_ranges(table);
+    test_largest_sums(table);
     test_nothing(table);
   });
 }
