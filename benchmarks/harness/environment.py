@@ -111,6 +111,11 @@ def cpu_family() -> int | None:
     return int(family) if family else None
 
 
+def cpu_flags() -> list[str]:
+    """The extensions that the CPU reports of itself (x86 on Linux only)."""
+    return (_cpuinfo("flags") or "").split()
+
+
 def _cpu_model() -> str | None:
     return _cpuinfo("model name") or platform.processor() or None
 

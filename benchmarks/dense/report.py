@@ -1,0 +1,110 @@
+"""The tables of a result of `dense`."""
+
+from __future__ import annotations
+
+from benchmarks.dense import goals
+from benchmarks.dense.cases import FORMATS, MOST_COPIES, Shape
+from benchmarks.harness import bars, pages
+from benchmarks.harness.pages import NONE, Rows, Table, number
+
+HEADING = "Dense layers"
+CASE = "M, K→N and form"
+
+
+def tables(result: dict) -> list[Table]:
+    """Make the tables."""
+    cases = result["cases"]
+    made = [
+        ("Speed: GFLOP/s (median)", _each(cases, "gflops")),
+        ("Ours: share of the peak of the instruction", _ours(cases, goals.share("peak"), 0, " %")),
+        ("Our speed over that of the fastest peer", _ours(cases, goals.fastest_peer)),
+        ("Our speed over that of XLA's fastest form", _ours(cases, goals.fastest_xla)),
+        ("Our speed over our float32", _ours(cases, goals.FLOAT32.figure)),
+        ("Ours: time added by what is fused", _ours(cases, goals.COST.figure, 0, " %")),
+        ("Error, relative to the largest element", _each(cases, "error")),
+    ]
+    few = [case for case in cases if case["read"]]
+    if few:
+        made[1:1] = [
+            ("Weights from memory: GB/s (median)", _each(few, "weight_gbps")),
+            ("Ours: share of the fastest read loop", _ours(few, goals.share("read"), 0, " %")),
+        ]
+    made.append(("Peaks: GFLOP/s, and GB/s of the fastest read loop", _peaks(cases)))
+    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
+    made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
+    scaling = [
+        [f"{_label(e)} {e['format']}", pages.spread(e["speedup"])] for e in result["scaling"]
+    ]
+    return made + pages.two_threads(CASE, scaling) + bars.tables(result)
+
+
+def _label(entry: dict) -> str:
+    return f"{Shape(entry['m'], entry['k'], entry['n'])} {entry['form']}"
+
+
+def _each(cases: list[dict], key: str) -> Rows:
+    """A row for each case, with a figure of each contestant."""
+    names = pages.names(case["contestants"] for case in cases)
+    rows = [[CASE, *names]]
+    for case in cases:
+        entries = [case["contestants"].get(name) for name in names]
+        rows.append([_label(case), *(_figure(entry, key) for entry in entries)])
+    return rows
+
+
+def _figure(entry: dict | None, key: str) -> str:
+    if entry is None:
+        return NONE
+    figure = entry[key]
+    return f"{figure:.0e}" if key == "error" else f"{figure:.3g}" + pages.doubt(entry)
+
+
+def _ours(cases: list[dict], figure: goals.Figure, digits: int = 2, unit: str = "") -> Rows:
+    """A row for each case that has one, with a figure of each of our formats."""
+    rows = [[CASE, *FORMATS]]
+    for case in cases:
+        found = [number(figure(case, name), digits, unit) for name in FORMATS]
+        if set(found) != {NONE}:
+            rows.append([_label(case), *found])
+    return rows
+
+
+def _peaks(cases: list[dict]) -> Rows:
+    names = pages.names(case["peaks_gflops"] for case in cases)
+    rows = [[CASE, *names, "read", "fastest way to read"]]
+    for case in cases:
+        found = [number(case["peaks_gflops"].get(name), 0) for name in names]
+        read = case["read"] or {"gbps": None, "way": NONE}
+        if case["form"] == cases[0]["form"]:  # the forms of a shape share them
+            rows.append([_label(case), *found, number(read["gbps"], 1), read["way"]])
+    return rows
+
+
+def remarks(result: dict) -> list[str]:
+    """Say what a reader of the tables must know."""
+    settings = result["settings"]
+    lines = [
+        f"{pages.rounds_of(result, 'for the largest')} with all formats and forms of a layer in "
+        "the same ones, readings of one call or at least "
+        f"{1e3 * settings['reading_seconds']:g} ms. Forms: bias is x·W + bias, gelu GELU of that, "
+        "all LayerNorm before and a residual after it too. x and results are float32, except in "
+        "torch's and XLA's bfloat16: rounding or quantising x is part of ours. GELU is the tanh "
+        "form in quake_jax and XLA, and the exact one elsewhere.",
+        "Up to 16 rows, weights walk through copies of at least "
+        f"{settings['walked_bytes'] / 1e6:.0f} MB in all (but at most {MOST_COPIES} copies), for "
+        "every contestant alike. quake_jax and XLA choose a copy in a loop inside one program; "
+        "onnxruntime and OpenVINO have a product for each copy in one model; the time of a call "
+        "from Python is subtracted.",
+        "int4/32: groups of 32. “weights”: only the weight is quantised, and the peak is that of "
+        "float32; else rows of x are quantised at the call. XLA bfloat16 is what Flax's "
+        "dtype=bfloat16 traces to. Constants: weights known when the program is compiled.",
+        "Peaks are of instructions between registers, timed in the same rounds: fused "
+        "multiply-adds of float32 at the width of our kernels, and vdpbf16ps and vpdpbusd where "
+        "the CPU has them. Read: the fastest of loops over the float32 copies, of 1 to 8 streams, "
+        "with and without prefetching.",
+        *pages.isa_remarks(result),
+    ]
+    if result["bars"]:
+        parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
+        lines.append(f"Bars not measured: {'; '.join(parts) or 'none'}.")
+    return lines + pages.reading_remarks(result)

@@ -1,0 +1,246 @@
+"""Tests of `python -m benchmarks dense`: its cases, its contestants, its bars, and tiny runs.
+
+Nothing here depends on how fast anything is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quake_jax
+from benchmarks.dense import cases, goals, measure, peers, report, systems
+from benchmarks.dense.cases import FORMATS, FORMS, PEERS, XLA, Case, Shape
+from benchmarks.harness import hardware, pages, timing
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frame import Settings
+
+SMALL = Shape(3, 128, 40)
+WALKED = 100_000  # a few copies of all formats
+
+
+# --- Cases
+
+
+def test_work_and_bytes_are_those_of_the_product():
+    assert Shape(2, 3, 5).flops == 60
+    assert [cases.bytes_of(name) for name in FORMATS] == [
+        *(4, 2, 1, 0.5625, 0.515625),
+        *(1, 0.5625),
+    ]
+
+
+def test_a_format_fits_where_its_groups_divide_the_rows():
+    shapes = [Shape(1, k, n) for k, n in cases.LAYERS]
+    unfit = {(s.k, name) for s in shapes for name in FORMATS if not cases.fits(name, s)}
+    assert unfit == {(192, "int4/128")}
+
+
+def test_everything_is_fused_at_one_shape_alone():
+    assert [case.form for case in cases.choose(cases.FUSED, None)] == list(FORMS)
+    assert [case.form for case in cases.choose(SMALL, None)] == ["bias", "gelu"]
+    assert [case.form for case in cases.choose(SMALL, ["all"])] == ["all"]
+
+
+def test_few_rows_walk_through_copies():
+    assert systems.Layer(Shape(1, 128, 64), 10_000).count(0.5) == 3
+    assert systems.Layer(Shape(1, 16, 16), 1 << 30).count(4) == cases.MOST_COPIES
+    assert systems.Layer(Shape(17, 128, 64), 10_000).count(0.5) == 1
+    assert systems.Layer(Shape(1, 128, 64)).count(4) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float32", "bfloat16"])
+def test_copies_differ_and_the_last_one_is_the_weight(dtype):
+    weight = np.asarray(jnp.full((3, 4), 3, dtype))
+    made = list(systems.distinct(weight, 120))
+    assert len({copy.tobytes() for copy in made}) == 120
+    assert (made[-1] == weight).all()
+
+
+# --- Contestants
+
+
+def names_of(entries, layer, form):
+    """The names of contestants, each of which has the right result."""
+    names = []
+    for entry in entries:
+        layer.buffers("float32", "float32").target[...] = 0
+        entry.contestant.run(1)
+        bound = measure.SANE_ERROR[FORMATS[entry.format]["dtype"]]
+        error = layer.error(form, entry.result(), entry.erf)
+        assert error < bound, (entry.contestant.name, error)
+        names.append(entry.contestant.name)
+    return names
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_contestants_compute_the_same(form):
+    layer = systems.Layer(SMALL, WALKED)
+    names = names_of(systems.in_jax(layer, form, 1e-5, 1), layer, form)
+    wanted = [f"quake {name}" for name in FORMATS] + ([] if form == "all" else list(XLA))
+    assert sorted(names) == sorted(wanted)
+
+
+@pytest.mark.parametrize("form", ["bias", "gelu"])
+def test_peers_compute_the_same(form):
+    layer = systems.Layer(SMALL, WALKED)
+    made = peers.Peers(1, 1e-5)
+    names = names_of(made.entries(layer, form), layer, form)
+    if not names:
+        pytest.skip(str(made.left_out))
+    libraries = {name.split()[0].lower() for name in names}
+    assert libraries == {"torch", "onnxruntime", "openvino"} - set(made.left_out)
+    assert set(names) <= set(PEERS)
+
+
+def test_every_copy_has_its_turn():
+    layer = systems.Layer(SMALL, WALKED)
+    copies = [jnp.full((128, 40), float(i)) for i in range(4)]
+    run = layer.buffers("float32", "float32").walker(lambda x, w, bias: x * 0 @ w + w[0, 0], copies)
+    run(2)
+    assert (layer.buffers("float32", "float32").target == 3).all()
+
+
+def test_another_function_is_noticed():
+    layer = systems.Layer(SMALL)
+    rows, wanted = layer._exact["gelu", False]
+    result = np.zeros((3, 40), np.float32)
+    result[rows] = wanted
+    assert layer.error("gelu", result, False) < 1e-6
+    assert layer.error("gelu", result, True) > 1e-6
+    assert layer.error("bias", result, False) > measure.SANE_ERROR["int4"]
+
+
+# --- The limits of the hardware
+
+
+def test_every_limit_can_be_timed():
+    limits = hardware.Ceilings(quake_jax.isa(), 1)
+    if limits.left_out:
+        pytest.skip(limits.left_out)
+    arrays = [np.ones(100_000, np.float32)]
+    everyone = [limits.peak(name) for name in limits.peaks] + limits.reads(arrays)
+    assert len({contestant.name for contestant in everyone}) == len(limits.peaks) + 12
+    for contestant in everyone:
+        assert timing.read(contestant.run, 3).wall > 0
+
+
+# --- Bars
+
+
+def test_bars_are_about_things_that_are_measured():
+    for bar in (*goals.BARS, *goals._GELU):
+        shape = bar.case.shape
+        assert shape.m in cases.ROWS and (shape.k, shape.n) in (*cases.LAYERS,)
+        assert bar.case in cases.choose(shape, None)
+        assert cases.fits(bar.subject, shape)
+    assert len(set(goals.BARS)) == len(goals.BARS)
+
+
+def result_of(bar, figure, **conditions):
+    """A result with one entry, at which the bar's figure, and every other, is `figure`."""
+    ratio, name = {"median": figure}, f"quake {bar.subject}"
+    share = {"median": figure / 100}
+    others = [*XLA, *PEERS, "quake float32"]
+    entry = {
+        **vars(bar.case.shape),
+        "form": bar.case.form,
+        "format": bar.subject,
+        "contestants": {name: {"share_of_peak": share, "share_of_read": share}},
+        "ratios": {
+            name: {**dict.fromkeys(others, ratio), "quake int8": {"median": 1 / figure}},
+        },
+        "relative": {name: {"median": 1 + figure / 100}},
+        "speedup": ratio,
+    }
+    environment = {"threads": bar.threads, "isa": bar.isa, **conditions}
+    return {"environment": environment, "cases": [entry], "scaling": [entry]}
+
+
+@pytest.mark.parametrize(
+    "bar", {bar.kind: bar for bar in goals.BARS}.values(), ids=lambda bar: bar.kind.what
+)
+def test_bars_are_judged_by_their_threshold(bar):
+    def met(factor):
+        judged = goals.judge(result_of(bar, factor * bar.threshold))
+        found = [verdict for verdict in judged if verdict["name"] == bar.name]
+        assert found[0]["figure"] == pytest.approx(factor * bar.threshold)
+        return found[0]["met"]
+
+    at_least = bar.kind.at_least
+    assert (met(1.01), met(0.99)) == (at_least, not at_least)
+
+
+def test_what_was_not_measured_is_counted():
+    empty = {"environment": {"threads": 1, "isa": "avx512bf16"}, "cases": [], "scaling": []}
+    assert goals.judge(empty) == []
+    assert sum(goals.not_measured(empty).values()) == len(goals.BARS)
+    bar = goals.BARS[0]
+    counts = goals.not_measured(result_of(bar, 99.0))
+    assert sum(counts.values()) < len(goals.BARS)
+    assert goals.judge(result_of(bar, 99.0, isa="neon")) == []
+
+
+def test_a_geometric_mean_needs_all_shapes():
+    name, of, _ = goals.MEANS[0]
+    wanted = [bar for bar in of if bar.subject == "float32"]
+    figures = np.geomspace(0.5, 4, len(wanted))
+    result = result_of(wanted[0], 1.0)
+    result["cases"] = [result_of(b, f)["cases"][0] for b, f in zip(wanted, figures, strict=True)]
+    means = {v["name"]: v["figure"] for v in goals.judge(result)}
+    assert means[f"float32, {name}"] == pytest.approx(math.sqrt(0.5 * 4))
+    result["cases"].pop()
+    assert f"float32, {name}" not in {v["name"] for v in goals.judge(result)}
+
+
+# --- Measuring
+
+
+def test_the_forms_of_a_layer_are_compared_round_by_round():
+    limits = hardware.Ceilings(quake_jax.isa(), 1)
+    run = measure.Run(Settings(rounds=2, reading_seconds=1e-5), limits, walked=WALKED)
+    shares = []
+    entries = run.measure(cases.choose(SMALL, ["bias", "all"]), shares.append)
+    assert sum(shares) == pytest.approx(1)
+    assert [entry["form"] for entry in entries] == ["bias", "all"]
+    for entry in entries:
+        assert set(entry["contestants"]) >= {f"quake {name}" for name in FORMATS}
+        assert ("quake int8" in entry["relative"]) == (entry["form"] == "all")
+        assert "quake float32" in entry["ratios"]["quake int8"]
+        for one in entry["contestants"].values():
+            assert one["ms"]["low"] <= one["ms"]["median"] <= one["ms"]["high"]
+            assert ("share_of_read" in one) == (not limits.left_out)
+        assert entry["contestants"]["quake int8"]["copies"] > 1
+    assert json.dumps(entries)
+
+
+def test_wrong_results_end_the_run(monkeypatch):
+    monkeypatch.setattr(quake_jax, "dense", lambda x, w, bias, **options: x @ w.unpack() - bias)
+    run = measure.Run(Settings(1, 1e-5), hardware.Ceilings(None, 1), walked=WALKED)
+    with pytest.raises(BenchmarkError, match="quake float32 is wrong at 3, 128→40 bias"):
+        run.measure([Case(SMALL, "bias")], lambda share: None)
+
+
+# --- The command
+
+
+def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
+    path, page, folder = tmp_path / "dense.json", tmp_path / "dense.md", tmp_path / "plots"
+    options = ["--quick", "--no-peers", "--rows", "20", "--layer", "64,48"]
+    files = ["--json", str(path), "--markdown", str(page), "--plot", str(folder)]
+    done = run_benchmarks("dense", *options, *files)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == "dense"
+    assert [case["form"] for case in result["cases"]] == ["bias", "gelu"]
+    assert result["bars"] == []  # a quick run proves nothing
+    once = page.read_text()
+    assert "### Dense layers, one thread" in once and "20, 64→48 gelu" in once
+    made = pages.Page(report.HEADING, report.tables(result), report.remarks(result))
+    pages.to_markdown(result, made, page)
+    assert page.read_text() == once
+    assert [file.name.startswith("dense_roofline") for file in folder.iterdir()] == [True]
