@@ -28,7 +28,7 @@ CHECKED_ROWS = 9
 # A reading takes so many times what starting its program does, which grows with the copies.
 STARTS = 20
 # XLA takes seconds to fold more constants than these.
-CONSTANTS = 1 << 25
+CONSTANTS = 3 << 24
 EPSILON = 1e-5
 
 
