@@ -9,7 +9,8 @@ namespace quake {
 
 FfiTargets ffi_targets() {
   FfiTargets all;
-  for (const FfiTargets& family : {elementwise_targets(), rows_targets(), attention_targets(), dense_targets()}) {
+  for (const FfiTargets& family :
+       {elementwise_targets(), rows_targets(), attention_targets(), dense_targets()}) {
     all.insert(all.end(), family.begin(), family.end());
   }
   return all;

@@ -32,6 +32,7 @@ from quake_jax._elementwise.gated import *  # noqa: F403
 from quake_jax._rewrite.api import accelerate as accelerate
 from quake_jax._rewrite.api import explain as explain
 from quake_jax._rows.api import *  # noqa: F403
+from quake_jax._rows.norms import *  # noqa: F403
 
 __version__ = _version()
 

@@ -105,7 +105,8 @@ def product(v: Bounded, packed: quake_jax.PackedWeight) -> Bounded:
         # Where v itself is not known exactly, it may be rounded to a neighbour.
         error = error + np.where(v.error > 0, np.abs(value) * 2.0**-8, 0)
     if packed.activations == "int8":
-        error = error + 0.51 * step(value, packed.group_size is None)
+        # Half a step, where v times the reciprocal of the step is rounded before.
+        error = error + (0.5 + 2.0**-14) * step(value, packed.group_size is None)
     magnitude = np.abs(weight)
     if packed.offsets is not None:
         by_group = layout.columns_from_panels(packed.offsets, packed.n, groups=True)

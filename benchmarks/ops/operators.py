@@ -27,7 +27,9 @@ class _Later:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-jax, jnp, np, special = map(_Later, ("jax", "jax.numpy", "numpy", "scipy.special"))
+jax, jnp, np, special, table = map(
+    _Later, ("jax", "jax.numpy", "numpy", "scipy.special", "quake_jax._elementwise.table")
+)
 
 # Kinds of operators by their operands: what they reduce, one array, two, an array and a bias of its
 # last axis, a gate and a value, or both of these as the halves of one array.
@@ -40,7 +42,9 @@ class Operator:
     """A row of the table.
 
     Attributes:
-        name: What it is called here, on the command line and in JSON.
+        name: What it is called here, on the command line and in JSON. Of a function of one array
+            the row of quake_jax's own table, which gives what is not stated of the next two, and
+            of the last two.
         kind: Of its operands.
         jax_nn: In jax.nn or jax.numpy; by default what has its name in jax.nn.
         exact: In NumPy and SciPy, of arrays of float64; by default what has its name in NumPy.
@@ -54,7 +58,7 @@ class Operator:
         functor: The template argument of its kernel, where that is one loop.
         beyond: Where else it is measured than in the second-level cache. There the arithmetic
             hides behind memory, for all functions alike.
-        quake: Its name in quake_jax, if that is another.
+        quake: Its name in quake_jax, if it has one array and is no row of the table there.
         options: Its keywords in quake_jax.
     """
 
@@ -72,16 +76,28 @@ class Operator:
 
     def __post_init__(self):
         name, fill = self.name, partial(object.__setattr__, self)
+        if self.is_row:
+            fill("jax_nn", self.jax_nn or (lambda x: table.FUNCTIONS[name].exact(x)))
+            fill("exact", self.exact or _exact(name))
         fill("jax_nn", self.jax_nn or (lambda *x: getattr(jax.nn, name)(*x)))
         fill("exact", self.exact or (lambda *x: getattr(np, name)(*x)))
         fill("torch", self.torch or _aten(name))
-        fill("quake", self.quake or name)
+
+    @property
+    def is_row(self) -> bool:
+        """Whether quake_jax's own table has it."""
+        return self.kind == UNARY and not self.quake
 
     def of_quake_jax(self, order: int) -> Callable:
         """The operator of quake_jax at one order; BenchmarkError where there is no quake_jax."""
         from benchmarks.harness.errors import quake_jax
 
-        function = getattr(quake_jax(self.quake), self.quake)
+        name = self.quake or self.name
+        if self.is_row:
+            quake_jax("accelerate")  # an error of one line where there is none
+            function = table.FUNCTIONS[name].quake
+        else:
+            function = getattr(quake_jax(name), name)
         return partial(function, order=order, **self.options)
 
 
@@ -90,20 +106,9 @@ def _aten(name: str, **options) -> Callable:
     return lambda torch, x, y, out: getattr(torch.ops.aten, name).out(x, out=out, **options)
 
 
-def _silu(x):
-    return x * special.expit(x)
-
-
-def _gelu_tanh(x):
-    return x * special.expit(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
-
-
-def _softplus(x):
-    return np.logaddexp(x, 0)
-
-
-def _elu(x, alpha=1.0, width=1.0):
-    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0) / width))
+def _exact(row: str) -> Callable:
+    """What a row of quake_jax's table is, of arrays of float64."""
+    return lambda x: table.in_float64(table.FUNCTIONS[row], x)
 
 
 def _glu(x):
@@ -150,24 +155,21 @@ _ALL = (
     Operator(
         name="exp",
         functor="Exp",
-        jax_nn=lambda x: jnp.exp(x),
         onnx="Exp x > out",
         beyond=("L3", "DRAM"),
     ),
     # ONNX has no exp2 and no expm1: exp(x) - 1 is not expm1 near 0.
-    Operator(name="exp2", functor="Exp2", jax_nn=lambda x: jnp.exp2(x)),
-    Operator(name="expm1", functor="Expm1", jax_nn=lambda x: jnp.expm1(x)),
+    Operator(name="exp2", functor="Exp2"),
+    Operator(name="expm1", functor="Expm1"),
     Operator(
         name="sigmoid",
         functor="Sigmoid",
-        exact=lambda x: special.expit(x),
         onnx="Sigmoid x > out",
         beyond=("L3",),
     ),
     Operator(
         name="log_sigmoid",
         functor="LogSigmoid",
-        exact=lambda x: -_softplus(-x),
         torch=lambda torch, x, y, out: torch.ops.aten.log_sigmoid_forward.output(
             x, output=out, buffer=y
         ),
@@ -176,73 +178,59 @@ _ALL = (
     Operator(
         name="silu",
         functor="Silu",
-        exact=_silu,
         onnx="Sigmoid x > s; Mul x s > out",  # onnxruntime fuses the two into its QuickGelu
         beyond=("L3", "DRAM"),
     ),
     Operator(
         name="tanh",
         functor="Tanh",
-        jax_nn=lambda x: jnp.tanh(x),
         onnx="Tanh x > out",
         beyond=("L3",),
     ),
-    Operator(name="softplus", functor="Softplus", exact=_softplus, onnx="Softplus x > out"),
+    Operator(name="softplus", functor="Softplus", onnx="Softplus x > out"),
     Operator(
         name="gelu_tanh",
         functor="GeluTanh",
-        jax_nn=lambda x: jax.nn.gelu(x),
-        exact=_gelu_tanh,
         torch=_aten("gelu", approximate="tanh"),
         onnx="Gelu x > out",
         attributes=_TANH_FORM,
         beyond=("L3", "DRAM"),
-        quake="gelu",
-        options={"approximate": True},
     ),
     Operator(
         name="gelu_erf",
         functor="GeluErf",
-        jax_nn=lambda x: jax.nn.gelu(x, approximate=False),
-        exact=lambda x: x * special.ndtr(x),
         torch=_aten("gelu", approximate="none"),
         onnx="Gelu x > out",
         beyond=("L3", "DRAM"),
-        quake="gelu",
-        options={"approximate": False},
     ),
     Operator(
         name="quick_gelu",
         functor="QuickGelu",
-        jax_nn=lambda x: x * jax.nn.sigmoid(QUICK_GELU_SLOPE * x),
-        exact=lambda x: x * special.expit(QUICK_GELU_SLOPE * x),
         torch=lambda torch, x, y, out: torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x),
         onnx="Mul x slope > t; Sigmoid t > s; Mul x s > out",
     ),
     Operator(
         name="mish",
         functor="Mish",
-        exact=lambda x: x * np.tanh(_softplus(x)),
         onnx="Mish x > out",
     ),
     Operator(
         name="elu",
         functor="Elu",
-        exact=_elu,
         torch=_aten_elu(1.0, 1.0, 1.0),
         onnx="Elu x > out",
     ),
     Operator(
         name="selu",
         functor="Selu",
-        exact=lambda x: SELU_SCALE * _elu(x, SELU_ALPHA),
         torch=_aten_elu(SELU_ALPHA, SELU_SCALE, 1.0),
         onnx="Selu x > out",
     ),
     Operator(  # several kernels, by alpha
         name="celu",
+        quake="celu",
         jax_nn=lambda x: jax.nn.celu(x, alpha=CELU_ALPHA),
-        exact=lambda x: _elu(x, CELU_ALPHA, CELU_ALPHA),
+        exact=lambda x: np.where(x > 0, x, CELU_ALPHA * np.expm1(np.minimum(x, 0) / CELU_ALPHA)),
         torch=_aten_elu(CELU_ALPHA, 1.0, 1 / CELU_ALPHA),
         onnx="Celu x > out",
         attributes={"Celu": {"alpha": CELU_ALPHA}},
@@ -261,7 +249,7 @@ _ALL = (
         kind=BIASED,
         functor="Biased<GeluTanh>",
         jax_nn=lambda x, bias: jax.nn.gelu(x + bias),
-        exact=lambda x, bias: _gelu_tanh(x + bias),
+        exact=lambda x, bias: _exact("gelu_tanh")(x + bias),
         torch=lambda torch, x, y, out: torch.ops.aten.gelu_(
             torch.add(x, y, out=out), approximate="tanh"
         ),
@@ -274,7 +262,7 @@ _ALL = (
         kind=BIASED,
         functor="Biased<Silu>",
         jax_nn=lambda x, bias: jax.nn.silu(x + bias),
-        exact=lambda x, bias: _silu(x + bias),
+        exact=lambda x, bias: _exact("silu")(x + bias),
         torch=lambda torch, x, y, out: torch.ops.aten.silu_(torch.add(x, y, out=out)),
         onnx="Add x y > t; Sigmoid t > s; Mul t s > out",
         beyond=("L3",),
@@ -294,7 +282,7 @@ _ALL = (
         kind=GATED,
         functor="Gated<Silu>",
         jax_nn=lambda gate, value: jax.nn.silu(gate) * value,
-        exact=lambda gate, value: _silu(gate) * value,
+        exact=lambda gate, value: _exact("silu")(gate) * value,
         torch=lambda torch, x, y, out: torch.ops.aten.silu.out(x, out=out).mul_(y),
         onnx="Sigmoid x > s; Mul x s > a; Mul a y > out",
         beyond=("L3",),
@@ -304,7 +292,7 @@ _ALL = (
         kind=GATED,
         functor="Gated<GeluTanh>",
         jax_nn=lambda gate, value: jax.nn.gelu(gate) * value,
-        exact=lambda gate, value: _gelu_tanh(gate) * value,
+        exact=lambda gate, value: _exact("gelu_tanh")(gate) * value,
         torch=lambda torch, x, y, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out).mul_(
             y
         ),

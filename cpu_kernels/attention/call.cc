@@ -18,19 +18,6 @@ AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKer
       plan(make_plan(problem, table)),
       masks(problem, plan) {}
 
-const char* AttentionCall::query_row(size_t batch, const Row& row) const {
-  const std::ptrdiff_t at =
-      offset(batch, p.query.batch) + offset(row.query, p.query.time) + offset(row.head, p.query.head);
-  return advance(p.query.data, at, p.dtype);
-}
-
-const char* AttentionCall::key_row(const AttentionProblem::Operand& operand, size_t batch, size_t kv_head,
-                                   size_t key) const {
-  const std::ptrdiff_t at =
-      offset(batch, operand.batch) + offset(key, operand.time) + offset(kv_head, operand.head);
-  return advance(operand.data, at, p.dtype);
-}
-
 const char* AttentionCall::bias_at(size_t batch, const Row& row, size_t key) const {
   const AttentionProblem::Strides& s = p.bias_strides;
   const std::ptrdiff_t at =

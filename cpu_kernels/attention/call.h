@@ -18,9 +18,18 @@ class AttentionCall {
  public:
   AttentionCall(const AttentionProblem& problem, const AttentionKernels& kernels, int order_index);
 
-  const char* query_row(std::size_t batch, const Row& row) const;
+  // Inline: they are called for every row that is fetched ahead.
+  const char* query_row(std::size_t batch, const Row& row) const {
+    const std::ptrdiff_t at =
+        offset(batch, p.query.batch) + offset(row.query, p.query.time) + offset(row.head, p.query.head);
+    return advance(p.query.data, at, p.dtype);
+  }
   const char* key_row(const AttentionProblem::Operand& operand, std::size_t batch, std::size_t kv_head,
-                      std::size_t key) const;
+                      std::size_t key) const {
+    const std::ptrdiff_t at =
+        offset(batch, operand.batch) + offset(key, operand.time) + offset(kv_head, operand.head);
+    return advance(operand.data, at, p.dtype);
+  }
 
   // Soft cap, bias and masks of a tile's scores, which are those of the keys [key, key + count). Masks change
   // the pieces in `mixed` alone.

@@ -7,7 +7,6 @@
 #include "attention/blocks.h"
 #include "attention/call.h"
 #include "attention/few_rows.h"
-#include "core/denormals.h"
 
 namespace quake {
 namespace {
@@ -115,10 +114,6 @@ const char* run_attention_in_parallel(const AttentionProblem& p, const Attention
 
 const char* run_attention(const AttentionProblem& p, const AttentionKernels& kernels, int order_index,
                           ParallelFor parallel) {
-  const auto in_order = [](size_t tasks, Task task) {
-    ScopedFlushDenormals flush;
-    for (size_t i = 0; i < tasks; ++i) task(i);
-  };
   if (is_small(p)) return run_attention_in_parallel(p, kernels, order_index, in_order);
   return run_attention_in_parallel(p, kernels, order_index, parallel);
 }

@@ -135,7 +135,8 @@ QUAKE_INLINE void weigh_rows(float* scores, std::size_t rows, Count vectors, con
 template <class Words, int Order>
 void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
            float* accumulators, std::size_t accumulator_stride, std::size_t size) {
-  const std::size_t vectors = ceil_div(count, kLanes), last = count - (vectors - 1) * kLanes;
+  // Not by ceil_div(): with it GCC 12 counts the loops of weigh_row() by other registers.
+  const std::size_t vectors = (count + kLanes - 1) / kLanes, last = count - (vectors - 1) * kLanes;
   float base[kRowTile > AttentionKernels::kFewRows ? kRowTile : AttentionKernels::kFewRows];
   for (std::size_t r = 0; r < rows; ++r) {
     base[r] = scores_maximum(scores + r * kScoreStride, vectors, last);

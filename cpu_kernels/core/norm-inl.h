@@ -13,6 +13,7 @@ constexpr std::size_t kNormPiece = 4096;
 // A row as float32.
 template <class T>
 struct RowValues {
+  static constexpr bool kSummed = false;
   const T* x;
 
   QUAKE_INLINE_MEMBER Pair pair(std::size_t i) const { return load_pair(x + i); }
@@ -27,7 +28,7 @@ QUAKE_INLINE double sum_of_row(const Values& values, std::size_t size, const Ste
   for (std::size_t i = 0; i < size;) {
     const std::size_t end = size - i < kNormPiece ? size : i + kNormPiece;
     vf s[8] = {};
-    const auto add = [&](std::size_t at, int k) {
+    const auto add = [&](std::size_t at, int k) QUAKE_INLINE_LAMBDA {
       const Pair v = values.pair(at);
       s[k] = step(s[k], v.first);
       s[k + 1] = step(s[k + 1], v.second);
@@ -48,32 +49,58 @@ QUAKE_INLINE double sum_of_row(const Values& values, std::size_t size, const Ste
   return total;
 }
 
-template <class Values>
-QUAKE_INLINE float mean_of_row(const Values& values, std::size_t size) {
-  const double sum = sum_of_row(values, size, [](vf s, vf v) { return s + v; });
-  return static_cast<float>(sum / static_cast<double>(size));
+// Of up to kNormRows rows. Each step is done for all of them before the next begins: the reductions at its end
+// are long chains of dependent instructions, and those of different rows overlap.
+constexpr std::size_t kNormRows = 8;
+struct Moments {
+  float mean[kNormRows] = {}, factor[kNormRows];
+};
+
+// values(r) are those of row r.
+template <bool kCentered, class ValuesOf>
+QUAKE_INLINE Moments moments_of_rows(std::size_t rows, std::size_t size, float epsilon,
+                                     const ValuesOf& values) {
+  Moments moments;
+  double sums[kNormRows] = {};
+  const double share = 1 / static_cast<double>(size);
+  if constexpr (kCentered) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      sums[r] = sum_of_row(values(r), size, [](vf s, vf v) QUAKE_INLINE_LAMBDA { return s + v; });
+    }
+    for (std::size_t r = 0; r < kNormRows; ++r) moments.mean[r] = static_cast<float>(sums[r] * share);
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
+    const vf mean = set1(moments.mean[r]);
+    sums[r] = sum_of_row(values(r), size, [&](vf s, vf v) QUAKE_INLINE_LAMBDA {
+      const vf d = kCentered ? v - mean : v;
+      return fma(d, d, s);
+    });
+  }
+  // For all of them, so that one division and one square root of vectors serve.
+  for (std::size_t r = 0; r < kNormRows; ++r) {
+    moments.factor[r] = 1.0f / __builtin_sqrtf(static_cast<float>(sums[r] * share) + epsilon);
+  }
+  return moments;
 }
 
-// `mean` counts if kCentered.
-template <bool kCentered, class Values>
-QUAKE_INLINE float factor_of_row(const Values& values, std::size_t size, float mean, float epsilon) {
-  const vf m = set1(mean);
-  const double sum = sum_of_row(values, size, [&](vf s, vf v) {
-    const vf d = kCentered ? v - m : v;
-    return fma(d, d, s);
-  });
-  return 1.0f / __builtin_sqrtf(static_cast<float>(sum / static_cast<double>(size)) + epsilon);
+// The result for elements v of a row, with or without an offset.
+template <bool kCentered, bool kOffset>
+QUAKE_INLINE vf normalized(vf v, vf mean, vf factor, vf scale, vf offset) {
+  const vf d = (kCentered ? v - mean : v) * factor;
+  return kOffset ? fma(d, scale, offset) : d * scale;
 }
 
-// Calls write(i, n, v, y) for each vector v of a row, from element i on, with the n normalised elements y.
-template <bool kCentered, bool kOffset, class Values, class Write>
-QUAKE_INLINE void finish_row_by(const Values& values, std::size_t size, const Norm& norm, float mean,
-                                float factor, const Write& write) {
-  const vf m = set1(mean), f = set1(factor);
-  const auto step = [&](std::size_t i, std::size_t n) {
-    const vf v = values.up_to(i, n);
-    const vf d = (kCentered ? v - m : v) * f, scale = load_up_to(norm.scale + i, n);
-    write(i, n, v, kOffset ? fma(d, scale, load_up_to(norm.offset + i, n)) : d * scale);
+template <bool kCentered, bool kOffset, class T>
+[[gnu::noinline]] void normalize_row_as(const T* x, std::size_t size, const float* scale, const float* offset,
+                                        float epsilon, float* out) {
+  const RowValues<T> values = {x};
+  const Moments moments =
+      moments_of_rows<kCentered>(1, size, epsilon, [&](std::size_t) QUAKE_INLINE_LAMBDA { return values; });
+  const vf mean = set1(moments.mean[0]), factor = set1(moments.factor[0]);
+  const auto step = [&](std::size_t i, std::size_t n) QUAKE_INLINE_LAMBDA {
+    const vf last = kOffset ? load_up_to(offset + i, n) : vf{};
+    const vf v = load_up_to(x + i, n);
+    store_up_to(out + i, normalized<kCentered, kOffset>(v, mean, factor, load_up_to(scale + i, n), last), n);
   };
   std::size_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
@@ -83,45 +110,12 @@ QUAKE_INLINE void finish_row_by(const Values& values, std::size_t size, const No
   for (; i < size; i += kLanes) step(i, size - i < kLanes ? size - i : kLanes);
 }
 
-// The steps of several rows, each done for all of them before the next begins: the reductions and the square
-// root at the end of a step are long chains of dependent instructions, and those of different rows overlap.
-// values(r) are those of row r, and write_row(r) writes it as finish_row_by() wants.
-constexpr std::size_t kNormRows = 8;
-
-template <bool kCentered, bool kOffset, class ValuesOf, class WriteOf>
-QUAKE_INLINE void normalize_rows_by(std::size_t rows, std::size_t size, const Norm& norm,
-                                    const ValuesOf& values, const WriteOf& write_row) {
-  float mean[kNormRows] = {}, factor[kNormRows];
-  if constexpr (kCentered) {
-    for (std::size_t r = 0; r < rows; ++r) mean[r] = mean_of_row(values(r), size);
-  }
-  for (std::size_t r = 0; r < rows; ++r) {
-    factor[r] = factor_of_row<kCentered>(values(r), size, mean[r], norm.epsilon);
-  }
-  for (std::size_t r = 0; r < rows; ++r) {
-    finish_row_by<kCentered, kOffset>(values(r), size, norm, mean[r], factor[r], write_row(r));
-  }
-}
-
-// Up to kNormRows rows of any values.
-template <class ValuesOf, class WriteOf>
-QUAKE_INLINE void normalize_rows(std::size_t rows, std::size_t size, const Norm& norm, const ValuesOf& values,
-                                 const WriteOf& write_row) {
-  if (norm.centered && norm.offset) {
-    normalize_rows_by<true, true>(rows, size, norm, values, write_row);
-  } else if (norm.centered) {
-    normalize_rows_by<true, false>(rows, size, norm, values, write_row);
-  } else if (norm.offset) {
-    normalize_rows_by<false, true>(rows, size, norm, values, write_row);
-  } else {
-    normalize_rows_by<false, false>(rows, size, norm, values, write_row);
-  }
-}
-
 // A row as float32, not rounded in between. `out` may be x.
 template <class T>
-[[gnu::noinline]] void normalize_row(const T* x, std::size_t size, const Norm& norm, float* out) {
-  normalize_rows(
-      1, size, norm, [&](std::size_t) { return RowValues<T>{x}; },
-      [&](std::size_t) { return [&](std::size_t i, std::size_t n, vf, vf y) { store_up_to(out + i, y, n); }; });
+QUAKE_INLINE void normalize_row(const T* x, std::size_t size, const Norm& norm, float* out) {
+  const auto run = norm.centered
+                       ? norm.offset ? normalize_row_as<true, true, T> : normalize_row_as<true, false, T>
+                   : norm.offset ? normalize_row_as<false, true, T>
+                                 : normalize_row_as<false, false, T>;
+  run(x, size, norm.scale, norm.offset, norm.epsilon, out);
 }

@@ -22,6 +22,7 @@
 
 #define QUAKE_INLINE [[gnu::always_inline]] static inline
 #define QUAKE_INLINE_MEMBER [[gnu::always_inline]] inline
+#define QUAKE_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
 namespace quake {
 

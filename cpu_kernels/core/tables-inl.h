@@ -1,5 +1,5 @@
-// Bytes and tables of 16 values for instruction sets of four lanes. Included inside an instruction set's namespace,
-// before vector-inl.h.
+// Bytes and tables of 16 values for instruction sets of four lanes. Included inside an instruction set's
+// namespace, before vector-inl.h.
 
 QUAKE_INLINE void store_bytes(std::int8_t* p, vi v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(v[i]);

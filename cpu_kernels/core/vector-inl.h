@@ -106,6 +106,9 @@ QUAKE_INLINE void store_up_to(T* p, vf v, std::size_t n) {
 }
 QUAKE_INLINE vf keep_up_to(vf v, std::size_t n, float fill) { return n == kLanes ? v : keep_first(v, n, fill); }
 
+// A NaN of any bits as one whose low half is clear, which float_to_bfloat keeps.
+QUAKE_INLINE vf plain_nans(vf v) { return v != v ? set1(__builtin_nanf("")) : v; }
+
 // 2 * kLanes consecutive elements of an array as two vectors. The order of the elements in them depends on the
 // type alone: bfloat16 splits into even and odd ones, which takes a shift and a mask where widening takes
 // shuffles, and joins as cheaply.

@@ -4,7 +4,14 @@
 
 #include <algorithm>
 
+#include "core/denormals.h"
+
 namespace quake {
+
+void in_order(std::size_t tasks, Task task) {
+  ScopedFlushDenormals flush;
+  for (std::size_t i = 0; i < tasks; ++i) task(i);
+}
 
 Stores stores_for(std::size_t output_bytes) {
   static const std::size_t cache = [] {

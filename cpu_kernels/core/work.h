@@ -35,6 +35,9 @@ class FunctionRef<Result(Arguments...)> {
 using Task = FunctionRef<void(std::size_t index)>;
 using ParallelFor = FunctionRef<void(std::size_t tasks, Task task)>;
 
+// The ParallelFor of work that is too small for a hop: on this thread.
+void in_order(std::size_t tasks, Task task);
+
 // Work is cut into chunks of about this many elements, by shape alone, so that a result never depends on the
 // number of threads. A hop through the pool costs 10 to 30 µs, a chunk about as much: smaller calls stay on
 // the calling thread.

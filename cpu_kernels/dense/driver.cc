@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 
-#include "core/denormals.h"
 #include "core/memory.h"
 
 namespace quake {
@@ -43,15 +42,14 @@ class DenseCall {
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
       : p_(problem), kernels_(kernels), format_(static_cast<int>(problem.format)) {
     depth_ = p_.weights[0].panels.depth;
-    const size_t per_word = p_.format == DenseFormat::kFloat32         ? 1
-                            : p_.format == DenseFormat::kBFloat16      ? 2
-                            : p_.format <= DenseFormat::kInt8Quantized ? 4
-                                                                       : 8;
-    padded_size_ = depth_ * per_word;
+    padded_size_ = depth_ * elements_of_word(p_.format);
     row_words_ = padded_size_ / kernels_.row_word[format_];
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
-    has_sums_ = quantized_ || p_.weights[0].panels.offsets;
+    // A weight without columns has no offsets.
+    has_sums_ = quantized_ || std::ranges::any_of(p_.weights, [](const DenseWeight& weight) {
+                  return weight.panels.offsets != nullptr;
+                });
   }
 
   const char* run(ParallelFor parallel) {
@@ -131,7 +129,6 @@ class DenseCall {
     const size_t bytes = p_.size * element_size(p_.dtype);
     const char* const x = static_cast<const char*>(p_.x) + first * bytes;
     DenseRows rows = {.x = x,
-                      .stride = p_.size,
                       .count = count,
                       .tile_rows = part.tiling.rows,
                       .size = p_.size,
@@ -269,13 +266,9 @@ const char* run_dense(const DenseProblem& p, const DenseKernels& kernels, Parall
       !kernels.product[format][0]) {
     return kNoKernel;
   }
-  if (p.rows == 0 || p.size == 0 || p.weights.empty()) return nullptr;
-  const auto in_order = [](size_t tasks, Task task) {
-    ScopedFlushDenormals flush;
-    for (size_t i = 0; i < tasks; ++i) task(i);
-  };
   size_t columns = 0;
   for (const DenseWeight& weight : p.weights) columns += weight.columns;
+  if (p.rows == 0 || p.size == 0 || columns == 0) return nullptr;
   DenseCall call(p, kernels);
   if (p.rows * p.size * columns <= kLeastWork) return call.run(in_order);
   return call.run(parallel);

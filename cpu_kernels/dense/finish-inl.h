@@ -1,6 +1,7 @@
 // What is done with a tile of the product before and after its activation. Included inside an instruction set's
 // namespace, after words-inl.h.
 
+template <class = void>
 void scale_tile(float* tile, const DenseScale& s) {
   for (std::size_t r = 0; r < s.rows; ++r, tile += s.columns) {
     const vf row_scale = set1(s.row_scales ? s.row_scales[r] : 1.0f);
@@ -33,7 +34,7 @@ void store_tile(const float* tile, const float* gate, std::size_t tile_stride, s
       vf v = load(tile + j);
       if (gate) v *= load(gate + r * tile_stride + j);
       if (added) v += load_up_to(added + r * out_stride + j, n);
-      store_up_to(to + j, v, n);
+      store_up_to(to + j, sizeof(T) < sizeof(float) ? plain_nans(v) : v, n);
     }
   }
 }

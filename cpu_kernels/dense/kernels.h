@@ -21,6 +21,13 @@ enum class DenseFormat : int {
 };
 inline constexpr int kDenseFormats = static_cast<int>(DenseFormat::kCount);
 
+// How many neighbours of a column a word has.
+constexpr std::size_t elements_of_word(DenseFormat format) {
+  if (format == DenseFormat::kFloat32) return 1;
+  if (format == DenseFormat::kBFloat16) return 2;
+  return format == DenseFormat::kInt8 || format == DenseFormat::kInt8Quantized ? 4 : 8;
+}
+
 // A weight of depth x columns, as words in panels of kPanelColumns columns: [words][kPanelColumns]. It is the
 // same on all instruction sets.
 inline constexpr std::size_t kPanelColumns = 16;
@@ -42,8 +49,7 @@ struct DensePanels {
 // Encodes `count` rows of x into a tile of `tile_rows` rows: [depth words of x][tile_rows], the others 0. The
 // words of x are what the format's product multiplies with one factor of a word of the weight.
 struct DenseRows {
-  const void* x;
-  std::size_t stride;  // between rows, in elements
+  const void* x;  // rows of `size` elements, one after the other
   std::size_t count, tile_rows, size;
   std::size_t padded_size;  // the elements that the words of the weight have room for
   std::size_t group_size;   // of the sums; padded_size without groups
@@ -54,9 +60,9 @@ struct DenseRows {
   PackedWord* sums;         // [groups][tile_rows], of the quantised values (int32) or of x (float32)
 };
 
-// tile = rows · panels, for `panels` neighbouring panels of which at least one exists: [tile_rows][panels * 16]
-// of int32 for quantised rows of a weight without groups, else float32. Those that do not exist are computed from
-// the last one.
+// tile = rows · panels, for `panels` neighbouring panels of which at least one exists:
+// [tile_rows][panels * 16] of int32 for quantised rows of a weight without groups, else float32. Those that do
+// not exist are computed from the last one.
 struct DenseTile {
   const PackedWord* rows;
   const PackedWord* sums;

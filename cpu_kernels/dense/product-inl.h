@@ -29,6 +29,8 @@ QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Words::kFactors; ++i, rows += R) {
+      // The columns of the next factor are loaded after this one's are used: registers for both would spill.
+      if constexpr (Words::kFactors > 1 && kRegisters < 32) asm volatile("" ::: "memory");
       typename Words::Vector column[V * kPanelVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < V * kPanelVectors; ++v) {

@@ -1,13 +1,13 @@
-// Encodes rows of x for the product of dense layers: converts or quantises them, and turns a tile of them so that
-// the words that are multiplied at the same time lie side by side. Included inside an instruction set's
+// Encodes rows of x for the product of dense layers: converts or quantises them, and turns a tile of them so
+// that the words that are multiplied at the same time lie side by side. Included inside an instruction set's
 // namespace, after words-inl.h.
 
 // Words of a row that are encoded before they are turned: they stay in L1.
 constexpr std::size_t kRowChunk = 64;
 constexpr std::size_t kMaxTileRows = 16;
 
-// Turns `words` words of `tile_rows` rows, of which those that do not exist are 0, to out[word][row]. A vector of
-// a column may reach into the next column, which is written after it.
+// Turns `words` words of `tile_rows` rows, of which those that do not exist are 0, to out[word][row]. A vector
+// of a column may reach into the next column, which is written after it.
 QUAKE_INLINE void turn(const PackedWord (&chunk)[kMaxTileRows][kRowChunk], std::size_t words,
                        std::size_t tile_rows, PackedWord* out) {
   if (tile_rows == 1) {
@@ -19,11 +19,11 @@ QUAKE_INLINE void turn(const PackedWord (&chunk)[kMaxTileRows][kRowChunk], std::
   }
 }
 
-// How `kLanes` floats, of which n count, go into a row's words.
-struct EncodeFloats {
+// How the elements of a row become its words.
+struct FloatRow {
   static constexpr std::size_t kElements = 1;  // in a word
   template <class T>
-  QUAKE_INLINE void row(const T* x, std::size_t count, PackedWord* out) {
+  QUAKE_INLINE void convert(const T* x, std::size_t count, PackedWord* out) {
     for (std::size_t i = 0; i < count; i += kLanes) {
       store(as_floats(out + i), load_up_to(x + i, count - i < kLanes ? count - i : kLanes));
     }
@@ -32,12 +32,12 @@ struct EncodeFloats {
 
 // Rounded to bfloat16, in pairs or as floats.
 template <bool kInPairs>
-struct EncodeBFloats {
+struct BFloatRow {
   static constexpr std::size_t kElements = kInPairs ? 2 : 1;
   template <class T>
-  QUAKE_INLINE void row(const T* x, std::size_t count, PackedWord* out) {
+  QUAKE_INLINE void convert(const T* x, std::size_t count, PackedWord* out) {
     const auto part = [&](std::size_t i) {
-      return i >= count ? vf{} : load_up_to(x + i, count - i < kLanes ? count - i : kLanes);
+      return i >= count ? vf{} : plain_nans(load_up_to(x + i, count - i < kLanes ? count - i : kLanes));
     };
     for (std::size_t i = 0; i < count; i += kElements * kLanes) {
       if constexpr (kInPairs) {
@@ -51,7 +51,7 @@ struct EncodeBFloats {
 
 template <class T>
 QUAKE_INLINE const T* row_at(const DenseRows& t, std::size_t r) {
-  return static_cast<const T*>(t.x) + r * t.stride;
+  return static_cast<const T*>(t.x) + r * t.size;
 }
 
 // Sums of x in each group, for offsets.
@@ -66,9 +66,9 @@ void sum_groups(const DenseRows& t) {
   }
 }
 
-template <class Encoder, class T>
-void encode_floats(const DenseRows& t) {
-  constexpr std::size_t kChunk = kRowChunk * Encoder::kElements;
+template <class Row, class T>
+void encode_converted(const DenseRows& t) {
+  constexpr std::size_t kChunk = kRowChunk * Row::kElements;
   alignas(kCacheLine) PackedWord chunk[kMaxTileRows][kRowChunk] = {};
   for (std::size_t j = 0; j < t.padded_size; j += kChunk) {
     const std::size_t padded = t.padded_size - j < kChunk ? t.padded_size - j : kChunk;
@@ -76,9 +76,9 @@ void encode_floats(const DenseRows& t) {
     for (std::size_t r = 0; r < t.count; ++r) {
       // What the last words lack, the weight has as 0; here it must not be NaN.
       if (count < padded) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
-      Encoder::row(row_at<T>(t, r) + j, count, &chunk[r][0]);
+      Row::convert(row_at<T>(t, r) + j, count, &chunk[r][0]);
     }
-    turn(chunk, padded / Encoder::kElements, t.tile_rows, t.out + j / Encoder::kElements * t.tile_rows);
+    turn(chunk, padded / Row::kElements, t.tile_rows, t.out + j / Row::kElements * t.tile_rows);
   }
   if (t.sums != nullptr) {
     std::memset(t.sums, 0, t.size / t.group_size * t.tile_rows * sizeof(PackedWord));
@@ -102,6 +102,11 @@ QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, 
     low[k] = max_skip_nan(low[k], -v);
     poison[k] = fma(v, vf{}, poison[k]);  // NaN if there is one, or an infinity
   }
+  // Before anything becomes an integer.
+  if (const float sum = reduce_add(poison[0] + poison[1]); sum != sum) {
+    scale = sum;
+    return {.inverse = 0, .zero = 0, .lowest = -128};
+  }
   const float up = reduce_max(max_skip_nan(high[0], high[1])), down = reduce_max(max_skip_nan(low[0], low[1]));
   const float range = zero_point ? up / 255 + down / 255 : (up > down ? up : down) / 127;
   scale = range > kSmallest ? range : kSmallest;
@@ -109,10 +114,6 @@ QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, 
   if (zero_point) {
     q.zero = static_cast<std::int32_t>(__builtin_rintf(down * q.inverse)) - 128;
     q.lowest = -128;
-  }
-  if (const float sum = reduce_add(poison[0] + poison[1]); sum != sum) {
-    scale = sum;
-    q = {.inverse = 0, .zero = 0, .lowest = -128};
   }
   return q;
 }
@@ -185,6 +186,20 @@ void encode_quantized(const DenseRows& t) {
     turn_bytes<kElements>(chunk, padded / 4, t.tile_rows, t.out + j / kElements * t.tile_rows);
   }
 }
+
+// The encoders as the table is filled with them.
+template <class Row>
+struct EncodeConverted {
+  static constexpr std::size_t kElements = Row::kElements;
+  template <class T>
+  static constexpr DenseKernels::EncodeFn encode = encode_converted<Row, T>;
+};
+template <std::size_t kPerWord>
+struct EncodeQuantized {
+  static constexpr std::size_t kElements = kPerWord;
+  template <class T>
+  static constexpr DenseKernels::EncodeFn encode = encode_quantized<kPerWord, T>;
+};
 
 template <class T>
 void normalize_of(const void* x, std::size_t size, const Norm* norm, float* out) {

@@ -50,7 +50,6 @@ struct DenseFloats : FloatProduct<1> {
 // Where nothing multiplies pairs of bfloat16.
 template <bool kInPairs>
 struct DenseBFloats : FloatProduct<2> {
-  static constexpr std::size_t kRowWord = 1;
   explicit DenseBFloats(const void*) {}
   QUAKE_INLINE_MEMBER vf factor(const PackedWord* p, int i) const {
     return as_float(i == 0 ? load_bits(p) << 16 : load_bits(p) & ~0xffff);
@@ -61,7 +60,6 @@ struct DenseBFloats<true> {
   using Sum = vf;
   using Vector = vi;
   static constexpr int kFactors = 1, kOffset = 0;
-  static constexpr std::size_t kRowWord = 2;
   explicit DenseBFloats(const void*) {}
   QUAKE_INLINE vi broadcast(const PackedWord* p) { return broadcast_bits(p); }
   QUAKE_INLINE vf multiply_add(vi a, vi b, vf c) { return pair_products(a, b, c); }
@@ -83,29 +81,25 @@ struct DenseCodes : FloatProduct<8> {
   FloatTable table;
 };
 
-// Integers by pairs of int16, which are exact, two words of x for a word of four bytes: its even bytes and its
-// odd ones.
-template <int kCount>
-struct PairProduct {
+template <int kCount, int kAdded>
+struct IntegerProduct {
   using Sum = vi;
   using Vector = vi;
   static constexpr int kFactors = kCount;
-  static constexpr int kOffset = 0;
-  static constexpr std::size_t kRowWord = 2;
+  static constexpr int kOffset = kAdded;
   QUAKE_INLINE vi broadcast(const PackedWord* p) { return broadcast_bits(p); }
+};
+
+// By pairs of int16, which are exact, two words of x for a word of four bytes: its even bytes and its odd ones.
+template <int kCount>
+struct PairProduct : IntegerProduct<kCount, 0> {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return pair_sums(a, b, c); }
 };
 
 // Or by fours of bytes, of which the weight's are unsigned: kOffset is added to them. Sums begin with what that
 // takes away.
 template <int kCount>
-struct ByteProduct {
-  using Sum = vi;
-  using Vector = vi;
-  static constexpr int kFactors = kCount;
-  static constexpr int kOffset = 128;
-  static constexpr std::size_t kRowWord = 4;
-  QUAKE_INLINE vi broadcast(const PackedWord* p) { return broadcast_bits(p); }
+struct ByteProduct : IntegerProduct<kCount, 128> {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return byte_products(b, a, c); }
 };
 

@@ -2,11 +2,12 @@
 
 #include "dense/xla.h"
 
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -33,31 +34,18 @@ struct DenseAttributes {
   std::string_view activation;
 };
 
-// The formats as the attribute counts them, and the elements of a column in a word of theirs.
+// The formats as the attribute counts them.
 struct Format {
   DenseFormat plain, quantized;
   ffi::DataType codes;
-  std::int64_t per_word, of_word;  // of_word: the last axis of the codes, 0 for none
+  std::int64_t of_word;  // the last axis of the codes, 0 for none
 };
 constexpr Format kFormats[] = {
-    {DenseFormat::kFloat32, DenseFormat::kFloat32, ffi::F32, 1, 0},
-    {DenseFormat::kBFloat16, DenseFormat::kBFloat16, ffi::BF16, 2, 2},
-    {DenseFormat::kInt8, DenseFormat::kInt8Quantized, ffi::S8, 4, 4},
-    {DenseFormat::kInt4, DenseFormat::kInt4Quantized, ffi::U8, 8, 4},
+    {DenseFormat::kFloat32, DenseFormat::kFloat32, ffi::F32, 0},
+    {DenseFormat::kBFloat16, DenseFormat::kBFloat16, ffi::BF16, 2},
+    {DenseFormat::kInt8, DenseFormat::kInt8Quantized, ffi::S8, 4},
+    {DenseFormat::kInt4, DenseFormat::kInt4Quantized, ffi::U8, 4},
 };
-
-std::optional<DType> dtype_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32:
-      return DType::kFloat32;
-    case ffi::BF16:
-      return DType::kBFloat16;
-    case ffi::F16:
-      return DType::kFloat16;
-    default:
-      return std::nullopt;
-  }
-}
 
 // A buffer of `1 or stack` times `size` elements; the part of it that belongs to a weight of the stack.
 struct Stacked {
@@ -78,10 +66,6 @@ class Operands {
 
   std::optional<ffi::AnyBuffer> take() {
     if (error) return std::nullopt;
-    if (next_ == arguments_.size()) {
-      fail("has " + std::to_string(arguments_.size()) + " operands, expected more");
-      return std::nullopt;
-    }
     const auto buffer = arguments_.get<ffi::AnyBuffer>(next_++);
     if (buffer.has_error()) {
       error = buffer.error();
@@ -102,21 +86,16 @@ class Operands {
                       (dims[0] == 1 || dims[0] == static_cast<std::int64_t>(stack)) &&
                       std::equal(shape.begin(), shape.end(), dims.begin() + 1);
     if (!fits) {
-      std::string expected;
-      for (std::int64_t size : shape) expected += ", " + std::to_string(size);
-      fail(std::string(what) + " " + describe(*buffer) + ", expected shape (1 or " + std::to_string(stack) +
-           expected + ")");
+      std::ostringstream expected;
+      expected << type << "[1 or " << stack;
+      for (std::int64_t size : shape) expected << "," << size;
+      fail(std::string(what) + " " + describe(*buffer) + ", expected " + expected.str() + "]");
       return {};
     }
-    const bool one = dims[0] == 1;
-    return {bytes(*buffer), one ? 0 : buffer->size_bytes() / static_cast<size_t>(dims[0])};
+    return {bytes(*buffer), dims[0] > 1 ? buffer->size_bytes() / static_cast<size_t>(dims[0]) : 0};
   }
   std::optional<ffi::AnyBuffer> take_result() {
     if (error) return std::nullopt;
-    if (next_result_ == results_.size()) {
-      fail("has " + std::to_string(results_.size()) + " results, expected one for each weight");
-      return std::nullopt;
-    }
     auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
     if (buffer.has_error()) {
       error = buffer.error();
@@ -130,11 +109,6 @@ class Operands {
   }
   void fail(const std::string& problem) {
     if (!error) error = invalid(kName, problem);
-  }
-  void check_end() {
-    if (!error && (next_ != arguments_.size() || next_result_ != results_.size())) {
-      fail("has operands or results that it does not expect");
-    }
   }
 
   std::optional<ffi::Error> error;
@@ -168,7 +142,7 @@ WeightArrays take_weight(Operands& operands, const DenseAttributes& a, const Sha
   if (s.format->of_word) codes.push_back(s.format->of_word);
   w.codes = operands.take_stacked("codes", s.format->codes, s.stack, codes);
   const bool integers = s.format->plain == DenseFormat::kInt8 || s.format->plain == DenseFormat::kInt4;
-  if (integers && s.groups) {
+  if (integers && a.group_size) {
     w.scales = operands.take_stacked("scales", ffi::F16, s.stack, {panels, groups, kColumns});
   } else if (integers) {
     w.scales = operands.take_stacked("scales", ffi::F32, s.stack, {panels, kColumns});
@@ -195,42 +169,66 @@ DenseWeight weight_at(const WeightArrays& w, const Shared& s, size_t i, const vo
   return weight;
 }
 
-// What the attributes must be, whatever the operands; null if they are.
-const char* check_attributes(const DenseAttributes& a) {
-  if (a.order < 1 || a.order > kMaxOrder) return "order is outside 1 to 5";
-  if (a.format < 0 || a.format >= static_cast<std::int32_t>(std::size(kFormats)))
-    return "format is outside 0 to 3";
-  if (a.norm < 0 || a.norm > 2) return "norm is outside 0 to 2";
-  if (a.weights < 1) return "has no weight";
-  if (a.group_size < 0 || a.group_size % 32 != 0) return "group_size is not a multiple of 32";
+// What is wrong with the attributes, whatever the operands; empty if nothing is.
+std::string check_attributes(const DenseAttributes& a) {
+  const auto wrong = [](const char* what, std::int32_t value, const char* expected) {
+    return std::string(what) + " is " + std::to_string(value) + ", expected " + expected;
+  };
+  if (a.order < 1 || a.order > kMaxOrder) return wrong("order", a.order, "1 to 5");
+  if (a.format < 0 || a.format >= static_cast<std::int32_t>(std::size(kFormats))) {
+    return wrong("format", a.format, "0 to 3");
+  }
+  if (a.norm < 0 || a.norm > 2) return wrong("norm", a.norm, "0 to 2");
+  if (a.weights < 1) return wrong("weights", a.weights, "at least 1");
+  if (a.group_size < 0 || a.group_size % 32 != 0) {
+    return wrong("group_size", a.group_size, "0 or a multiple of 32");
+  }
   const bool integers = a.format >= 2;
-  if (!integers && (a.group_size || a.quantized)) return "groups and quantised rows need a format of integers";
-  if (a.format == 3 && !a.group_size) return "int4 needs groups";
-  if (a.has_offsets && !a.group_size) return "offsets need groups";
-  if (a.weights > 1 && (a.has_gate || a.has_residual)) return "several weights have no gate and no residual";
-  if (a.has_gate_bias && !a.has_gate) return "has a gate's bias without the gate";
-  return nullptr;
+  if (!integers && a.group_size) return wrong("group_size", a.group_size, "0 for a format of floats");
+  if (!integers && a.quantized) return wrong("quantized", a.quantized, "0 for a format of floats");
+  if (a.format == 3 && !a.group_size) return wrong("group_size", a.group_size, "groups for int4");
+  if (a.has_offsets && !a.group_size) return wrong("has_offsets", a.has_offsets, "0 without groups");
+  if (a.weights > 1 && (a.has_gate || a.has_residual)) {
+    return wrong("weights", a.weights, "1 with a gate or a residual");
+  }
+  if (a.has_gate_bias && !a.has_gate) return wrong("has_gate_bias", a.has_gate_bias, "0 without a gate");
+  return {};
+}
+
+size_t operand_count(const DenseAttributes& a) {
+  const size_t scales = a.format >= 2, sums = a.quantized && !a.group_size;
+  const size_t of_weight = 1 + scales + sums + (a.has_offsets != 0);
+  const size_t before =
+      1 + (a.has_permutation != 0) + static_cast<size_t>(a.norm == 1 ? 2 : a.norm / 2) + (a.format == 3);
+  return before + static_cast<size_t>(a.weights) * (of_weight + (a.has_bias != 0)) +
+         (a.has_gate ? of_weight + (a.has_gate_bias != 0) : 0) + (a.has_residual != 0);
 }
 
 ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::RemainingArgs arguments,
                       ffi::RemainingRets results) {
-  if (const char* problem = check_attributes(a)) return invalid(kName, problem);
+  if (const std::string problem = check_attributes(a); !problem.empty()) return invalid(kName, problem);
+  if (arguments.size() != operand_count(a) || results.size() != static_cast<size_t>(a.weights)) {
+    return invalid(kName, std::to_string(arguments.size()) + " operands and " + std::to_string(results.size()) +
+                              " results, expected " + std::to_string(operand_count(a)) + " and " +
+                              std::to_string(a.weights));
+  }
   Operands operands(arguments, results);
   const auto x = operands.take();
   if (!x) return *operands.error;
   const std::optional<DType> dtype = dtype_of(x->element_type());
   if (!dtype || x->dimensions().size() != 3) {
-    return invalid(kName, "x " + describe(*x) + ", expected a floating-point array of rank 3");
+    return invalid(kName, "x " + describe(*x) + ", expected float32, bfloat16 or float16 of rank 3");
   }
   const size_t stack = extent(*x, 0), rows = extent(*x, 1), size = extent(*x, 2);
   const Format& format = kFormats[a.format];
   const auto group_size = static_cast<size_t>(a.group_size);
   if (group_size && size % group_size != 0) {
-    return invalid(kName, "group_size does not divide the last axis of x " + describe(*x));
+    return invalid(kName, "group_size is " + std::to_string(a.group_size) +
+                              ", expected a divisor of the last axis of x " + describe(*x));
   }
   const Shared shared = {stack,
                          size,
-                         ceil_div(size, static_cast<size_t>(format.per_word)),
+                         ceil_div(size, elements_of_word(format.plain)),
                          group_size ? size / group_size : 0,
                          &format,
                          a.quantized != 0};
@@ -263,7 +261,6 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
       return mismatch(kName, out[0], *residual, "a residual of the result's shape and type");
     }
   }
-  operands.check_end();
   if (operands.error) return *operands.error;
 
   const KernelTable& kernels = active_table();
@@ -278,7 +275,7 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
     p.activation = find_unary(kernels, a.activation, DType::kFloat32, a.order - 1);
     if (!p.activation) return invalid(kName, "activation '" + std::string(a.activation) + "' has no kernel");
   }
-  if (size == 0 && rows * stack > 0) return invalid(kName, "the last axis of x is empty");
+  if (size == 0 && rows * stack > 0) return invalid(kName, "the last axis of x " + describe(*x) + " is empty");
   for (size_t i = 0; i < stack; ++i) {
     const size_t x_bytes = rows * size * element_size(p.dtype);
     p.x = bytes(*x) + i * x_bytes;

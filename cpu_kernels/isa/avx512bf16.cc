@@ -48,7 +48,7 @@ QUAKE_INLINE vi load_bfloats(const std::uint16_t* p, std::size_t n) {
 
 void isa::fill_avx512bf16(KernelTable& table) {
   fill_attention_products<bfloat16>(table.attention);
-  fill_dense_bfloats<true>(table.dense);
+  fill_dense_bfloats<true, bfloat16, float, float16>(table.dense);
   fill_elementwise<bfloat16>(table.elementwise);
   fill_rows<bfloat16>(table.rows);
 }

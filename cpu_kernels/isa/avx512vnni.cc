@@ -21,6 +21,8 @@ QUAKE_INLINE vi byte_products(vi a, vi b, vi c) {
 
 }  // namespace
 
-void isa::fill_avx512vnni(KernelTable& table) { fill_dense_quantized<true>(table.dense); }
+void isa::fill_avx512vnni(KernelTable& table) {
+  fill_dense_quantized<true, bfloat16, float, float16>(table.dense);
+}
 
 }  // namespace quake

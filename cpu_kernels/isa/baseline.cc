@@ -49,10 +49,11 @@ QUAKE_INLINE vf half_to_float(vh v) {
   return (vf)(bits | ((h & 0x8000) << 16));
 }
 
-// Round to nearest even.
+// Round to nearest even. (The sum is one of unsigned numbers: a NaN may have all its bits set.)
 QUAKE_INLINE vh float_to_half(vf v) {
+  typedef std::uint32_t vu __attribute__((vector_size(16)));
   const vi bits = (vi)v, magnitude = bits & 0x7fffffff;
-  const vi rounded = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  const vi rounded = (vi)(((vu)magnitude + 0xfff + (((vu)magnitude >> 13) & 1)) >> 13) - (112 << 10);
   const vi subnormal = (vi)_mm_cvtps_epi32((__m128)((vf)magnitude * 0x1p24f));
   vi h = choose(magnitude < (113 << 23), subnormal, rounded);
   h = choose(magnitude >= 0x477ff000, vi{} + 0x7c00, h);  // 65520 and above: inf

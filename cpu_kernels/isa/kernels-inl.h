@@ -1,9 +1,9 @@
 // The kernels of all families, for the shim that precedes. Included inside an instruction set's namespace.
 
 #include "core/vector-inl.h"
-#include "core/norm-inl.h"
 #include "core/exponential-inl.h"
 #include "core/tanh-inl.h"
+#include "core/norm-inl.h"
 #include "core/words-inl.h"
 #include "core/product-inl.h"
 #include "core/pack-inl.h"
@@ -16,6 +16,7 @@
 #include "rows/softmax-inl.h"
 #include "rows/columns-inl.h"
 #include "rows/masked-inl.h"
+#include "rows/norm-inl.h"
 #include "rows/fill-inl.h"
 
 #include "attention/tiles-inl.h"
@@ -36,5 +37,5 @@ void fill_all(KernelTable& table) {
   fill_attention<T...>(table.attention);
   fill_elementwise<T...>(table.elementwise);
   fill_rows<T...>(table.rows);
-  fill_dense(table.dense);
+  fill_dense<T...>(table.dense);
 }

@@ -103,4 +103,27 @@ const char* run_masked_reduction(const RowKernels& kernels, Reduction reduction,
   return nullptr;
 }
 
+const char* run_norm(const RowKernels& kernels, DType dtype, const NormProblem& p, ParallelFor parallel) {
+  const auto kernel = kernels.norm[static_cast<int>(dtype)];
+  if (!kernel) return kNoKernel;
+  const std::size_t rows = p.groups * p.rows, row_size = p.columns * element_size(dtype);
+  const std::size_t chunk_rows = std::max<std::size_t>(1, kChunkElements / p.columns);
+  const Stores stores = stores_for(rows * row_size * (p.sum ? 2 : 1));
+  parallel(ceil_div(rows, chunk_rows), [=](std::size_t chunk) {
+    const std::size_t end = std::min(rows, (chunk + 1) * chunk_rows);
+    // The part of a chunk that lies in one group.
+    for (std::size_t begin = chunk * chunk_rows; begin < end;) {
+      const std::size_t group = begin / p.rows, part_end = std::min(end, (group + 1) * p.rows);
+      const auto at = [&](auto* data) { return data ? data + begin * row_size : data; };
+      Norm norm = p.norm;
+      norm.scale += group * p.columns;
+      if (norm.offset) norm.offset += group * p.columns;
+      kernel(at(static_cast<const char*>(p.in)), at(static_cast<const char*>(p.residual)), norm,
+             at(static_cast<char*>(p.out)), at(static_cast<char*>(p.sum)), part_end - begin, p.columns, stores);
+      begin = part_end;
+    }
+  });
+  return nullptr;
+}
+
 }  // namespace quake

@@ -1,4 +1,4 @@
-// The drivers of reductions of an axis. They know neither XLA nor an instruction set.
+// The drivers of reductions of an axis and of norms. They know neither XLA nor an instruction set.
 //
 // They return null, or what went wrong (static text). Work is cut by shape alone, so that a result depends
 // neither on `parallel` nor on the number of threads.
@@ -35,6 +35,18 @@ struct MaskedProblem {
 };
 const char* run_masked_reduction(const RowKernels& kernels, Reduction reduction, DType dtype, int order_index,
                                  const MaskedProblem& problem, ParallelFor parallel);
+
+// Layer norm or RMS norm of rows, or of their sums with those of `residual`.
+struct NormProblem {
+  const void* in;
+  const void* residual;  // or null
+  Norm norm;             // of the first group
+  void* out;
+  void* sum;  // null without a residual
+  // No size is 0. The rows of a group share a scale and an offset, those of the next one lie behind.
+  std::size_t groups, rows, columns;  // rows of a group
+};
+const char* run_norm(const RowKernels& kernels, DType dtype, const NormProblem& problem, ParallelFor parallel);
 
 }  // namespace quake
 

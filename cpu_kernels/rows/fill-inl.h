@@ -28,4 +28,5 @@ void fill_rows(RowKernels& table) {
   fill_reduction<Reduction::kSoftmax, T...>(table);
   fill_reduction<Reduction::kLogSoftmax, T...>(table);
   fill_reduction<Reduction::kLogSumExp, T...>(table);
+  ((table.norm[static_cast<int>(kDTypeOf<T>)] = norm_rows<T>), ...);
 }

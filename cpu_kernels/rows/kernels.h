@@ -1,8 +1,9 @@
-// The kernels that reduce an axis: their slice of an instruction set's table.
+// The kernels that reduce an axis, and those that normalise rows: their slice of an instruction set's table.
 
 #ifndef QUAKE_ROWS_KERNELS_H_
 #define QUAKE_ROWS_KERNELS_H_
 
+#include "core/norm.h"
 #include "core/types.h"
 
 namespace quake {
@@ -10,7 +11,7 @@ namespace quake {
 // What is made of the exponentials along an axis.
 enum class Reduction : int { kSoftmax, kLogSoftmax, kLogSumExp, kCount };
 
-// The last index of each array is order - 1.
+// The last index of the reductions' arrays is order - 1.
 struct RowKernels {
   // Over each row. kLogSumExp writes one element a row.
   using RowsFn = void (*)(const void* in, void* out, std::size_t rows, std::size_t columns, Stores stores);
@@ -21,9 +22,15 @@ struct RowKernels {
   using MaskedFn = void (*)(const void* in, const unsigned char* mask, const std::size_t* mask_offsets,
                             void* out, std::size_t rows, std::size_t columns);
 
+  // Each row, or each of the sums with `residual`, which go to `sum` (otherwise both are null). `residual` and
+  // `sum` are as `in` and `out` are; the two outputs do not overlap. Layer norm has an offset, RMS norm none.
+  using NormFn = void (*)(const void* in, const void* residual, const Norm& norm, void* out, void* sum,
+                          std::size_t rows, std::size_t columns, Stores stores);
+
   RowsFn rows[static_cast<int>(Reduction::kCount)][kDTypes][kMaxOrder];
   ColumnsFn columns[static_cast<int>(Reduction::kCount)][kDTypes][kMaxOrder];
   MaskedFn masked[2][kDTypes][kMaxOrder];  // kSoftmax and kLogSoftmax
+  NormFn norm[kDTypes];
 };
 
 }  // namespace quake

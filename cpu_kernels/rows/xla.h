@@ -1,4 +1,4 @@
-// The FFI targets of reductions of an axis.
+// The FFI targets of reductions of an axis and of norms.
 
 #ifndef QUAKE_ROWS_XLA_H_
 #define QUAKE_ROWS_XLA_H_

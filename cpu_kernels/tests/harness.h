@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -15,9 +16,11 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/denormals.h"
+#include "core/work.h"
 #include "isa/dispatch.h"
 #include "accuracy/storage.h"
 
@@ -158,6 +161,25 @@ inline std::string describe(const KernelTable& table, const char* name, const St
                             std::size_t rows, std::size_t columns) {
   return std::string(table.isa) + " " + name + " " + storage.name + " order " + std::to_string(order) + " " +
          std::to_string(rows) + " x " + std::to_string(columns);
+}
+
+// ---- Other ways than core/work.h's in_order to run tasks ----
+
+inline void reversed(std::size_t tasks, Task body) {
+  ScopedFlushDenormals flush;
+  for (std::size_t i = tasks; i-- > 0;) body(i);
+}
+
+inline void on_threads(std::size_t tasks, Task body) {
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    ScopedFlushDenormals flush;
+    for (std::size_t i; (i = next++) < tasks;) body(i);
+  };
+  std::thread a(work), b(work);
+  work();
+  a.join();
+  b.join();
 }
 
 inline bool has_option(int argc, char** argv, const char* option) {

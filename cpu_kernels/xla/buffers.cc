@@ -50,6 +50,19 @@ bool has_dimensions(const ffi::AnyBuffer& x, std::initializer_list<std::size_t> 
                             [](std::int64_t a, std::size_t b) { return a == static_cast<std::int64_t>(b); });
 }
 
+std::optional<DType> dtype_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32:
+      return DType::kFloat32;
+    case ffi::BF16:
+      return DType::kBFloat16;
+    case ffi::F16:
+      return DType::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
 ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyBuffer& x,
                          std::initializer_list<const ffi::AnyBuffer*> others) {
   if (order < 1 || order > kMaxOrder) {
@@ -63,17 +76,8 @@ ffi::ErrorOr<Call> check(const char* target, std::int32_t order, const ffi::AnyB
     if (!is_addressable(*other)) return ffi::Unexpected(not_addressable(target, *other));
   }
   if (!is_addressable(x)) return ffi::Unexpected(not_addressable(target, x));
-  switch (x.element_type()) {
-    case ffi::F32:
-      return Call{DType::kFloat32, order - 1};
-    case ffi::BF16:
-      return Call{DType::kBFloat16, order - 1};
-    case ffi::F16:
-      return Call{DType::kFloat16, order - 1};
-    default:
-      return ffi::Unexpected(
-          invalid(target, "operand " + describe(x) + ", expected float32, bfloat16 or float16"));
-  }
+  if (const auto dtype = dtype_of(x.element_type())) return Call{*dtype, order - 1};
+  return ffi::Unexpected(invalid(target, "operand " + describe(x) + ", expected float32, bfloat16 or float16"));
 }
 
 }  // namespace quake::handlers

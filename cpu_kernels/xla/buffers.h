@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -46,6 +47,9 @@ inline const char* bytes(const ffi::AnyBuffer& buffer) {
 }
 
 // ---- What all handlers check ----
+
+// The type that kernels know by that name, if they do.
+std::optional<DType> dtype_of(ffi::DataType type);
 
 // How a table is indexed for a call.
 struct Call {

@@ -12,7 +12,7 @@ from quake_jax._attention import mapped, reference
 from quake_jax._attention.operands import axes_of
 from quake_jax._core import jax_names, partitioning
 from quake_jax._core.jax_names import mlir
-from quake_jax._core.primitive import custom_call, make_primitive, merged, typed
+from quake_jax._core.primitive import custom_call_of_batch, make_primitive, merged, typed
 
 
 def _shapes(*avals, **parameters):
@@ -60,20 +60,8 @@ def _lower(context, *operands, target: str, **parameters):
     if jax_names.is_partitioned(context) and not whole_batch:
         # XLA would split a bias' or mask's first axis of size 1 together with the others'.
         return mlir.lower_fun(_with_batch_axes)(context, *operands, **parameters)
-
-    def labels(arrays, kind):
-        # XLA splits leading axes alone. The others may have labels of their own.
-        return [["batch", *((kind, i, k) for k in range(1, len(x)))] for i, x in enumerate(arrays)]
-
-    axes = labels(inputs, "in"), labels(results, "out")
-    values = custom_call(
-        context,
-        *operands,
-        target=target,
-        batch_axes=1 if whole_batch else None,
-        axes=axes,
-        whole=[label for arrays in axes for array in arrays for label in array[1:]],
-        **parameters,
+    values = custom_call_of_batch(
+        context, *operands, target=target, is_split=whole_batch, **parameters
     )
     return typed(context, values)
 

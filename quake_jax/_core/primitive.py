@@ -147,6 +147,31 @@ def custom_call(
     return call.results
 
 
+def custom_call_of_batch(
+    context, *operands, target: str, is_split: bool, **parameters: int | float | str
+) -> Sequence:
+    """`custom_call` whose operands and results have a batch as their first axis, and nothing else
+    in common; `is_split` says whether devices may split it.
+    """
+
+    def labels(kind, avals):
+        # XLA splits leading axes alone. The others have labels of their own.
+        return [
+            ["batch", *((kind, i, k) for k in range(1, len(x.shape)))] for i, x in enumerate(avals)
+        ]
+
+    axes = labels("in", context.avals_in), labels("out", context.avals_out)
+    return custom_call(
+        context,
+        *operands,
+        target=target,
+        batch_axes=1 if is_split else None,
+        axes=axes,
+        whole=[label for arrays in axes for array in arrays for label in array[1:]],
+        **parameters,
+    )
+
+
 def typed(context, results: Sequence) -> list:
     """The results of a lowering, with the shardings that their abstract values have."""
     return [

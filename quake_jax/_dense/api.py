@@ -13,8 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order, resolved_order
-from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, is_numeric, optional_array, unwrapped
+from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, unwrapped
 from quake_jax._core.exports import defined_in
+from quake_jax._core.norm import static_epsilon
 from quake_jax._dense import derivative, layout, packed, reference
 from quake_jax._dense.norms import LayerNorm, RMSNorm
 from quake_jax._dense.operands import Call, Operands, Weight
@@ -159,15 +160,13 @@ def _checked_norm(norm):
         return None
     if not isinstance(norm, (LayerNorm, RMSNorm)):
         raise _refusal("norm", "None, a LayerNorm or an RMSNorm", repr(norm), TypeError)
-    epsilon = norm.epsilon
-    if isinstance(epsilon, jax_names.Tracer) or not is_numeric(epsilon) or np.ndim(epsilon):
-        raise _refusal("norm.epsilon", "a number that is not traced", repr(epsilon), TypeError)
+    epsilon = static_epsilon(norm.epsilon, "quake_jax.dense: norm.epsilon")
     arrays = {
         field.name: optional_array(getattr(norm, field.name), "dense", f"norm.{field.name}")
         for field in dataclasses.fields(norm)
         if field.name != "epsilon"
     }
-    return type(norm)(**arrays, epsilon=float(epsilon))
+    return type(norm)(**arrays, epsilon=epsilon)
 
 
 def _dtype_name(dtype) -> str | None:

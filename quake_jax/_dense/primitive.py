@@ -13,7 +13,7 @@ import numpy as np
 
 from quake_jax._core import partitioning
 from quake_jax._core.jax_names import mlir
-from quake_jax._core.primitive import custom_call, make_primitive, merged, typed
+from quake_jax._core.primitive import custom_call_of_batch, make_primitive, merged, typed
 from quake_jax._dense import reference
 from quake_jax._dense.operands import Call
 
@@ -73,23 +73,9 @@ def _lower(context, *operands, target: str, **parameters):
         lowered = mlir.lower_fun(_of_one_axis_of_rows, multiple_results=True)
         return lowered(context, *operands, **parameters)
     stack = avals[0].shape[0]
-    # XLA splits leading axes alone.
     is_split = stack != 1 and all(x.shape[0] == stack for x in avals)
-
-    def labels(kind, avals):
-        return [
-            ["stack", *((kind, i, k) for k in range(1, len(x.shape)))] for i, x in enumerate(avals)
-        ]
-
-    axes = labels("in", avals), labels("out", context.avals_out)
-    values = custom_call(
-        context,
-        *operands,
-        target=target,
-        batch_axes=1 if is_split else None,
-        axes=axes,
-        whole=[label for arrays in axes for array in arrays for label in array[1:]],
-        **call.attributes(),
+    values = custom_call_of_batch(
+        context, *operands, target=target, is_split=is_split, **call.attributes()
     )
     return typed(context, values)
 

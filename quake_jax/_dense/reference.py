@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quake_jax._core import norm
 from quake_jax._core.config import EXACT, Order
 from quake_jax._dense import layout
 from quake_jax._dense.layout import with_axes_in_front
@@ -23,16 +24,11 @@ from quake_jax._elementwise.functions import FUNCTIONS
 _SMALLEST_SCALE = 2.0**-118
 
 
-def normalized(x: jax.Array, norm: str, scale, offset, epsilon: float) -> jax.Array:
-    """Layer or root mean square normalisation over the last axis, in the dtype of x."""
-    size = x.shape[-1]
-    if norm == "layer":
-        x = x - jnp.sum(x, -1, keepdims=True) / size
-    variance = jnp.sum(x * x, -1, keepdims=True) / size
-    x = x * (1 / jnp.sqrt(variance + epsilon))
-    if scale is not None:
-        x = x * with_axes_in_front(scale, x.ndim)
-    return x if offset is None else x + with_axes_in_front(offset, x.ndim)
+def normalized(v: jax.Array, kind: str, scale, offset, epsilon: float) -> jax.Array:
+    """Layer or root mean square normalisation over the last axis, in the dtype of v."""
+    if kind == "layer":
+        return norm.layer_norm(v, scale, offset, epsilon)
+    return norm.rms_norm(v, scale, epsilon)
 
 
 def activated(name: str, order: Order, y: jax.Array) -> jax.Array:
@@ -136,8 +132,7 @@ def _rows(call: Call, operands: Operands) -> jax.Array:
     """The rows that are multiplied: normalised, and in the order of the packed weight's."""
     v = operands.x.astype(jnp.float32)
     if call.norm:
-        norm = (operands.norm_scale, operands.norm_offset, call.epsilon)
-        v = normalized(v, call.norm, *norm)
+        v = normalized(v, call.norm, operands.norm_scale, operands.norm_offset, call.epsilon)
     return v if operands.permutation is None else jnp.take(v, operands.permutation, -1)
 
 

@@ -1,1 +1,1 @@
-"""Softmax, log-softmax and log-sum-exp: functions of the rows of an array."""
+"""Softmax, log-softmax, log-sum-exp and norms: functions of the rows of an array."""

@@ -1,4 +1,6 @@
-"""The primitives of softmax, log-softmax and log-sum-exp over one axis, plain and with a mask."""
+"""The primitives of softmax, log-softmax and log-sum-exp over one axis, plain and with a mask, and
+of layer norm and RMS norm.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from quake_jax._core import jax_names
+from quake_jax._core import jax_names, norm, partitioning
+from quake_jax._core.jax_names import mlir
 from quake_jax._core.primitive import custom_call, in_front, lower_function, make_primitive, typed
 from quake_jax._rows import reference
 
@@ -101,8 +104,92 @@ def _masked(name: str) -> Callable:
     return bind
 
 
+# Over the last axis. The operands are x, in the residual forms what is added to it, the scale, and
+# in layer norm an offset, of the scale's shape: some first axes of x (mostly none) and the last.
+
+
+def _norm(name: str, *, rows: int = 1) -> Callable:
+    """The kernel `name` of the rows of so many arrays; it has as many results."""
+    several = rows > 1
+
+    def listed(result) -> tuple:
+        return tuple(result) if several else (result,)
+
+    def shape(x, *others, epsilon: float):
+        y = x.update(weak_type=False)
+        return (y,) * rows if several else y
+
+    def with_whole_parameters(*operands, epsilon):
+        x = operands[0]
+        whole = [jnp.broadcast_to(norm.beside(p, x.ndim), x.shape) for p in operands[rows:]]
+        return listed(bind(*operands[:rows], *whole, epsilon=epsilon))
+
+    def lower(context, *operands, target: str, epsilon: float):
+        x, scale = context.avals_in[0], context.avals_in[rows]
+        *batch, last = range(x.ndim)
+        first = batch[: scale.ndim - 1]
+        parameters = len(operands) - rows
+        if jax_names.is_partitioned(context) and first != batch:
+            if not partitioning.can_split_along_axes(context):
+                # XLA would split the scale's last axis as the first one of x.
+                whole = mlir.lower_fun(with_whole_parameters, multiple_results=True)
+                return whole(context, *operands, epsilon=epsilon)
+            split = [*batch, None]
+            results = partitioning.lower_split_along_axes(
+                context,
+                *operands,
+                function=lambda *parts: listed(bind(*parts, epsilon=epsilon)),
+                inputs=[split] * rows + [[*first, None]] * parameters,
+                results=[split] * rows,
+                description=f"{target} {epsilon}",
+            )
+            return typed(context, results)
+        results = custom_call(
+            context,
+            *operands,
+            target=target,
+            batch_axes=len(batch) if first == batch else None,
+            axes=([[*batch, last]] * rows + [[*first, last]] * parameters, [[*batch, last]] * rows),
+            whole=[last],
+            epsilon=epsilon,
+        )
+        return typed(context, results)
+
+    def batch(bind, operands, axes, *, epsilon: float):
+        size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+
+        def moved(x, axis, to: int):
+            if axis is not None:
+                return jnp.moveaxis(x, axis, to)
+            return jnp.broadcast_to(jnp.expand_dims(x, to), (*x.shape[:to], size, *x.shape[to:]))
+
+        # Behind the axes that the scale has too, or as one of them.
+        own = any(a is not None for a in axes[rows:])
+        to = 0 if own else operands[rows].ndim - 1
+        arrays = [
+            moved(x, a, to) if own or k < rows else x
+            for k, (x, a) in enumerate(zip(operands, axes, strict=True))
+        ]
+        result = bind(*arrays, epsilon=epsilon)
+        return (result, (to,) * rows) if several else (result, to)
+
+    bind = make_primitive(
+        name,
+        shape=shape,
+        lower=lower,
+        batch=batch,
+        multiple_results=several,
+        elsewhere=getattr(reference, name),
+    )
+    return bind
+
+
 softmax = _over_axis("softmax")
 log_softmax = _over_axis("log_softmax")
 logsumexp = _over_axis("logsumexp", keeps_axis=False)
 softmax_where = _masked("softmax_where")
 log_softmax_where = _masked("log_softmax_where")
+layer_norm = _norm("layer_norm")
+rms_norm = _norm("rms_norm")
+layer_norm_residual = _norm("layer_norm_residual", rows=2)
+rms_norm_residual = _norm("rms_norm_residual", rows=2)

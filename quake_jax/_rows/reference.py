@@ -7,7 +7,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from quake_jax._core import constants
+from quake_jax._core import constants, norm
+from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._core.exponential import exponential, in_float32
 from quake_jax._core.exports import defined_in
 
@@ -74,6 +75,47 @@ def logsumexp(x: jax.Array, *, order: int, axis: int = -1) -> jax.Array:
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
     total = jnp.sum(exponential(x - largest, order), axis)
     return jnp.squeeze(largest, axis) + jnp.log(total)
+
+
+def _in_float32(name: str, function, *operands) -> tuple[jax.Array, jax.Array]:
+    """function(v) of float32 rows v, the sum of the operands, and v; both of their dtype."""
+    dtype = operands[0].dtype
+    if dtype not in KERNEL_DTYPES:
+        raise TypeError(f"reference.{name}: x must be float32, bfloat16 or float16; got {dtype}")
+    v = sum(x.astype(jnp.float32) for x in operands)
+    return function(v).astype(dtype), v.astype(dtype)
+
+
+def layer_norm(x, scale, offset, *, epsilon: float) -> jax.Array:
+    """(x - mean)/√(variance + epsilon) · scale + offset, over the last axis.
+
+    Args:
+      x: array of rank 1 or more; float32, bfloat16 or float16.
+      scale, offset: float32 arrays of shape (K,) for the last axis of x; or of one shape, some
+        first axes of x and K.
+      epsilon: a number.
+
+    Returns:
+      An array of x's shape and dtype.
+    """
+    return _in_float32("layer_norm", lambda v: norm.layer_norm(v, scale, offset, epsilon), x)[0]
+
+
+def layer_norm_residual(x, residual, scale, offset, *, epsilon: float):
+    """`layer_norm` of x + residual, which is not rounded before, and that sum."""
+    return _in_float32(
+        "layer_norm_residual", lambda v: norm.layer_norm(v, scale, offset, epsilon), x, residual
+    )
+
+
+def rms_norm(x, scale, *, epsilon: float) -> jax.Array:
+    """x/√(mean square + epsilon) · scale, over the last axis; arguments as in `layer_norm`."""
+    return _in_float32("rms_norm", lambda v: norm.rms_norm(v, scale, epsilon), x)[0]
+
+
+def rms_norm_residual(x, residual, scale, *, epsilon: float):
+    """`rms_norm` of x + residual, which is not rounded before, and that sum."""
+    return _in_float32("rms_norm_residual", lambda v: norm.rms_norm(v, scale, epsilon), x, residual)
 
 
 __all__ = defined_in(globals())

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 
 import _quake_jax_cpu as cpu
@@ -222,3 +223,56 @@ def test_the_published_table_covers_every_function_and_keeps_the_bounds():
     for (function, order), errors in published.items():
         # The table has three digits.
         assert max(errors) <= MAX_REL_ERROR[function][order] * 1.005, (function, order)
+
+
+# ---- The kernels of a program ----------------------------------------------------------------
+
+# A program in place of the extension module: here one that has the same kernels.
+PROGRAM = """
+import json, sys, _quake_jax_cpu as cpu
+name, *words = sys.argv[1:]
+if name == "measure_accuracy":
+    function, dtype, first, count, stride, isas, orders = words
+    orders = [int(order) for order in orders.split(",")]
+    isas = isas.split(",")
+    words = function, dtype, int(first), int(count), int(stride), isas, orders
+elif name == "evaluate":
+    function, dtype, isa, order, inputs = words
+    isa = "" if isa == "exact" else isa
+    words = function, dtype, isa, int(order), [int(x) for x in inputs.split(",")]
+print(json.dumps(getattr(cpu, name)(*words)))
+"""
+
+
+def test_kernels_of_a_program(tmp_path, capsys):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = shlex.join([sys.executable, str(tmp_path / "program.py")])
+    options = dict(orders=(2, 3), isas=(quake_jax.isa(),))
+    for dtype, stride in (("bfloat16", 1), ("float32", 400_009)):
+        actual = accuracy.measure(
+            "exp", dtype, stride=stride, kernels=accuracy.Program(command), **options
+        )
+        expected = accuracy.measure("exp", dtype, stride=stride, **options)
+        assert repr(actual) == repr(expected)  # NaN is not equal to itself
+
+    page = tmp_path / "page.md"
+    page.write_text("# Accuracy\n\nSome words.\n\n## Attention\n\nMore words.\n")
+    line = ["--program", command, "--function", "exp", "--order", "3", "--dtype", "bfloat16"]
+    heading = f"## Another processor: {', '.join(quake_jax.supported_isas())}"
+    for _ in range(2):  # the second time in place of the first
+        assert accuracy.main([*line, "--markdown", str(page)]) == 0
+        text = page.read_text()
+        assert text.startswith("# Accuracy\n\nSome words.\n\n## Attention\n\nMore words.\n\n## ")
+        assert text.count(heading) == 1 and text.count("\n| exp | 3 | ") == 1
+    page.write_text(text.replace("| exp |", "| old |") + "\n## After\n\nwords\n")
+    assert accuracy.main([*line, "--markdown", str(page)]) == 0
+    assert page.read_text().count("| old |") == 0 and "\n\n## After\n\nwords\n" in page.read_text()
+
+    capsys.readouterr()
+    (tmp_path / "program.py").write_text("import sys; sys.exit('no such kernel')")
+    with pytest.raises(SystemExit):
+        accuracy.main(line)
+    assert "argument --program" in (text := capsys.readouterr().err) and "no such kernel" in text
+    with pytest.raises(SystemExit):
+        accuracy.main(["--program", "/no/such/program"])
+    assert "argument --program" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from benchmarks.ops import (
     systems,
 )
 from benchmarks.ops.operators import FUNCTIONS, OPERATORS
+from quake_jax._elementwise import table
 
 # --- Contestants
 
@@ -46,6 +47,11 @@ def test_all_contestants_compute_the_same_function(function):
         buffers.target[...] = 0
         contestant.run(1)
         assert buffers.error() < 1e-3, contestant.name
+
+
+def test_every_function_of_the_package_is_measured():
+    """A new row needs one here too: what it is in the other libraries."""
+    assert set(table.FUNCTIONS) <= set(FUNCTIONS)
 
 
 def test_errors_are_large_for_another_function():

@@ -161,7 +161,7 @@ def show(name, f):
     print(name, 'custom_call_target="quake_jax' in text)
 for name in dir(quake_jax):
     f = getattr(quake_jax, name)
-    if "attention" in name or "default" in name or name == "accelerate":
+    if "attention" in name or "default" in name or name in ("accelerate", "dense"):
         continue
     if "order" in getattr(f, "__annotations__", ()):
         try:
@@ -170,6 +170,10 @@ for name in dir(quake_jax):
             show(name, lambda x: f(x, x[0]))
 show("attention", lambda x: quake_jax.dot_product_attention(x[None], x[None], x[None]))
 show("packed", lambda x: quake_jax.packed_dot_product_attention(jnp.stack([x[None]] * 3, 1)))
+packed = quake_jax.pack_weight(jnp.ones((4, 3)), "int8")
+show("dense", lambda x: quake_jax.dense(x, packed))
+show("layer_norm", quake_jax.layer_norm)
+show("rms_norm", quake_jax.rms_norm)
 show("accelerate", lambda x: quake_jax.accelerate(jax.nn.softmax)(jnp.tile(x, (32, 16))))
 show("gelu erf", lambda x: quake_jax.gelu(x, False))
 with quake_jax.default_order(1):
@@ -183,7 +187,8 @@ except ValueError:
     on = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1").stdout
     off = run_python(code, tmp_path, QUAKE_JAX_DISABLE="0").stdout
     shown = {line.split()[0] for line in on.splitlines() if line.endswith(" False")}
-    assert shown >= {f.public or f.name for f in FUNCTIONS} | {"attention", "packed", "accelerate"}
+    others = {"attention", "packed", "dense", "layer_norm", "rms_norm", "accelerate"}
+    assert shown >= {f.public or f.name for f in FUNCTIONS} | others
     assert "True" not in on
     assert off == on.replace("False", "True")
     assert on.endswith("a wrong order is still an error\n")

@@ -17,6 +17,8 @@ PUBLIC = {
     "softmax",
     "log_softmax",
     "logsumexp",
+    "layer_norm",
+    "rms_norm",
     "dot_product_attention",
     "packed_dot_product_attention",
     "dense",

@@ -144,9 +144,15 @@ BAD_CALLS = {
     ),
     "epsilon": (
         TypeError,
-        "norm.epsilon must be a number",
+        "norm.epsilon must be a non-negative number",
         [X, _packed()],
         {"norm": quake_jax.RMSNorm(_array(64), None)},
+    ),
+    "negative epsilon": (
+        ValueError,
+        "norm.epsilon must be a non-negative number; got -1.0",
+        [X, _packed()],
+        {"norm": quake_jax.RMSNorm(_array(64), -1.0)},
     ),
     "dtype": (
         TypeError,
@@ -248,7 +254,9 @@ def test_calls(case):
     assert case == "order" or str(raised.value).startswith("quake_jax.dense: ")
 
 
-@pytest.mark.parametrize("bad", [None, "x", object(), {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [None, "x", object(), {"a": 1}], ids=["None", "text", "object", "dict"]
+)
 def test_no_arrays(bad):
     packed = pack(W, "int8")
     with pytest.raises(TypeError, match="quake_jax.dense: x must be an array"):
@@ -273,7 +281,7 @@ def test_double_precision():
 
 def test_traced_epsilon():
     norm = quake_jax.RMSNorm(jnp.ones(64))
-    with pytest.raises(TypeError, match="norm.epsilon must be a number that is not traced"):
+    with pytest.raises(TypeError, match="norm.epsilon must be a non-negative number, known when"):
         jax.jit(lambda e: quake_jax.dense(jnp.ones((3, 64)), W, norm=type(norm)(norm.scale, e)))(
             1.0
         )

@@ -64,6 +64,8 @@ VALID = {
     **{name: {"gate": ROW, "value": ROW} for name in GATED},
     "logaddexp": {"x1": ROW, "x2": ROW},
     "logsumexp": {"a": MATRIX},
+    "layer_norm": {"x": MATRIX, "scale": ROW, "offset": ROW},
+    "rms_norm": {"x": MATRIX, "scale": ROW},
     "dot_product_attention": {"query": QUERY, "key": QUERY, "value": QUERY},
     "packed_dot_product_attention": {"qkv": np.ones((2, 7, 3, 4, 8), np.float32)},
     "accelerate": {"fun": jnp.exp},
@@ -76,6 +78,8 @@ VALID = {
     "nnx.attention_fn": {"query": QUERY, "key": QUERY, "value": QUERY},
     "nnx.substitute": {"model": _Model()},
 }
+# Of packed weights: tests/dense/test_dense_errors.py.
+OF_DENSE_LAYERS = {"dense", "pack_weight"}
 ACTIVATIONS = [name for name, keywords in VALID.items() if list(keywords) == ["x"]]
 
 # What takes no arguments, or takes any: how products and dropout are computed is Flax's affair, and
@@ -122,8 +126,12 @@ FLAX_ATTENTION = ["linen.attention_fn", "nnx.attention_fn"]
 ONLY = '… must be None, "all", or a set of names, as in only={"softmax", "gelu"}; the names '
 
 
+def has_order(name: str) -> bool:
+    return "order" in parameters(name)
+
+
 def _orders():
-    with_order = [name for name in VALID if "order" in parameters(name)]
+    with_order = [name for name in VALID if has_order(name)]
     for order, error in ((0, ValueError), (6, ValueError), ("3", ValueError), (3.0, TypeError)):
         yield with_order, "order", order, error, f"{ORDER}{order!r}"
 
@@ -214,6 +222,36 @@ def _axes_and_masks():
     yield rows, "where", np.ones(4), ValueError, f"{wanted} float32"
     yield rows, "where", np.ones(4, np.int8), ValueError, f"{wanted} int8"
     yield rows, "where", np.ones(5, bool), ValueError, "… of shape (5,) does not broadcast with "
+
+
+def _norms():
+    names = ["layer_norm", "rms_norm"]
+    arrays = {"x": names, "scale": names, "offset": names[:1], "residual": names}
+    for name, functions in arrays.items():
+        for bad, got in NO_ARRAYS:
+            yield functions, name, bad, TypeError, f"… must be an array or a number; got {got}"
+        for dtype in ("int32", "bool", "complex64"):
+            bad = np.ones((3, 4) if name in ("x", "residual") else 4, dtype)
+            wanted = f"… must have a floating-point dtype; got {dtype}"
+            yield functions, name, bad, TypeError, wanted
+    yield names, "x", None, TypeError, "… must be an array or a number; got None"
+    yield names, "x", np.float32(1), ValueError, "… must have at least one axis; got a scalar"
+    for name in ("scale", "offset"):
+        for shape in ((5,), (1,), (), (1, 4), (3, 4)):
+            wanted = (
+                f"… must have shape (4,), for the last axis of x of shape (3, 4); got shape {shape}"
+            )
+            yield arrays[name], name, np.ones(shape, np.float32), ValueError, wanted
+    wanted = "… must have x's shape (3, 4) and dtype float32; got shape"
+    yield names, "residual", ROW, ValueError, f"{wanted} (4,) and dtype float32"
+    half = MATRIX.astype(np.float16)
+    yield names, "residual", half, ValueError, f"{wanted} (3, 4) and dtype float16"
+    wanted = "… must be a non-negative number"
+    for bad in (-1, -1e-9, np.float32(-1), np.inf, np.nan):
+        yield names, "epsilon", bad, ValueError, f"{wanted}; got {bad!r}"
+    for bad in (None, True, np.bool_(True), "1e-6", 1j, [1e-6], np.ones(2)):
+        known = f"{wanted}, known when the function is traced; got {bad!r}"
+        yield names, "epsilon", bad, TypeError, known
 
 
 def _booleans():
@@ -408,6 +446,7 @@ ROWS_OF_TABLE = [
         _dtypes,
         _shapes,
         _axes_and_masks,
+        _norms,
         _booleans,
         _arrays_of_attention,
         _shapes_of_attention,
@@ -452,10 +491,11 @@ def test_error(functions, parameter, bad, error, text):
         static = {k: v for k, v in keywords.items() if not is_traceable(v)}
         arrays = {k: v for k, v in keywords.items() if is_traceable(v)}
         wanted = wanted.split("; got array(")[0]  # the bad value, which is traced then
-        for order in (None,) if name in FLAX_ATTENTION else (None, "exact"):
+        orders = [{"order": order} for order in (None, "exact")] if has_order(name) else [{}]
+        for order in orders[:1] if name in FLAX_ATTENTION else orders:
 
             def program(arrays, name=name, static=static, order=order):
-                return call(name, {**static, **arrays, "order": order})
+                return call(name, {**static, **arrays, **order})
 
             with pytest.raises(error) as raised:
                 jax.eval_shape(program, arrays)
@@ -475,7 +515,7 @@ def public_names():
 
 
 def test_the_table_has_every_public_function_and_parameter():
-    names = set(public_names())
+    names = set(public_names()) - OF_DENSE_LAYERS
     assert names - WITHOUT_ARGUMENTS == set(VALID) | {
         name for name in names if name.endswith("require_flax")
     }

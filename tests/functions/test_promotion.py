@@ -66,6 +66,13 @@ CALLS = {
         floats((8, 8, T), (1, 8, T)),
     ),
     "logsumexp sign": (lambda a: quake_jax.logsumexp(a, return_sign=True)[0], None, floats((8, 8))),
+    "layer_norm": keywords(quake_jax.layer_norm, None, [(8, 8, T), (T,), (T,)]),
+    "layer_norm residual": (
+        lambda x, residual: quake_jax.layer_norm(x, residual=residual)[0],
+        None,
+        floats((8, 8, T), (8, 8, T)),
+    ),
+    "rms_norm": keywords(quake_jax.rms_norm, None, [(8, 8, T), (T,)]),
     "dot_product_attention": attention(),
     "dot_product_attention causal": attention(is_causal=True),
     "dot_product_attention window": attention(local_window_size=(3, 2)),

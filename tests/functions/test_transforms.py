@@ -419,8 +419,9 @@ def test_export_without_disabled_checks_is_refused():
 
 def test_export_names_every_custom_call():
     names = {check.is_custom_call() for check in quake_jax.disabled_export_checks()}
-    others = {"softmax_where", "log_softmax_where", "glu", "dot_product_attention"}
-    expected = {f.primitive.removeprefix("quake_") for f in FUNCTIONS} | others
+    others = {"softmax_where", "log_softmax_where", "glu", "dot_product_attention", "dense"}
+    norms = {f"{norm}_norm{form}" for norm in ("layer", "rms") for form in ("", "_residual")}
+    expected = {f.primitive.removeprefix("quake_") for f in FUNCTIONS} | others | norms
     assert names == {f"quake_jax_{name}" for name in expected}
 
 

@@ -10,9 +10,6 @@
 // mean of the values by those weights, which adds u sum p |v - out| / (1 - u); p and out are known to 2 e. The
 // log-sum-exp is that of the weights before rounding.
 
-#include <atomic>
-#include <thread>
-
 #include "attention/driver.h"
 #include "tests/bounds.h"
 #include "tests/harness.h"
@@ -22,30 +19,6 @@ namespace {
 
 using std::ptrdiff_t;
 using std::size_t;
-
-// ---- Ways of running the tasks: all must give the same bytes ----
-
-void in_order(size_t tasks, Task body) {
-  ScopedFlushDenormals flush;
-  for (size_t i = 0; i < tasks; ++i) body(i);
-}
-
-void reversed(size_t tasks, Task body) {
-  ScopedFlushDenormals flush;
-  for (size_t i = tasks; i-- > 0;) body(i);
-}
-
-void on_threads(size_t tasks, Task body) {
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    ScopedFlushDenormals flush;
-    for (size_t i; (i = next++) < tasks;) body(i);
-  };
-  std::thread a(work), b(work);
-  work();
-  a.join();
-  b.join();
-}
 
 // ---- Cases ----
 

@@ -142,9 +142,10 @@ struct Buffer {
 
 struct Attribute {
   std::string name;
-  std::variant<std::int32_t, std::int64_t, float> value;
+  std::variant<std::int32_t, std::int64_t, float, std::string> value;
 };
 
+// Of an attribute that is a number.
 inline XLA_FFI_DataType type_of(const Attribute& attribute) {
   constexpr XLA_FFI_DataType kTypes[] = {XLA_FFI_DataType_S32, XLA_FFI_DataType_S64, XLA_FFI_DataType_F32};
   return kTypes[attribute.value.index()];
@@ -172,18 +173,21 @@ inline std::string call_handler(XLA_FFI_Handler* handler, Pool& pool, std::vecto
   // Sorted by name, on which the handlers rely.
   std::sort(attributes.begin(), attributes.end(),
             [](const Attribute& a, const Attribute& b) { return a.name < b.name; });
-  std::vector<XLA_FFI_AttrType> attribute_types(attributes.size(), XLA_FFI_AttrType_SCALAR);
-  std::vector<XLA_FFI_ByteSpan> names;
-  std::vector<XLA_FFI_Scalar> scalars;
-  for (Attribute& a : attributes) {
-    names.push_back({a.name.data(), a.name.size()});
-    scalars.push_back({type_of(a), std::visit([](auto& value) -> void* { return &value; }, a.value)});
-  }
+  std::vector<XLA_FFI_AttrType> attribute_types;
   std::vector<XLA_FFI_ByteSpan*> name_pointers;
-  std::vector<void*> scalar_pointers;
-  for (std::size_t i = 0; i < attributes.size(); ++i) {
-    name_pointers.push_back(&names[i]);
-    scalar_pointers.push_back(&scalars[i]);
+  std::vector<void*> value_pointers;
+  std::deque<XLA_FFI_ByteSpan> spans;
+  std::deque<XLA_FFI_Scalar> scalars;
+  for (Attribute& a : attributes) {
+    name_pointers.push_back(&spans.emplace_back(XLA_FFI_ByteSpan{a.name.data(), a.name.size()}));
+    if (const std::string* text = std::get_if<std::string>(&a.value)) {
+      attribute_types.push_back(XLA_FFI_AttrType_STRING);
+      value_pointers.push_back(&spans.emplace_back(XLA_FFI_ByteSpan{text->data(), text->size()}));
+      continue;
+    }
+    attribute_types.push_back(XLA_FFI_AttrType_SCALAR);
+    void* const value = std::visit([](auto& v) -> void* { return &v; }, a.value);
+    value_pointers.push_back(&scalars.emplace_back(XLA_FFI_Scalar{type_of(a), value}));
   }
 
   XLA_FFI_ExecutionContext context = {&pool};
@@ -201,7 +205,7 @@ inline std::string call_handler(XLA_FFI_Handler* handler, Pool& pool, std::vecto
                  static_cast<std::int64_t>(attributes.size()),
                  attribute_types.data(),
                  name_pointers.data(),
-                 scalar_pointers.data()};
+                 value_pointers.data()};
   XLA_FFI_Error* error = handler(&frame);
   if (error == nullptr) return "";
   const std::string message = error->message.empty() ? "an error without a message" : error->message;

@@ -6,7 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QUAKE_FUZZ_FAMILIES(X) X(elementwise) X(binary) X(split) X(reduction) X(masked) X(attention)
+// clang-format off
+#define QUAKE_FUZZ_FAMILIES(X) \
+  X(elementwise) X(binary) X(split) X(reduction) X(masked) X(norm) X(attention) X(dense)
+// clang-format on
 
 namespace quake::tests {
 

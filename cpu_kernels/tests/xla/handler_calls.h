@@ -12,6 +12,7 @@
 
 #include "attention/driver.h"
 #include "targets.h"
+#include "tests/dense/calls.h"
 #include "tests/xla/fake_xla.h"
 #include "tests/harness.h"
 
@@ -32,6 +33,7 @@ inline std::size_t size_of(XLA_FFI_DataType type) {
   switch (type) {
     case XLA_FFI_DataType_PRED:
     case XLA_FFI_DataType_S8:
+    case XLA_FFI_DataType_U8:
       return 1;
     case XLA_FFI_DataType_F16:
     case XLA_FFI_DataType_BF16:
@@ -275,6 +277,36 @@ inline HandlerCall masked_call(Reduction reduction, const Storage& storage, int 
           }};
 }
 
+// A norm of the rows of x (with `residual`, of its sum with another array); a scale and, in layer norm, an
+// offset for each index of the first `own_axes` axes.
+inline HandlerCall norm_call(bool centered, bool residual, const Storage& storage, const Dims& dims,
+                             std::size_t own_axes, std::mt19937& random) {
+  const RowKernels::NormFn kernel = active_table().rows.norm[static_cast<int>(storage.dtype)];
+  Dims own(dims.begin(), dims.begin() + static_cast<std::ptrdiff_t>(own_axes));
+  const std::size_t groups = count_of(own), columns = static_cast<std::size_t>(dims.back());
+  own.push_back(dims.back());
+  HandlerCall call;
+  call.target = centered ? "quake_jax_layer_norm" : "quake_jax_rms_norm";
+  if (residual) call.target += "_residual";
+  call.attributes = {{"epsilon", 1e-5f}};
+  for (int i = 0; i <= residual; ++i) {
+    call.operands.push_back(normal_operand(storage, dims, random));
+    call.results.push_back(result_of(storage, dims));
+  }
+  for (int i = 0; i <= centered; ++i) call.operands.push_back(normal_operand(kStorage[0], own, random));
+  call.direct = [=, count = count_of(dims), size = storage.size](const auto& in, const auto& out) {
+    const auto* const scale = reinterpret_cast<const float*>(in[residual + std::size_t{1}]);
+    const auto* const offset = centered ? reinterpret_cast<const float*>(in.back()) : nullptr;
+    for (std::size_t i = 0; count != 0 && i < groups; ++i) {
+      const std::size_t at = i * (count / groups) * size;
+      kernel(in[0] + at, residual ? in[1] + at : nullptr,
+             {scale + i * columns, centered ? offset + i * columns : nullptr, 1e-5f, centered}, out[0] + at,
+             residual ? out[1] + at : nullptr, count / groups / columns, columns, Stores::kCached);
+    }
+  };
+  return call;
+}
+
 struct AttentionShape {
   std::int64_t batch = 1, query_length = 1, key_length = 1, heads = 1, kv_heads = 1, head_size = 1,
                value_size = 1;
@@ -403,6 +435,80 @@ inline HandlerCall attention_call(const AttentionShape& s, const Storage& storag
           for (std::size_t i = 0; i < tasks; ++i) body(i);
         });
     check(error == nullptr, "attention: %s", error);
+  };
+  return call;
+}
+
+// `stack` calls at once: x, the residual and the results have an axis of as many, and so have the other
+// operands, if they are not `shared` by all.
+inline HandlerCall dense_call(const DenseShape& s, std::int64_t stack, bool shared, std::mt19937& random) {
+  constexpr XLA_FFI_DataType kTypes[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16,
+                                         XLA_FFI_DataType_S8,  XLA_FFI_DataType_U8,   XLA_FFI_DataType_S32};
+  HandlerCall call;
+  call.target = "quake_jax_dense";
+  const auto flag = [](bool has) { return static_cast<std::int32_t>(has); };
+  const std::int32_t format = s.is_int4() ? 3 : s.is_int8() ? 2 : static_cast<std::int32_t>(s.format);
+  call.attributes = {{"order", s.order},
+                     {"format", format},
+                     {"group_size", static_cast<std::int32_t>(s.group_size)},
+                     {"quantized", flag(s.quantized())},
+                     {"weights", static_cast<std::int32_t>(s.columns.size())},
+                     {"norm", static_cast<std::int32_t>(s.norm)},
+                     {"epsilon", kDenseEpsilon},
+                     {"has_permutation", flag(s.permutation)},
+                     {"has_bias", flag(s.bias)},
+                     {"has_offsets", flag(s.offsets)},
+                     {"has_gate", flag(s.gate)},
+                     {"has_gate_bias", flag(s.gate_bias)},
+                     {"has_residual", flag(s.residual)},
+                     {"activation", std::string(s.activation ? "silu" : "")}};
+  const auto each = [](const DenseArray& array) {
+    return std::strcmp(array.what, "x") == 0 || std::strcmp(array.what, "residual") == 0;
+  };
+  for (std::int64_t i = 0; i == 0 || i < stack; ++i) {
+    const std::vector<DenseArray> arrays = random_operands(s, random);
+    for (std::size_t a = 0; a < arrays.size(); ++a) {
+      const DenseArray& array = arrays[a];
+      if (i == 0) {
+        Dims dims = {shared && !each(array) ? 1 : stack};
+        for (const std::size_t size : array.dims) dims.push_back(static_cast<std::int64_t>(size));
+        call.operands.push_back({kTypes[array.type], std::move(dims), {}});
+      }
+      Operand& operand = call.operands[a];
+      if (i < operand.dims[0])
+        operand.bytes.insert(operand.bytes.end(), array.bytes.begin(), array.bytes.end());
+    }
+  }
+  for (const std::size_t columns : s.columns) {
+    call.results.push_back(
+        result_of(*s.out, {stack, static_cast<std::int64_t>(s.rows), static_cast<std::int64_t>(columns)}));
+  }
+  return call;
+}
+
+// The buffers of call `i` of the stack.
+template <class Buffer, class Pointer>
+std::vector<Pointer> dense_slices(const std::vector<Buffer>& buffers, const std::vector<Pointer>& data,
+                                  std::int64_t i) {
+  std::vector<Pointer> slices;
+  for (std::size_t b = 0; b < buffers.size(); ++b) {
+    const Dims one(buffers[b].dims.begin() + 1, buffers[b].dims.end());
+    const bool moves = buffers[b].dims[0] > 1;
+    slices.push_back(data[b] +
+                     (moves ? static_cast<std::size_t>(i) * count_of(one) * size_of(buffers[b].type) : 0));
+  }
+  return slices;
+}
+
+inline HandlerCall with_direct_dense(HandlerCall call, const DenseShape& s, std::int64_t stack) {
+  call.direct = [=, operands = call.operands, results = call.results](const auto& in, const auto& out) {
+    for (std::int64_t i = 0; i < stack; ++i) {
+      const char* error = run_dense(s, active_table(), dense_slices(operands, in, i),
+                                    dense_slices(results, out, i), [](std::size_t tasks, const auto& body) {
+                                      for (std::size_t task = 0; task < tasks; ++task) body(task);
+                                    });
+      check(error == nullptr, "dense: %s", error);
+    }
   };
   return call;
 }

@@ -12,6 +12,27 @@ constexpr std::int64_t kHuge = std::int64_t{1} << 40;
 
 // ---- Valid calls ----
 
+// Every format, with and without everything that a layer may have.
+std::vector<DenseShape> dense_shapes(const Storage& storage) {
+  std::vector<DenseShape> shapes;
+  for (const DenseFormat format :
+       {DenseFormat::kFloat32, DenseFormat::kBFloat16, DenseFormat::kInt8, DenseFormat::kInt8Quantized,
+        DenseFormat::kInt4, DenseFormat::kInt4Quantized}) {
+    DenseShape s = {.format = format, .size = 96, .columns = {35}, .in = &storage};
+    if (s.is_int4()) s.group_size = 32;
+    s.columns.push_back(3);
+    shapes.push_back(s);
+    if (s.is_int8()) s.group_size = 48 * 2;
+    s.offsets = s.group_size != 0;
+    s.columns = {40};
+    s.norm = s.quantized() ? DenseNorm::kRms : DenseNorm::kLayer;
+    s.permutation = s.bias = s.gate = s.gate_bias = s.residual = s.activation = true;
+    s.out = &kStorage[(static_cast<std::size_t>(format) + static_cast<std::size_t>(storage.dtype)) % 3];
+    shapes.push_back(s);
+  }
+  return shapes;
+}
+
 // Every target, in shapes of less than a chunk of the handlers' work and of several.
 std::vector<HandlerCall> valid_calls(bool large) {
   std::mt19937 random(1);
@@ -40,6 +61,14 @@ std::vector<HandlerCall> valid_calls(bool large) {
       calls.push_back(masked_call(r, storage, order, {2, rows, 3, 133}, {2, 1, 3, 133}, random));
       calls.push_back(masked_call(r, storage, order, {2, rows, 3, 133}, {1, rows, 1, 133}, random));
       calls.push_back(masked_call(r, storage, order, {rows, 133}, {rows, 133}, random));
+    }
+    for (const bool centered : {false, true}) {
+      for (const bool residual : {false, true}) {
+        const std::int64_t rows = large ? 500 : 5;
+        calls.push_back(norm_call(centered, residual, storage, {rows, 301}, 0, random));
+        calls.push_back(norm_call(centered, residual, storage, {3, rows, 97}, 1, random));
+        calls.push_back(norm_call(centered, residual, storage, {rows, 3, 33}, 2, random));
+      }
     }
     const std::int64_t time = large ? 90 : 11;
     const auto add = [&](const AttentionShape& shape) {
@@ -82,6 +111,17 @@ std::vector<HandlerCall> valid_calls(bool large) {
          .head_size = 24,
          .value_size = 8,
          .key_lengths = true});
+    for (DenseShape& shape : dense_shapes(storage)) {
+      shape.rows = large ? 61 : 5;
+      if (large) shape.columns[0] = 400;
+      shape.order = order;
+      for (const std::int64_t stack : {1, 3}) {
+        for (const bool shared : {false, true}) {
+          if (stack == 1 && shared) continue;
+          calls.push_back(with_direct_dense(dense_call(shape, stack, shared, random), shape, stack));
+        }
+      }
+    }
   }
   return calls;
 }
@@ -113,6 +153,8 @@ void test_in_place() {
         reduction_call(Reduction::kSoftmax, storage, 4, {500, 301}, 1, random),
         reduction_call(Reduction::kLogSoftmax, storage, 4, {301, 500}, 0, random),
         masked_call(Reduction::kSoftmax, storage, 2, {500, 301}, {1, 301}, random),
+        norm_call(true, false, storage, {500, 301}, 0, random),
+        norm_call(false, false, storage, {500, 301}, 1, random),
         binary_call(Binary::kLogAddExp, BinaryForm::kSameShape, false, storage, 5, {150001}, random),
         binary_call(Binary::kBiasGeluErf, BinaryForm::kBiased, false, storage, 5, {300, 501}, random),
     };
@@ -166,11 +208,13 @@ HandlerCall with_attribute(HandlerCall call, const std::string& name, std::int32
 
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kF16 = XLA_FFI_DataType_F16,
                            kF64 = XLA_FFI_DataType_F64, kS32 = XLA_FFI_DataType_S32,
-                           kPred = XLA_FFI_DataType_PRED, kS8 = XLA_FFI_DataType_S8;
+                           kPred = XLA_FFI_DataType_PRED, kS8 = XLA_FFI_DataType_S8, kU8 = XLA_FFI_DataType_U8;
 
 // What every target refuses.
 void add_common(const HandlerCall& call, std::vector<Wrong>& wrong) {
+  const bool has_order = call.attributes[0].name == "order";
   for (const int order : {0, 6, -1, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
+    if (!has_order) break;
     wrong.push_back({with_attribute(call, "order", order),
                      call.target + ": order is " + std::to_string(order) + ", expected 1 to 5"});
   }
@@ -183,18 +227,19 @@ void add_common(const HandlerCall& call, std::vector<Wrong>& wrong) {
   wrong.push_back({with_result(call, 0, kF16, call.results[0].dims), "expected the same type"});
 
   HandlerCall missing = call;
-  missing.attributes.erase(missing.attributes.begin());  // the order
+  missing.attributes.erase(missing.attributes.begin());
   wrong.push_back({missing, "Wrong number of attributes"});
   HandlerCall wide = call;
   wide.attributes[0].value = std::int64_t{3};
-  wrong.push_back({wide, "Wrong scalar data type: expected S32 but got S64"});
+  wrong.push_back(
+      {wide, std::string("Wrong scalar data type: expected ") + (has_order ? "S32" : "F32") + " but got S64"});
 
   HandlerCall one_less = call, one_more = call, no_result = call, two_results = call;
   one_less.operands.pop_back();
   one_more.operands.push_back(call.operands[0]);
   no_result.results.pop_back();
   two_results.results.push_back(call.results[0]);
-  const bool counted_here = call.target == "quake_jax_dot_product_attention";
+  const bool counted_here = !has_order || call.target == "quake_jax_dot_product_attention";
   wrong.push_back({one_less, counted_here ? "operands and" : "Wrong number of arguments"});
   wrong.push_back({one_more, counted_here ? "operands and" : "Wrong number of arguments"});
   wrong.push_back({no_result, counted_here ? "results, expected" : "Wrong number of results"});
@@ -285,6 +330,39 @@ void test_wrong_reductions() {
   wrong.push_back({with_attribute(masked, "axis", 1), broadcasts});
   wrong.push_back({with_attribute(masked, "axis", 3), "axis is 3 for F32[4,6,5], expected 0 to 2"});
   wrong.push_back({with_attribute(masked, "axis", -1), "axis is -1 for F32[4,6,5], expected 0 to 2"});
+  for (const Wrong& w : wrong) check_wrong(w);
+}
+
+void test_wrong_norms() {
+  std::mt19937 random(1);
+  std::vector<Wrong> wrong;
+  const std::string own = "expected a float32 one of some first axes and the last one";
+  for (const bool centered : {false, true}) {
+    for (const bool residual : {false, true}) {
+      const HandlerCall call = norm_call(centered, residual, kStorage[0], {4, 6, 5}, 1, random);
+      const std::size_t scale = residual + std::size_t{1};
+      add_common(call, wrong);
+      for (const Dims& dims : {Dims{4}, Dims{}, Dims{1}, Dims{6, 5}, Dims{1, 5}, Dims{4, 6}, Dims{4, 1, 5},
+                               Dims{4, 6, 5, 5}, Dims{0, 5}}) {
+        wrong.push_back({with_operand(call, scale, kF32, dims), own});
+        if (centered)
+          wrong.push_back({with_operand(call, scale + 1, kF32, dims), "expected scale and offset alike"});
+      }
+      wrong.push_back({with_operand(call, scale, kF16, {4, 5}), own});
+      for (const Dims& dims : {Dims{4, 6}, Dims{6, 4, 5}, Dims{}, Dims{4, 6, 5, 1}, Dims{4, 6, 4}}) {
+        for (std::size_t i = 0; i < scale; ++i) {
+          wrong.push_back({with_operand(call, i, kF32, dims), "expected the same shape"});
+          wrong.push_back({with_result(call, i, kF32, dims), "expected the same shape"});
+        }
+      }
+      for (std::size_t i = 1; i < scale; ++i) {
+        wrong.push_back({with_operand(call, i, kF16, {4, 6, 5}), "expected the same type"});
+        wrong.push_back({with_result(call, i, kF16, {4, 6, 5}), "expected the same type"});
+      }
+    }
+  }
+  HandlerCall scalar = norm_call(false, false, kStorage[0], {4}, 0, random);
+  wrong.push_back({with_result(with_operand(scalar, 0, kF32, {}), 0, kF32, {}), own});
   for (const Wrong& w : wrong) check_wrong(w);
 }
 
@@ -379,6 +457,139 @@ void test_wrong_attention() {
   for (const Wrong& w : wrong) check_wrong(w);
 }
 
+// Every operand and result of dense layers in other shapes and types; all attributes outside their ranges.
+void test_wrong_dense() {
+  std::mt19937 random(1);
+  std::vector<Wrong> wrong;
+  for (const DenseShape& shape : dense_shapes(kStorage[0])) {
+    const HandlerCall call = dense_call(shape, 2, false, random);
+    const std::vector<DenseArray> arrays = random_operands(shape, random);
+    const auto counts = [&](std::size_t operands, std::size_t results) {
+      return "quake_jax_dense: " + std::to_string(operands) + " operands and " + std::to_string(results) +
+             " results, expected " + std::to_string(call.operands.size()) + " and " +
+             std::to_string(call.results.size());
+    };
+    HandlerCall changed = call;
+    changed.operands.pop_back();
+    wrong.push_back({changed, counts(call.operands.size() - 1, call.results.size())});
+    changed = call;
+    changed.operands.clear();
+    wrong.push_back({changed, counts(0, call.results.size())});
+    changed = call;
+    changed.operands.push_back(call.operands[0]);
+    wrong.push_back({changed, counts(call.operands.size() + 1, call.results.size())});
+    changed = call;
+    changed.results.push_back(call.results[0]);
+    wrong.push_back({changed, counts(call.operands.size(), call.results.size() + 1)});
+    changed = call;
+    changed.results.clear();
+    wrong.push_back({changed, counts(call.operands.size(), 0)});
+
+    for (std::size_t i = 0; i < arrays.size(); ++i) {
+      const std::string name = arrays[i].what;
+      const Operand& operand = call.operands[i];
+      // The other sizes of x do not fit what follows it; a residual is compared with the result.
+      const std::string expected = name == "x"          ? ", expected float32, bfloat16 or float16 of rank 3"
+                                   : name == "residual" ? "expected a residual of the result's shape and type"
+                                                        : ", expected ";
+      const std::string begin = name == "x" || name == "residual" ? "" : "quake_jax_dense: " + name + " ";
+      for (const XLA_FFI_DataType type : {kF64, kPred, kS32, kU8, kS8, kF16}) {
+        if (type == operand.type || (name == "x" && type == kF16)) continue;
+        wrong.push_back({with_operand(call, i, type, operand.dims), expected});
+        if (!begin.empty()) wrong.push_back({with_operand(call, i, type, operand.dims), begin});
+      }
+      Dims dims = operand.dims;
+      dims.pop_back();
+      wrong.push_back({with_operand(call, i, operand.type, dims), expected});
+      dims = operand.dims;
+      dims.push_back(1);
+      wrong.push_back({with_operand(call, i, operand.type, dims), expected});
+      wrong.push_back({with_operand(call, i, operand.type, {}), expected});
+      for (std::size_t axis = 0; axis < operand.dims.size(); ++axis) {
+        for (const std::int64_t size : {operand.dims[axis] + 1, operand.dims[axis] - 1, std::int64_t{0}}) {
+          if (axis == 0 && size == 1 && name != "x" && name != "residual") continue;  // shared by all
+          // Words that are not full have room for less or more.
+          const auto per_word = static_cast<std::int64_t>(shape.per_word());
+          if (name == "x" && axis == 2 &&
+              (size + per_word - 1) / per_word == static_cast<std::int64_t>(shape.words()))
+            continue;
+          dims = operand.dims;
+          dims[axis] = size;
+          wrong.push_back({with_operand(call, i, operand.type, dims), name == "x" ? "expected" : begin});
+        }
+      }
+    }
+    for (std::size_t i = 0; i < call.results.size(); ++i) {
+      const Dims& dims = call.results[i].dims;
+      const std::string rows = "results of the same rows and one floating-point type";
+      for (const Dims& other : {Dims{}, Dims{dims[1], dims[2]}, Dims{2, 5, 1, 1}, Dims{1, dims[1], dims[2]},
+                                Dims{2, dims[1] + 1, dims[2]}, Dims{2, 0, dims[2]}}) {
+        wrong.push_back({with_result(call, i, call.results[i].type, other), rows});
+      }
+      for (const XLA_FFI_DataType type : {kF64, kS32, kPred}) {
+        wrong.push_back({with_result(call, i, type, dims), rows});
+      }
+      wrong.push_back({with_result(call, i, call.results[i].type, {2, dims[1], dims[2] + 16}), "codes "});
+      if (i != 0) wrong.push_back({with_result(call, i, kF16, dims), rows});
+    }
+    const auto attribute = [&](const char* name, std::int32_t value, const std::string& expected) {
+      wrong.push_back({with_attribute(call, name, value),
+                       "quake_jax_dense: " + std::string(name) + " is " + std::to_string(value) + expected});
+    };
+    for (const std::int32_t value : {-1, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
+      attribute("order", value, ", expected 1 to 5");
+      attribute("format", value, ", expected 0 to 3");
+      attribute("norm", value, ", expected 0 to 2");
+      attribute("group_size", value, ", expected 0 or a multiple of 32");
+    }
+    attribute("order", 0, ", expected 1 to 5");
+    attribute("order", 6, ", expected 1 to 5");
+    attribute("format", 4, ", expected 0 to 3");
+    attribute("norm", 3, ", expected 0 to 2");
+    attribute("weights", 0, ", expected at least 1");
+    attribute("weights", -7, ", expected at least 1");
+    attribute("group_size", 31, ", expected 0 or a multiple of 32");
+    const bool integers = shape.is_int8() || shape.is_int4(), everything = shape.gate;
+    if (!integers) {
+      attribute("group_size", 32, ", expected 0 for a format of floats");
+      attribute("quantized", 1, ", expected 0 for a format of floats");
+    }
+    if (shape.is_int4())
+      wrong.push_back({with_attribute(call, "group_size", 64), "group_size is 64, expected a"});
+    if (shape.is_int4() && !everything) {
+      attribute("group_size", 0, ", expected groups for int4");
+    }
+    if (!shape.group_size) attribute("has_offsets", 1, ", expected 0 without groups");
+    if (everything) {
+      attribute("weights", 2, ", expected 1 with a gate or a residual");
+    } else {
+      attribute("has_gate_bias", 1, ", expected 0 without a gate");
+      for (const char* name : {"has_permutation", "has_bias"}) {
+        wrong.push_back({with_attribute(call, name, 1), " operands and "});
+      }
+      wrong.push_back({with_attribute(call, "weights", std::numeric_limits<int>::max()), " operands and "});
+      wrong.push_back({with_attribute(call, "norm", 1), " operands and "});
+      wrong.push_back({with_attribute(call, "norm", 2), " operands and "});
+    }
+    for (const char* name : {"silu_", "relu", "GELU", "exp\n", "logaddexp", "swiglu"}) {
+      changed = call;
+      for (Attribute& a : changed.attributes) {
+        if (a.name == "activation") a.value = name;
+      }
+      wrong.push_back({changed, "activation '" + std::string(name) + "' has no kernel"});
+    }
+    changed = call;
+    changed.attributes.pop_back();
+    wrong.push_back({changed, "Wrong number of attributes"});
+    for (std::size_t i = 0; i < call.attributes.size(); ++i) {
+      changed = call;
+      changed.attributes[i].value = std::int64_t{1};
+      wrong.push_back({changed, "Wrong "});
+    }
+  }
+  for (const Wrong& w : wrong) check_wrong(w);
+}
+
 void test_wrong_stage() {
   std::mt19937 random(1);
   Pool pool(1);
@@ -411,6 +622,12 @@ HandlerCall shapes(const std::string& target, std::vector<Attribute> attributes,
   call.attributes.push_back({"order", 3});
   for (Dims& dims : operands) call.operands.push_back({kF32, std::move(dims), {}});
   for (Dims& dims : results) call.results.push_back({kF32, std::move(dims)});
+  return call;
+}
+
+HandlerCall norm_shapes(const std::string& target, std::vector<Dims> operands, std::vector<Dims> results) {
+  HandlerCall call = shapes(target, {}, std::move(operands), std::move(results));
+  call.attributes = {{"epsilon", 1e-6f}};
   return call;
 }
 
@@ -448,6 +665,8 @@ void test_zero_sizes() {
         shapes("softmax_where", {{"axis", static_cast<int>(dims.size()) - 1}}, {dims, dims}, {dims});
     masked.operands[1].type = kPred;
     calls.push_back(masked);
+    calls.push_back(norm_shapes("rms_norm", {dims, {dims.back()}}, {dims}));
+    calls.push_back(norm_shapes("layer_norm_residual", {dims, dims, dims, dims}, {dims, dims}));
   }
   // No batch, no queries, no heads; heads without values still have a residual.
   calls.push_back(attention_shapes({{0, 3, 4, 5}, {0, 6, 2, 5}, {0, 6, 2, 7}}, {{0, 3, 4, 7}, {0, 3, 4}}));
@@ -460,6 +679,25 @@ void test_zero_sizes() {
   }
   std::mt19937 random(1);
   Pool pool(2);
+  const auto empty = [&](const HandlerCall& call) {
+    const std::string error = run_call(call, pool, Place::kEnd).error;
+    check(error.empty(), "%s: %s", call.target.c_str(), error.c_str());
+  };
+  for (DenseShape& shape : dense_shapes(kStorage[0])) {
+    empty(dense_call(shape, 0, false, random));
+    empty(dense_call(shape, 0, true, random));
+    shape.rows = 0;
+    empty(dense_call(shape, 2, false, random));
+    empty(dense_call(shape, 2, true, random));
+    shape.size = 0;
+    empty(dense_call(shape, 1, false, random));
+    shape.columns.assign(shape.columns.size(), 0);
+    empty(dense_call(shape, 1, false, random));
+    shape.rows = 3;
+    shape.size = 96;
+    empty(dense_call(shape, 1, false, random));
+    empty(dense_call(shape, 3, true, random));
+  }
   for (const AttentionShape& shape :
        {AttentionShape{
             .query_length = 3, .key_length = 0, .heads = 2, .kv_heads = 2, .head_size = 4, .value_size = 4},
@@ -514,6 +752,8 @@ void test_overflowing_sizes() {
     refuses(shapes("swiglu_split", {{"gate_first", 1}}, {dims}, {dims}));
     refuses(shapes("bias_silu", {}, {dims, {dims.back()}}, {dims}));
     refuses(shapes("softmax", {{"axis", 0}}, {dims}, {dims}));
+    refuses(norm_shapes("rms_norm", {dims, {dims.back()}}, {dims}));
+    refuses(norm_shapes("layer_norm_residual", {{1}, {1}, dims, dims}, {{1}, {1}}));
     refuses(shapes("logsumexp", {{"axis", 0}}, {dims}, {first}));
     HandlerCall masked =
         shapes("softmax_where", {{"axis", static_cast<int>(dims.size()) - 1}}, {dims, dims}, {dims});
@@ -528,6 +768,22 @@ void test_overflowing_sizes() {
   refuses(attention_shapes({small, small, small}, {cube, {2, 3, 4}}));
   refuses(attention_shapes({small, small, small}, {small, {side, side, side}}));
   refuses(attention_shapes({{side, side, 3, side, 5}}, {{side, side, side, 5}, {side, side, side}}, 2));
+  for (const DenseShape& shape : dense_shapes(kStorage[0])) {
+    std::mt19937 random(1);
+    const HandlerCall call = dense_call(shape, 1, false, random);
+    for (const Dims& dims : squares) {
+      for (std::size_t i = 0; i < call.operands.size(); ++i) {
+        HandlerCall large = call;
+        large.operands[i].dims = dims;
+        refuses(large);
+      }
+      for (std::size_t i = 0; i < call.results.size(); ++i) {
+        HandlerCall large = call;
+        large.results[i].dims = dims;
+        refuses(large);
+      }
+    }
+  }
   // Operands of 2^41 elements each, logits of 2^62.
   const std::int64_t length = std::int64_t{1} << 31;
   const auto wide = [&](XLA_FFI_DataType type, int present) {
@@ -619,6 +875,12 @@ void test_large_arrays() {
   biased.operands[1].type = XLA_FFI_DataType_BF16;
   std::vector<char> bias(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(2 * columns));
   run(biased, bias.data());
+
+  const std::vector<float> scale(columns, 0.75f);
+  const Norm norm = {scale.data(), nullptr, 1e-6f, false};
+  table.rows.norm[d](values.data(), nullptr, norm, expected.data(), nullptr, rows, columns, Stores::kCached);
+  std::vector<float> scales = scale;
+  run(norm_shapes("rms_norm", {dims, {size(columns)}}, {dims}), scales.data());
 
   // The second row of a pair gates the first; the result has half the period.
   const int swiglu = static_cast<int>(Binary::kSwiglu);
@@ -712,7 +974,9 @@ int main(int argc, char** argv) {
   test_wrong_elementwise();
   test_wrong_binary();
   test_wrong_reductions();
+  test_wrong_norms();
   test_wrong_attention();
+  test_wrong_dense();
   test_wrong_stage();
   test_zero_sizes();
   test_overflowing_sizes();

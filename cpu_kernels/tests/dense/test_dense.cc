@@ -1,0 +1,291 @@
+// Dense layers on packed weights alone, without Python or XLA: every format and shape against the definition in
+// double precision, the memory that they touch, NaN and infinities, threads.
+
+#include <memory>
+
+#include "tests/dense/calls.h"
+
+namespace quake::tests {
+namespace {
+
+using std::size_t;
+
+constexpr struct {
+  DenseFormat format;
+  bool grouped, offsets;
+} kKinds[] = {
+    {DenseFormat::kFloat32, false, false},      {DenseFormat::kBFloat16, false, false},
+    {DenseFormat::kInt8, false, false},         {DenseFormat::kInt8Quantized, false, false},
+    {DenseFormat::kInt8, true, false},          {DenseFormat::kInt8, true, true},
+    {DenseFormat::kInt8Quantized, true, false}, {DenseFormat::kInt8Quantized, true, true},
+    {DenseFormat::kInt4, true, false},          {DenseFormat::kInt4, true, true},
+    {DenseFormat::kInt4Quantized, true, false}, {DenseFormat::kInt4Quantized, true, true},
+};
+
+std::vector<const char*> pointers(const std::vector<DenseArray>& arrays) {
+  std::vector<const char*> in;
+  for (const DenseArray& array : arrays) in.push_back(array.bytes.data());
+  return in;
+}
+
+std::vector<std::vector<char>> results_of(const DenseShape& s, const KernelTable& table,
+                                          const std::vector<DenseArray>& arrays, ParallelFor parallel) {
+  std::vector<std::vector<char>> results;
+  std::vector<char*> out;
+  for (const size_t columns : s.columns) results.emplace_back(s.rows * columns * s.out->size, char{0x7f});
+  for (std::vector<char>& result : results) out.push_back(result.data());
+  const char* error = run_dense(s, table, pointers(arrays), out, parallel);
+  check(error == nullptr, "%s: %s", describe(s).c_str(), error);
+  return results;
+}
+
+// The same with every buffer between inaccessible pages, at the first byte and at the last one.
+std::vector<std::vector<char>> placed_results(const DenseShape& s, const KernelTable& table,
+                                              const std::vector<DenseArray>& arrays, const std::string& what) {
+  static std::vector<std::unique_ptr<GuardedBuffer>> buffers;
+  std::vector<std::vector<char>> first;
+  for (const bool at_end : {false, true}) {
+    size_t next = 0;
+    const auto place = [&](size_t bytes) {
+      if (next == buffers.size()) buffers.emplace_back(new GuardedBuffer(1 << 17));
+      GuardedBuffer& buffer = *buffers[next++];
+      return at_end ? buffer.at_end(bytes) : buffer.at_start();
+    };
+    std::vector<const char*> in;
+    std::vector<char*> out;
+    for (const DenseArray& array : arrays) {
+      char* const data = place(array.bytes.size());
+      std::copy(array.bytes.begin(), array.bytes.end(), data);
+      in.push_back(data);
+    }
+    std::vector<std::vector<char>> results;
+    for (const size_t columns : s.columns) {
+      const size_t bytes = s.rows * columns * s.out->size;
+      out.push_back(place(bytes));
+      std::fill_n(out.back(), bytes, char{0x7f});
+    }
+    const char* error = run_dense(s, table, in, out, in_order);
+    check(error == nullptr, "%s: %s", what.c_str(), error);
+    for (size_t i = 0; i < out.size(); ++i) {
+      results.emplace_back(out[i], out[i] + s.rows * s.columns[i] * s.out->size);
+    }
+    for (size_t i = 0; i < in.size(); ++i) {
+      check(std::equal(arrays[i].bytes.begin(), arrays[i].bytes.end(), in[i]), "%s: %s was written to",
+            what.c_str(), arrays[i].what);
+    }
+    if (!at_end) first = results;
+    check(first == results, "%s: depends on where the buffers lie", what.c_str());
+  }
+  return first;
+}
+
+void check_shape(const DenseShape& s, const KernelTable& table, std::mt19937& random) {
+  const std::vector<DenseArray> arrays = random_operands(s, random);
+  const std::string what = std::string(table.isa) + " " + describe(s);
+  const std::vector<std::vector<char>> results = placed_results(s, table, arrays, what);
+  std::vector<const char*> out;
+  for (const std::vector<char>& result : results) out.push_back(result.data());
+  const DensePointers operands = dense_pointers(s, pointers(arrays));
+  for (size_t row = 0; row < s.rows; ++row) check_dense_row(s, operands, out, row, what);
+}
+
+// Every format in every size around those of vectors, words and tiles, each with some of what a layer may have.
+void test_shapes(const KernelTable& table) {
+  std::mt19937 random(7);
+  const auto one_in = [&](unsigned n) { return random() % n == 0; };
+  const std::vector<size_t> all_rows =
+      thin ? std::vector<size_t>{1, 7, 13} : std::vector<size_t>{1, 2, 3, 5, 7, 12, 13, 30};
+  const std::vector<size_t> all_columns =
+      thin ? std::vector<size_t>{1, 33} : std::vector<size_t>{1, 3, 31, 32, 64, 96, 150};
+  for (const auto& kind : kKinds) {
+    for (const size_t rows : all_rows) {
+      for (const size_t columns : all_columns) {
+        for (const size_t size : {1, 15, 16, 17, 33, 100}) {
+          DenseShape s = {.format = kind.format, .offsets = kind.offsets, .rows = rows, .size = size};
+          if (kind.grouped) {
+            s.group_size = one_in(3) ? 64 : 32;
+            s.size = s.group_size * (1 + size % 5);
+          }
+          s.columns = {columns};
+          if (one_in(6)) s.columns = {columns, 1 + random() % 40, 17};
+          if (one_in(4)) s.norm = one_in(2) ? DenseNorm::kLayer : DenseNorm::kRms;
+          s.permutation = one_in(4);
+          s.bias = one_in(2);
+          s.gate = s.columns.size() == 1 && one_in(4);
+          s.gate_bias = s.gate && one_in(2);
+          s.residual = s.columns.size() == 1 && one_in(4);
+          s.activation = one_in(4);
+          s.order = 1 + static_cast<int>(random() % kMaxOrder);
+          // Normalised integers are often at a tie of the quantiser.
+          s.integers = one_in(2) && !(s.quantized() && s.norm != DenseNorm::kNone);
+          if (one_in(3)) s.in = &kStorage[random() % 3];
+          if (one_in(3)) s.out = &kStorage[random() % 3];
+          check_shape(s, table, random);
+        }
+      }
+    }
+  }
+}
+
+// Deeper than the words that a block of rows is multiplied with at a time, and more rows than a part has.
+void test_deep(const KernelTable& table) {
+  std::mt19937 random(8);
+  for (const auto& kind : kKinds) {
+    DenseShape s = {.format = kind.format, .offsets = kind.offsets, .rows = 260, .columns = {18}, .bias = true};
+    s.size = 4097 * s.per_word() + 1 - (s.per_word() > 1 ? s.per_word() : 0);
+    s.integers = true;
+    if (kind.grouped) {
+      s.group_size = 128;
+      s.size = 4224;
+    }
+    const std::vector<DenseArray> arrays = random_operands(s, random);
+    const std::string what = std::string(table.isa) + " " + describe(s);
+    const std::vector<std::vector<char>> results = results_of(s, table, arrays, in_order);
+    const DensePointers operands = dense_pointers(s, pointers(arrays));
+    for (const size_t row : {0, 5, 6, 11, 12, 191, 192, 197, 198, 250, 251, 252, 257, 258, 259}) {
+      check_dense_row(s, operands, {results[0].data()}, row, what, 7);
+    }
+  }
+}
+
+// The result is the same in whatever order and on whatever threads the tasks run.
+void test_threads(const KernelTable& table) {
+  std::mt19937 random(9);
+  for (const auto& kind : kKinds) {
+    for (const bool gate : {false, true}) {
+      DenseShape s = {.format = kind.format,
+                      .group_size = kind.grouped ? size_t{32} : 0,
+                      .offsets = kind.offsets,
+                      .rows = 205,
+                      .size = 96,
+                      .columns = {500},
+                      .norm = DenseNorm::kRms,
+                      .bias = true,
+                      .gate = gate,
+                      .activation = true,
+                      .order = 3};
+      if (!gate) s.columns = {300, 1, 90};
+      const std::vector<DenseArray> arrays = random_operands(s, random);
+      const std::vector<std::vector<char>> expected = results_of(s, table, arrays, in_order);
+      check(expected == results_of(s, table, arrays, reversed), "%s: %s depends on the order of tasks",
+            table.isa, describe(s).c_str());
+      check(expected == results_of(s, table, arrays, on_threads), "%s: %s depends on threads", table.isa,
+            describe(s).c_str());
+    }
+  }
+}
+
+// A NaN or an infinity makes its row NaN, or not finite where rows are not quantised, and no other.
+void test_special_values(const KernelTable& table) {
+  std::mt19937 random(10);
+  static constexpr std::uint32_t kSpecial[] = {0x7fc00000, 0xffc00000, 0x7f800000, 0xff800000,
+                                               0x7f800001, 0x7fffffff, 0xffffffff};
+  for (const auto& kind : kKinds) {
+    for (const Storage& out : kStorage) {
+      for (const std::uint32_t bits : kSpecial) {
+        DenseShape s = {.format = kind.format,
+                        .group_size = kind.grouped ? size_t{32} : 0,
+                        .offsets = kind.offsets,
+                        .rows = 9,
+                        .size = kind.grouped ? size_t{96} : 77,
+                        .columns = {21},
+                        .permutation = bits % 3 == 0,
+                        .out = &out};
+        std::vector<DenseArray> arrays = random_operands(s, random);
+        const std::vector<char> before = results_of(s, table, arrays, in_order)[0];
+        const size_t row = random() % s.rows, at = random() % s.size;
+        write(arrays[0].bytes.data(), row * s.size + at, bits);
+        const std::vector<char> after = results_of(s, table, arrays, in_order)[0];
+        const double x = s.in->get(arrays[0].bytes.data(), row * s.size + at);
+        for (size_t i = 0; i < s.rows * s.columns[0]; ++i) {
+          const double y = out.get(after.data(), i);
+          const bool ok = i / s.columns[0] != row          ? y == out.get(before.data(), i)
+                          : std::isnan(x) || s.quantized() ? std::isnan(y)
+                                                           : !std::isfinite(y);
+          check(ok, "%s %s: %08x in row %zu gives [%zu, %zu] = %g", table.isa, describe(s).c_str(), bits, row,
+                i / s.columns[0], i % s.columns[0], y);
+        }
+      }
+    }
+  }
+}
+
+// Rows of zeros, of values whose range is below what a scale can be, and of the largest values.
+void test_ranges(const KernelTable& table) {
+  std::mt19937 random(11);
+  for (const auto& kind : kKinds) {
+    for (const float value : {0.0f, 1e-37f, -1e-36f, 1e30f, -1e35f}) {
+      DenseShape s = {.format = kind.format,
+                      .group_size = kind.grouped ? size_t{32} : 0,
+                      .offsets = kind.offsets,
+                      .rows = 3,
+                      .size = 64,
+                      .columns = {5}};
+      std::vector<DenseArray> arrays = random_operands(s, random);
+      for (size_t k = 0; k < s.size; ++k)
+        write(arrays[0].bytes.data(), s.size + k, k % 3 ? value : 0.5f * value);
+      const std::vector<std::vector<char>> results = results_of(s, table, arrays, in_order);
+      const DensePointers operands = dense_pointers(s, pointers(arrays));
+      for (size_t row = 0; row < s.rows; ++row) {
+        if (row == 1 && value != 0 && std::fabs(value) < 1) {
+          for (size_t n = 0; n < 5; ++n) {
+            check(std::fabs(read<float>(results[0].data(), 5 + n)) < 1e-30f, "%s %s: tiny values give %g",
+                  table.isa, describe(s).c_str(), static_cast<double>(read<float>(results[0].data(), 5 + n)));
+          }
+          continue;
+        }
+        check_dense_row(s, operands, {results[0].data()}, row, std::string(table.isa) + " " + describe(s));
+      }
+    }
+  }
+}
+
+// Indices of a permutation that do not exist read nothing outside; no rows and no columns are no work.
+void test_nothing(const KernelTable& table) {
+  std::mt19937 random(12);
+  DenseShape s = {.rows = 3, .size = 19, .columns = {5}, .permutation = true};
+  std::vector<DenseArray> arrays = random_operands(s, random);
+  for (const std::int32_t index : {-1, 19, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
+    write(arrays[1].bytes.data(), 7, index);
+    placed_results(s, table, arrays, "an index that does not exist");
+  }
+  for (const auto& kind : kKinds) {
+    // Beside a weight without columns, whose arrays may be null pointers.
+    DenseShape beside = {.format = kind.format,
+                         .group_size = kind.grouped ? size_t{32} : 0,
+                         .offsets = kind.offsets,
+                         .rows = 3,
+                         .size = 32,
+                         .columns = {0, 7},
+                         .bias = true};
+    const std::vector<DenseArray> operands = random_operands(beside, random);
+    const std::vector<std::vector<char>> results = results_of(beside, table, operands, in_order);
+    check_dense_row(beside, dense_pointers(beside, pointers(operands)), {nullptr, results[1].data()}, 1,
+                    std::string(table.isa) + " " + describe(beside));
+    for (const size_t rows : {0, 3}) {
+      DenseShape empty = {.format = kind.format,
+                          .group_size = kind.grouped ? size_t{32} : 0,
+                          .rows = rows,
+                          .size = 32,
+                          .columns = {rows ? size_t{0} : 7, 0}};
+      placed_results(empty, table, random_operands(empty, random), describe(empty));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quake::tests
+
+// test_dense [--thin]: fewer sizes, for emulation and the thread sanitizer.
+int main(int argc, char** argv) {
+  using namespace quake::tests;
+  thin = has_option(argc, argv, "--thin");
+  return run_all([](const quake::KernelTable& table) {
+    test_shapes(table);
+    test_deep(table);
+    test_threads(table);
+    test_special_values(table);
+    test_ranges(table);
+    test_nothing(table);
+  });
+}
