@@ -11,8 +11,11 @@ ROWS = (1, 4, 8, 16, 32, 128, 197, 1024, 3072)
 BASE = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
 LAYERS = (*BASE, (384, 1536), (192, 768), (2048, 5632), (4096, 4096), (4096, 11008))
 FEW_ROWS = 16  # up to so many, weights come from memory: they walk through copies
-# To compile a choice between more takes XLA a quarter of a minute and more.
-MOST_COPIES = 128
+MOST_COPIES = 64  # XLA takes seconds to compile a choice between as many
+# Weights that are constants of the program, which XLA takes seconds to fold, have bars here alone.
+CONSTANT_ROWS = (1, 8)
+DECODED_ROWS = 128  # up to so many, weights alone are quantised: to read less of them
+GELU_ROWS = 8  # from so many on, GELU is measured
 
 # Ours, by the arguments of pack_weight.
 FORMATS: dict[str, dict] = {
@@ -43,11 +46,17 @@ PEERS = {
     "onnxruntime 4 bits/128": "int4/128",
     "OpenVINO float32": "float32",
     "OpenVINO bfloat16": "bfloat16",
+    "OpenVINO int8": "int8",
+    "OpenVINO 8 bits/32": "int8",
+    "OpenVINO 4 bits/32": "int4/32",
+    "OpenVINO 4 bits/128": "int4/128",
 }
 
-ROUNDS = 9
+ROUNDS, FEWEST_ROUNDS = 9, 2
+ROUNDS_FLOPS = 3e10  # work of the rounds of one contestant, where that leaves these numbers
 LONG_FLOPS = 1e9  # above this much work one call is a reading
-HUGE_FLOPS, HUGE_ROUNDS = 1e10, 3
+GELU_FLOPS = 2e10  # above this much work GELU is next to nothing
+MOST_FLOPS = 1e11  # above this much work nothing is new
 MOST_GFLOPS = 3000  # no core is faster: gives the shortest time that a call can take
 
 
@@ -73,9 +82,17 @@ class Shape:
         return self.m <= FEW_ROWS
 
 
-QUICK_SHAPES = (Shape(1, 192, 768), Shape(32, 192, 768))
+SHAPES = [s for k, n in LAYERS for m in ROWS if (s := Shape(m, k, n)).flops <= MOST_FLOPS]
+QUICK_SHAPES = [Shape(1, 192, 768), Shape(32, 192, 768)]
 FUSED = Shape(1024, 768, 3072)
 SCALED = (Shape(128, 768, 768), FUSED)
+# The weights of GPT-2 small, 124 million: how many of which shape.
+GPT2 = {**dict.fromkeys(BASE, 12), (768, 50257): 1}
+PACKED = ("bfloat16", "int8", "int4/32")
+# What norms are measured at fills the second-level cache of any core.
+NORM_SHAPE = (64, 768)
+NORMS = ("layer_norm", "rms_norm")
+NORM_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -97,16 +114,21 @@ def bytes_of(format_: str) -> float:
 
 
 def fits(format_: str, shape: Shape) -> bool:
-    """Whether groups divide the columns."""
-    return shape.k % FORMATS[format_].get("group_size", 1) == 0
+    """Whether a format is measured: groups divide the columns, and weights that are quantised
+    alone have few rows.
+    """
+    described = FORMATS[format_]
+    decoded = "activations" in described and shape.m > DECODED_ROWS
+    return shape.k % described.get("group_size", 1) == 0 and not decoded
 
 
 def choose(shape: Shape, wanted: list[str] | None) -> list[Case]:
     """The cases of one shape, which are measured in the same rounds."""
-    chosen = wanted or (FORMS if shape == FUSED else FORMS[:2])
+    gelu = shape.m >= GELU_ROWS and shape.flops <= GELU_FLOPS
+    chosen = wanted or (FORMS if shape == FUSED else FORMS[: 1 + gelu])
     return [Case(shape, form) for form in FORMS if form in chosen]
 
 
 def rounds(shape: Shape) -> int:
     """The number of interleaved rounds by default."""
-    return HUGE_ROUNDS if shape.flops > HUGE_FLOPS else ROUNDS
+    return max(FEWEST_ROUNDS, min(ROUNDS, round(ROUNDS_FLOPS / shape.flops)))

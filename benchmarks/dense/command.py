@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", action="append", type=_layer, metavar="K,N", help="repeatable; those of models"
     )
     frame.add_repeatable(parser, "--form", cases.FORMS, "all that make sense")
-    frame.add_rounds(parser, cases.ROUNDS, f"{cases.HUGE_ROUNDS} for the largest, 3 with --quick")
+    few = f"down to {cases.FEWEST_ROUNDS} for the largest, 3 with --quick"
+    frame.add_rounds(parser, cases.ROUNDS, few)
     frame.add_options(parser, *OPTIONS)
 
 

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable
 from benchmarks.dense.cases import (
     FORMATS,
     FUSED,
+    GELU_FLOPS,
     LAYERS,
+    NORM_SHAPE,
     PEERS,
     ROWS,
     SCALED,
+    SHAPES,
     XLA,
     Case,
     Shape,
@@ -25,6 +28,8 @@ from benchmarks.harness.pages import median
 
 Figure = Callable[[dict, str], float | None]
 BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
+ANY = ""  # every instruction set
+MODEL = "GPT-2 small, 124 M weights"
 
 
 def name_of(format_: str) -> str:
@@ -90,16 +95,26 @@ XLA_CONSTANTS = Kind(
 )
 FLAX = Kind("{subject} against what Flax traces to", "×", against("XLA bfloat16"))
 COST = Kind("{subject}, cost of what is fused", "%", _cost, at_least=False)
-SPEEDUP = Kind(
-    "{subject}, two threads over one",
-    "×",
-    lambda entry, subject: median(entry["speedup"]) if entry["format"] == subject else None,
-    entries="scaling",
-)
+
+
+def _stated(key: str) -> Figure:
+    """What stands in an entry of its own for each subject."""
+    return lambda entry, subject: median(entry[key]) if entry["subject"] == subject else None
+
+
+SPEEDUP = Kind("{subject}, two threads over one", "×", _stated("speedup"), entries="scaling")
+NORM = Kind("{subject} against XLA", "×", _stated("speed"), entries="norms")
+PACKING = Kind("packing as {subject}", "s", _stated("seconds"), at_least=False, entries="packing")
+
+
+def norm_case(name: str) -> str:
+    """What a norm is called."""
+    return f"{name} {'×'.join(map(str, NORM_SHAPE))}"
+
 
 MANY = [m for m in ROWS if m >= 128]
 LARGE = [(k, n) for k, n in LAYERS if min(k, n) >= 768]
-LARGE_MANY = [Shape(m, k, n) for m in MANY for k, n in LARGE]
+LARGE_MANY = [s for s in SHAPES if s.m in MANY and (s.k, s.n) in LARGE]
 WITH_PEERS = [name for name in FORMATS if name in PEERS.values()]
 
 
@@ -120,7 +135,7 @@ def _bars(
 
 
 def _all(rows: Iterable[int], layers: Iterable[tuple[int, int]] = LAYERS) -> list[Shape]:
-    return [Shape(m, k, n) for m in rows for k, n in layers]
+    return [s for s in SHAPES if s.m in rows and (s.k, s.n) in layers]
 
 
 _SMALL_INT8 = Shape(3072, 768, 768)  # where the output takes as long as the product
@@ -138,7 +153,8 @@ _SPEED = (
 )
 _FROM_8 = [m for m in ROWS if m >= 8]
 _BARE = tuple(_bars(PEER, _all(_FROM_8), 0.97, *WITH_PEERS))
-_GELU = tuple(_bars(PEER, _all(_FROM_8), 0.0, *WITH_PEERS, form="gelu"))
+_WITH_GELU = [s for s in _all(_FROM_8) if s.flops <= GELU_FLOPS]
+_GELU = tuple(_bars(PEER, _WITH_GELU, 0.0, *WITH_PEERS, form="gelu"))
 _MEMORY = (
     *_bars(READ, _all([1]), 90, *(f for f in FORMATS if "/32" not in f)),
     *_bars(READ, _all([1]), 87, *(f for f in FORMATS if "/32" in f)),
@@ -161,7 +177,9 @@ _FUSED = (
 _OTHER = (
     *_bars(PEAK, LARGE_MANY, 90, "float32", isa="avx2"),
     *_bars(FLOAT32, LARGE_MANY, 1.5, "int8", isa="avx2"),
-    *_bars(SPEEDUP, SCALED, 1.85, "float32", "int8", isa="avx512", threads=2),
+    *_bars(SPEEDUP, SCALED, 1.85, "float32", "int8", isa=ANY, threads=2),
+    Bar(NORM, norm_case("layer_norm"), 2.0, "float32", ANY),
+    Bar(PACKING, MODEL, 2.0, "int8", ANY),
 )
 BARS = (*_SPEED, *_BARE, *_MEMORY, *_XLA, *_FUSED, *_OTHER)
 # Of all shapes together: the bars whose figures have this geometric mean at least.
@@ -171,9 +189,9 @@ MEANS = (
 )
 
 
-def case_of(entry: dict) -> Case:
-    """The case of an entry of a result."""
-    return Case(Shape(entry["m"], entry["k"], entry["n"]), entry["form"])
+def case_of(entry: dict) -> Case | str:
+    """The case of an entry of a result; what is no layer has a name."""
+    return entry.get("case") or Case(Shape(entry["m"], entry["k"], entry["n"]), entry["form"])
 
 
 def judge(result: dict) -> list[dict]:
@@ -189,11 +207,19 @@ def judge(result: dict) -> list[dict]:
     return verdicts
 
 
+def not_judged(result: dict) -> dict[str, int]:
+    """How many bars hold for other instruction sets alone, by the name of the least one."""
+    at = result["environment"]
+    same = [bar for bar in BARS if bar.threads == at["threads"]]
+    return Counter(bar.isa for bar in same if not bar.holds(at))
+
+
 def not_measured(result: dict) -> dict[str, int]:
-    """How many bars of each kind the run has no figure for: another instruction set, number of
-    threads, or choice of shapes, or a library that is not installed.
+    """How many of the other bars of each kind the run has no figure for: another choice of shapes,
+    or a library that is not installed.
     """
-    figures = bars.figures(BARS, result, case_of)
-    counts = Counter(bar.kind.what.format(subject=bar.subject) for bar in BARS)
+    held = [bar for bar in BARS if bar.holds(result["environment"])]
+    figures = bars.figures(held, result, case_of)
+    counts = Counter(bar.kind.what.format(subject=bar.subject) for bar in held)
     counts.subtract(bar.kind.what.format(subject=bar.subject) for bar, _ in figures)
     return {what: count for what, count in counts.items() if count}

@@ -17,10 +17,14 @@ from benchmarks.dense.cases import (
     LAYERS,
     LONG_FLOPS,
     MOST_GFLOPS,
+    NORM_DTYPES,
+    NORMS,
+    PACKED,
     QUICK_SHAPES,
     ROUNDS,
     ROWS,
     SCALED,
+    SHAPES,
     Case,
     Shape,
 )
@@ -37,13 +41,16 @@ SANE_ERROR = {"int4": 0.3, "int8": 0.1, "bfloat16": 0.05, "float32": 1e-3}
 # Which peak is the limit of a format; of weights alone the products are float32's.
 PEAK = {"float32": FMA, "bfloat16": BFLOAT16, "int8": INT8, "int4/32": INT8, "int4/128": INT8}
 QUICK_BYTES = 4 << 20
+ATTEMPTS = 3  # of a reading, which may last for seconds
+PACKING_ROUNDS = 3
 
 
 def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
-    shapes = [Shape(m, k, n) for k, n in args.layer or LAYERS for m in args.rows or ROWS]
-    if args.quick and not (args.layer or args.rows):
-        shapes = list(QUICK_SHAPES)
+    shapes = QUICK_SHAPES if args.quick else SHAPES
+    everything = args.threads == 1 and not (args.layer or args.quick)
+    if args.layer or args.rows:
+        shapes = [Shape(m, k, n) for k, n in args.layer or LAYERS for m in args.rows or ROWS]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
     quake_jax("pack_weight")  # is it there?
     ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
@@ -53,12 +60,16 @@ def measure(args: argparse.Namespace) -> dict:
     # Twice the cache: nothing of a copy is left when its turn comes again.
     run = Run(settings, ceilings, peers, QUICK_BYTES if args.quick else 0)
     compared = list(SCALED) if args.threads == 2 and not args.quick else []
-    measured = []
-    with progress(len(shapes) + 2 * len(compared)) as bar:
+    measured, norms, packing = [], [], []
+    with progress(len(shapes) + 2 * len(compared) + everything) as bar:
         for shape in bar.over(list(dict.fromkeys(shapes)), str):
             measured += run.measure(all_cases.choose(shape, args.form), bar.advance)
         bar.show("one thread against two" if compared else "")
         scaling = _scaling(compared, settings, bar.advance)
+        if everything:
+            bar.show("norms, and packing a model")
+            norms, packing = _norms(settings), _packing(settings)
+            bar.advance()
     result = {
         "benchmark": "dense" if args.allocator == "keep" else "dense, system allocator",
         "environment": environment.describe(args.threads),
@@ -66,8 +77,11 @@ def measure(args: argparse.Namespace) -> dict:
         "left_out": left_out,
         "cases": measured,
         "scaling": scaling,
+        "norms": norms,
+        "packing": packing,
     }
     result["bars"] = [] if args.quick else goals.judge(result)
+    result["bars_not_judged"] = goals.not_judged(result)
     result["bars_not_measured"] = goals.not_measured(result)
     return result
 
@@ -84,8 +98,42 @@ def _scaling(shapes: list[Shape], settings: Settings, advance: Callable[[], None
         advance,
     )
     return [
-        {**vars(shape), "form": "bias", "format": name, **entry}
+        {**vars(shape), "form": "bias", "subject": name, **entry}
         for (shape, name), entry in zip(compared, found, strict=True)
+    ]
+
+
+def _norms(settings: Settings) -> list[dict]:
+    """Norms that are operators of their own against XLA's."""
+    entries = []
+    for name in NORMS:
+        for dtype in NORM_DTYPES:
+            both = systems.norm(name, dtype)
+            ours, xla = (series.times for series in settings.read(both, ROUNDS).values())
+            entries.append(
+                {
+                    "case": goals.norm_case(name),
+                    "subject": dtype,
+                    "us": Quartiles.of(ours).scaled(1e6).as_dict(),
+                    "speed": paired_ratio(xla, ours).as_dict(),
+                }
+            )
+    return entries
+
+
+def _packing(settings: Settings) -> list[dict]:
+    """Packing the weights of a model, in rounds after one that compiles."""
+    contestants = {name: systems.packing(name) for name in PACKED}
+    for contestant in contestants.values():
+        contestant.run(1)
+    read = settings.read(list(contestants.values()), PACKING_ROUNDS, shortest=1.0)
+    return [
+        {
+            "case": goals.MODEL,
+            "subject": name,
+            "seconds": Quartiles.of(read[contestant.name].times).as_dict(),
+        }
+        for name, contestant in contestants.items()
     ]
 
 
@@ -133,6 +181,7 @@ class Run:
             all_cases.rounds(shape),
             advance,
             shortest=shape.flops / (1e9 * MOST_GFLOPS * self.settings.threads),
+            attempts=ATTEMPTS,
         )
         for entry in gathered.entries.values():
             series = gathered.series[entry.contestant.name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.dense import goals
-from benchmarks.dense.cases import FORMATS, MOST_COPIES, Shape
+from benchmarks.dense.cases import FORMATS, MOST_COPIES
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table, number
 
@@ -32,14 +32,22 @@ def tables(result: dict) -> list[Table]:
     made.append(("Peaks: GFLOP/s, and GB/s of the fastest read loop", _peaks(cases)))
     made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
     made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
-    scaling = [
-        [f"{_label(e)} {e['format']}", pages.spread(e["speedup"])] for e in result["scaling"]
-    ]
-    return made + pages.two_threads(CASE, scaling) + bars.tables(result)
+    made += pages.two_threads(CASE, _stated(result["scaling"], "speedup"))
+    if result["norms"]:
+        title = "Norms as operators of their own: XLA's time over ours, median (quartiles)"
+        made.append((title, [["norm", "XLA over ours"], *_stated(result["norms"], "speed")]))
+    if result["packing"]:
+        rows = [["model", "seconds"], *_stated(result["packing"], "seconds")]
+        made.append(("Packing: median (quartiles)", rows))
+    return made + bars.tables(result)
+
+
+def _stated(entries: list[dict], key: str) -> Rows:
+    return [[f"{goals.case_of(e)}, {e['subject']}", pages.spread(e[key])] for e in entries]
 
 
 def _label(entry: dict) -> str:
-    return f"{Shape(entry['m'], entry['k'], entry['n'])} {entry['form']}"
+    return str(goals.case_of(entry))
 
 
 def _each(cases: list[dict], key: str) -> Rows:
@@ -105,6 +113,8 @@ def remarks(result: dict) -> list[str]:
         *pages.isa_remarks(result),
     ]
     if result["bars"]:
+        parts = (f"{count} for {isa}" for isa, count in result["bars_not_judged"].items())
+        lines.append(f"Bars not judged, which need other instructions: {', '.join(parts)}.")
         parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
         lines.append(f"Bars not measured: {'; '.join(parts) or 'none'}.")
     return lines + pages.reading_remarks(result)

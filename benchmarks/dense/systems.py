@@ -18,17 +18,25 @@ import numpy as np
 from jax import lax
 from scipy import special
 
-from benchmarks.dense.cases import FORMATS, LONG_FLOPS, MOST_COPIES, Shape, bytes_of, fits
+from benchmarks.dense.cases import (
+    CONSTANT_ROWS,
+    FORMATS,
+    GPT2,
+    LONG_FLOPS,
+    MOST_COPIES,
+    NORM_SHAPE,
+    Shape,
+    bytes_of,
+    fits,
+)
 from benchmarks.harness import buffers, peers, timing
-from benchmarks.harness.errors import quake_jax
+from benchmarks.harness.errors import BenchmarkError, quake_jax
 from benchmarks.harness.timing import Contestant
 
 # Results are checked on so many rows, spread over all.
 CHECKED_ROWS = 9
 # A reading takes so many times what starting its program does, which grows with the copies.
 STARTS = 20
-# XLA takes seconds to fold more constants than these.
-CONSTANTS = 3 << 24
 EPSILON = 1e-5
 
 
@@ -56,12 +64,9 @@ class Layer:
 
     def __post_init__(self):
         m, k, n = self.shape.m, self.shape.k, self.shape.n
-        random = np.random.default_rng(0)
-
-        def normal(*size: int) -> np.ndarray:
-            return random.standard_normal(size, dtype=np.float32)
-
-        self.x, self.bias, self.weight = normal(m, k), normal(n), normal(k, n) / math.sqrt(k)
+        normal = _normal()
+        self._made = _of_layer(k, n)
+        self.x, self.bias, self.weight = normal(m, k), normal(n), self._made[""]
         self.scale, self.offset, self.residual = normal(k), normal(k), normal(m, n)
 
     def count(self, bytes_of_weight: float) -> int:
@@ -74,7 +79,9 @@ class Layer:
     def copies(self, name: str, bytes_of_weight: float, make: Callable[[], Any]) -> list:
         """The copies of a format by its name: pytrees of JAX arrays like the one made."""
         if name not in self._copies:
-            made, count = make(), self.count(bytes_of_weight)
+            if name not in self._made:
+                self._made[name] = make()
+            made, count = self._made[name], self.count(bytes_of_weight)
             more = (jax.tree.map(jnp.copy, made) for _ in range(count - 1))
             self._copies[name] = [*more, made]
         return self._copies[name]
@@ -114,6 +121,19 @@ class Layer:
             results = {"bias": bare, "gelu": gelu(bare), "all": gelu(all_) + self.residual[rows]}
             found |= {(form, erf): (rows, result) for form, result in results.items()}
         return found
+
+
+def _normal() -> Callable[..., np.ndarray]:
+    random = np.random.default_rng(0)
+    return lambda *size: random.standard_normal(size, dtype=np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_layer(k: int, n: int) -> dict[str, Any]:
+    """The weight, and by the names of formats what was made of it: for all rows of a layer, which
+    come one after another.
+    """
+    return {"": _normal()(k, n) / math.sqrt(k)}
 
 
 def _exact_gelu_erf(y: np.ndarray) -> np.ndarray:
@@ -234,8 +254,7 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
         copies = layer.copies(f"XLA {dtype}", size, make)
         name = f"XLA {dtype}" if dtype == out else f"XLA {dtype} → {out}"
         yield entry(name, dtype, copies, operator, (dtype, out))
-        elements = len(copies) * copies[0].size
-        if out == "float32" and elements <= CONSTANTS:
+        if out == "float32" and layer.shape.m in CONSTANT_ROWS:
             yield _of_constants(name, dtype, copies, operator, (dtype, out), entry)
 
 
@@ -270,3 +289,44 @@ def distinct(array: np.ndarray | jax.Array, count: int) -> Iterator[np.ndarray]:
             copy.flat[0] = i % 100
             copy.flat[1] = i // 100
         yield copy
+
+
+# --- What is no layer
+
+
+def norm(name: str, dtype: str) -> tuple[Contestant, Contestant]:
+    """Ours, and what Flax's module of that norm traces to."""
+    normal, module = _normal(), quake_jax(name)
+    operands = [jnp.array(normal(*NORM_SHAPE), dtype)]
+    operands += [jnp.array(normal(NORM_SHAPE[-1])) for _ in range(2 if name == "layer_norm" else 1)]
+
+    def flax(x, scale, offset=0.0):
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(-1, keepdims=True) if name == "layer_norm" else 0.0
+        variance = jnp.maximum((wide * wide).mean(-1, keepdims=True) - mean * mean, 0)
+        return ((wide - mean) * (lax.rsqrt(variance + EPSILON) * scale) + offset).astype(dtype)
+
+    ours = functools.partial(getattr(module, name), epsilon=EPSILON)
+    held = buffers.Buffers(operands, NORM_SHAPE, dtype)
+    contestants, results = [], []
+    for system, operator in (("quake", ours), ("XLA", flax)):
+        contestants.append(Contestant(f"{system} {name} {dtype}", held.runner(operator)))
+        contestants[-1].run(1)
+        results.append(held.target.astype(np.float32))
+    if not np.allclose(*results, rtol=0.02, atol=0.02):
+        raise BenchmarkError(f"{name} is wrong in {dtype}")
+    return tuple(contestants)
+
+
+def packing(format_: str) -> Contestant:
+    """Packing the weights of a model, from arrays in NumPy."""
+    pack = functools.partial(quake_jax("pack_weight").pack_weight, **FORMATS[format_])
+    normal = _normal()
+    weights = [w for (k, n), count in GPT2.items() for w in [normal(k, n)] * count]
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            for weight in weights:
+                jax.block_until_ready(pack(weight))
+
+    return Contestant(f"packing {format_}", run, calls=1)

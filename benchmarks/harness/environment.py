@@ -80,7 +80,7 @@ def describe(threads: int) -> dict:
     is None. `threads` is the number that was given to `prepare`.
     """
     versions = {}
-    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime"):
+    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "openvino"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -93,6 +93,7 @@ def describe(threads: int) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "isa": quake_jax.isa() if quake_jax else None,
+        "isa_forced": "QUAKE_JAX_ISA" in os.environ,
         "threads": threads,
         "cores": allowed_cores() or None,
         "xla_pool_threads": _xla_pool_threads(),
