@@ -7,7 +7,7 @@ hardware: the peaks of the instructions that multiply, and for few rows the fast
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from benchmarks.dense import cases as all_cases
@@ -43,6 +43,16 @@ PEAK = {"float32": FMA, "bfloat16": BFLOAT16, "int8": INT8, "int4/32": INT8, "in
 QUICK_BYTES = 4 << 20
 ATTEMPTS = 3  # of a reading, which may last for seconds
 PACKING_ROUNDS = 3
+
+
+def peak_of(format_: str, peaks: Container[str]) -> str | None:
+    """The name of the peak that limits a format, or None if it is not among these. Without an
+    instruction of its own bfloat16 is widened to float32.
+    """
+    name = PEAK.get(format_, FMA)
+    if name == BFLOAT16 and name not in peaks:
+        name = FMA
+    return name if name in peaks else None
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -265,7 +275,7 @@ class Run:
         full, entry = _full(case, name), gathered.entries[case, name]
         series = gathered.series[full]
         milliseconds = Quartiles.of(series.times).scaled(1e3)
-        peak = PEAK.get(entry.format, FMA)
+        peak = peak_of(entry.format, gathered.series)
         figures = {
             "ms": milliseconds.as_dict(),
             "gflops": 1e-6 * case.shape.flops / milliseconds.median,
@@ -274,7 +284,7 @@ class Run:
             "error": gathered.errors[case, name],
             **series.conditions(),
         }
-        if peak in gathered.series:
+        if peak:
             work = self.ceilings.peaks[peak]
             share = gathered.ratio(peak, full).scaled(case.shape.flops / work)
             figures["share_of_peak"] = share.as_dict()

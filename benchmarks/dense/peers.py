@@ -18,6 +18,7 @@ from benchmarks.harness.errors import missing
 from benchmarks.harness.timing import Contestant
 
 OPENVINO = "openvino"
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 SMALL = Shape(1, 128, 16)  # its call is what a call from Python costs
 # Of a layer in a form: what multiplies with every copy once, the result, the number of copies.
 Made = tuple[Callable[[], object], Callable[[], np.ndarray], int]
@@ -39,6 +40,9 @@ class Peers:
         self._try(peers.TORCH, _torch)
         self._try(peers.ONNXRUNTIME, _onnxruntime, "onnx")
         self._try(OPENVINO, _openvino, "onnx")
+        if not _has(*BFLOAT16_FLAGS):
+            reason = "emulated or float32 without instructions for it"
+            self.left_out["bfloat16 in torch beyond small layers, and in OpenVINO"] = reason
 
     def _try(self, name: str, of_library: Callable[[int], dict[str, Make]], *more: str) -> None:
         lacking = missing(name, *more)
@@ -51,7 +55,7 @@ class Peers:
         """The contestants of one form of a layer; a call from Python is subtracted from them."""
         for name, make in self._makes.items():
             shape = layer.shape
-            slow = name == "torch bfloat16" and not _has("avx512_bf16", "amx_bf16")
+            slow = name == "torch bfloat16" and not _has(*BFLOAT16_FLAGS)
             if form == "all" or shape.k % _block(name) or slow and shape.flops > LONG_FLOPS:
                 continue
             library = name.split()[0]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from matplotlib import pyplot as plt
 
 from benchmarks.dense.cases import FORMATS, PEERS, XLA
-from benchmarks.dense.measure import PEAK
+from benchmarks.dense.measure import peak_of
 from benchmarks.harness import plots
-from benchmarks.harness.hardware import FMA
 
 COLUMNS = 4
 MARKS = {"quake": ("o", "#08519c"), "XLA": ("x", "#d95f0e"), "torch": ("+", "#a63603")}
@@ -41,9 +40,9 @@ def _panel(axis: plt.Axes, cases: list[dict], format_: str) -> None:
                 points.setdefault(name.split()[0], []).append((intensity, entry["gflops"]))
     for system, found in points.items():
         marker, colour = MARKS[system]
-        axis.scatter(*zip(*found, strict=True), 12, colour, marker, label=system, linewidths=0.8)
-    peak = PEAK.get(format_, FMA)
-    peaks = [case["peaks_gflops"][peak] for case in cases if peak in case["peaks_gflops"]]
+        axis.scatter(*zip(*found, strict=True), 18, colour, marker, label=system, linewidths=0.8)
+    found = (case["peaks_gflops"] for case in cases)
+    peaks = [of[peak] for of in found if (peak := peak_of(format_, of))]
     reads = [case["read"]["gbps"] for case in cases if case["read"]]
     if peaks:
         axis.axhline(max(peaks), color="black", linestyle="dotted", label="peak")

@@ -18,6 +18,7 @@ from benchmarks.dense.cases import FORMATS, FORMS, PEERS, XLA, Case, Shape
 from benchmarks.harness import hardware, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
+from benchmarks.harness.hardware import BFLOAT16, FMA, INT8
 
 SMALL = Shape(3, 128, 40)
 DECODED = ("int8 weights", "int4/32 weights")
@@ -175,6 +176,22 @@ def test_every_limit_can_be_timed():
     assert len({contestant.name for contestant in everyone}) == len(limits.peaks) + 12
     for contestant in everyone:
         assert timing.read(contestant.run, 3).wall > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peaks", "wanted"),
+    [
+        ("float32", {FMA}, FMA),
+        ("int8 weights", {FMA, INT8}, FMA),
+        ("bfloat16", {FMA, BFLOAT16}, BFLOAT16),
+        ("bfloat16", {FMA}, FMA),
+        ("int4/32", {FMA, INT8}, INT8),
+        ("int8", {FMA}, None),
+        ("float32", set(), None),
+    ],
+)
+def test_the_peak_that_limits_a_format(name, peaks, wanted):
+    assert measure.peak_of(name, peaks) == wanted
 
 
 # --- Bars
