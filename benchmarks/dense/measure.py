@@ -7,6 +7,7 @@ hardware: the peaks of the instructions that multiply, and for few rows the fast
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
@@ -61,6 +62,10 @@ def measure(args: argparse.Namespace) -> dict:
     everything = args.threads == 1 and not (args.layer or args.quick)
     if args.layer or args.rows:
         shapes = [Shape(m, k, n) for k, n in args.layer or LAYERS for m in args.rows or ROWS]
+    earlier = _earlier(args)
+    measured, norms, packing = (earlier.get(key, []) for key in ("cases", "norms", "packing"))
+    done = {goals.case_of(entry).shape for entry in measured}
+    shapes = [shape for shape in dict.fromkeys(shapes) if shape not in done]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
     quake_jax("pack_weight")  # is it there?
     ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
@@ -70,13 +75,12 @@ def measure(args: argparse.Namespace) -> dict:
     # Twice the cache: nothing of a copy is left when its turn comes again.
     run = Run(settings, ceilings, peers, QUICK_BYTES if args.quick else 0)
     compared = list(SCALED) if args.threads == 2 and not args.quick else []
-    measured, norms, packing = [], [], []
     with progress(len(shapes) + 2 * len(compared) + everything) as bar:
-        for shape in bar.over(list(dict.fromkeys(shapes)), str):
+        for shape in bar.over(shapes, str):
             measured += run.measure(all_cases.choose(shape, args.form), bar.advance)
         bar.show("one thread against two" if compared else "")
         scaling = _scaling(compared, settings, bar.advance)
-        if everything:
+        if everything and not packing:
             bar.show("norms, and packing a model")
             norms, packing = _norms(settings), _packing(settings)
             bar.advance()
@@ -94,6 +98,13 @@ def measure(args: argparse.Namespace) -> dict:
     result["bars_not_judged"] = goals.not_judged(result)
     result["bars_not_measured"] = goals.not_measured(result)
     return result
+
+
+def _earlier(args: argparse.Namespace) -> dict:
+    """The result that the run resumes; empty where there is none."""
+    if not (args.resume and args.json and args.json.exists()):
+        return {}
+    return json.loads(args.json.read_text())
 
 
 def _scaling(shapes: list[Shape], settings: Settings, advance: Callable[[], None]) -> list[dict]:
