@@ -15,7 +15,16 @@ from typing import NoReturn
 from benchmarks.harness import frame
 from benchmarks.harness.errors import BenchmarkError, require
 
-SUBCOMMANDS = ("ops", "attention", "models", "quality", "approximations", "build", "devices")
+SUBCOMMANDS = (
+    "ops",
+    "attention",
+    "dense",
+    "models",
+    "quality",
+    "approximations",
+    "build",
+    "devices",
+)
 
 
 class _OneLineParser(argparse.ArgumentParser):

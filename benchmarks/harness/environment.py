@@ -80,7 +80,7 @@ def describe(threads: int) -> dict:
     is None. `threads` is the number that was given to `prepare`.
     """
     versions = {}
-    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime"):
+    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "openvino"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -93,6 +93,7 @@ def describe(threads: int) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "isa": quake_jax.isa() if quake_jax else None,
+        "isa_forced": "QUAKE_JAX_ISA" in os.environ,
         "threads": threads,
         "cores": allowed_cores() or None,
         "xla_pool_threads": _xla_pool_threads(),
@@ -109,6 +110,11 @@ def cpu_family() -> int | None:
     """The family that the CPU reports of itself (x86 on Linux only)."""
     family = _cpuinfo("cpu family")
     return int(family) if family else None
+
+
+def cpu_flags() -> list[str]:
+    """The extensions that the CPU reports of itself (x86 on Linux only)."""
+    return (_cpuinfo("flags") or "").split()
 
 
 def _cpu_model() -> str | None:

@@ -12,12 +12,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.harness import environment
 from benchmarks.harness.timing import Contestant
 
 CLOCK, FMA, READ = "clock", "fma peak", "read"
+BFLOAT16, INT8 = "vdpbf16ps peak", "vpdpbusd peak"
 
 # --- The clock: a chain of dependent multiplications takes a known number of cycles, whatever else
 # the core does.
@@ -51,19 +53,21 @@ def clock() -> Contestant | None:
 _CHAINS = 12
 _REPEATS = 1000
 _WIDTHS = {"avx512": (64, "-mavx512f"), "avx2": (32, "-mavx2 -mfma")}
+# The instructions that multiply and add: how many operations for each 4 bytes of a vector, and the
+# flag of Linux that tells that a CPU has it at the width of AVX-512.
+_INSTRUCTIONS = {
+    FMA: ("vfmadd231ps", 2, None),
+    BFLOAT16: ("vdpbf16ps", 4, "avx512_bf16"),
+    INT8: ("vpdpbusd", 8, "avx512_vnni"),
+}
+# How a read loop goes: in how many streams, and how many bytes ahead it prefetches.
+_READS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
 
 _SOURCE = """
 typedef float vector __attribute__((vector_size({bytes})));
 typedef long long words __attribute__((vector_size({bytes})));
 
-void fma_chains(long calls) {{
-  {declare}
-  vector x;
-  for (int j = 0; j < {bytes} / 4; ++j) x[j] = 1e-6f * (j + 1);
-  for (long i = 0; i < calls * {repeats}; ++i) {{
-    {step}
-  }}
-}}
+{chains}
 
 /* Eight loads are under way at a time; the result is stored so that nothing is left out. */
 void read_all(const char* from, long bytes, long calls) {{
@@ -80,6 +84,35 @@ void read_all(const char* from, long bytes, long calls) {{
     sink = a[0][0] ^ a[0][1];
   }}
 }}
+{streams}
+"""
+
+_CHAINS_SOURCE = """
+void {instruction}_chains(long calls) {{
+  {declare}
+  vector x;
+  for (int j = 0; j < {bytes} / 4; ++j) x[j] = 1e-6f * (j + 1);
+  for (long i = 0; i < calls * {repeats}; ++i) {{
+    {step}
+  }}
+}}
+"""
+
+# Each stream reads a part of the array; as above, eight loads are under way.
+_STREAMS_SOURCE = """
+void read_{streams}_{ahead}(const char* from, long bytes, long calls) {{
+  static volatile long long sink;
+  for (long call = 0; call < calls; ++call) {{
+    words a[8] = {{{{0}}}};
+    const long part = bytes / {streams} / 512 * 512;
+    for (long at = 0; at < part; at += 8 / {streams} * sizeof(words)) {{
+      __asm__ volatile("" : : : "memory");
+      {loads}
+    }}
+    a[0] ^= a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+    sink = a[0][0] ^ a[0][1];
+  }}
+}}
 """
 
 
@@ -89,10 +122,12 @@ class Ceilings:
     Attributes:
         left_out: Why there are none, or None.
         flops_per_call: Additions and multiplications of one call of `fma`, all threads together.
+        peaks: The same of every instruction that there is, by the name of its contestant.
     """
 
     def __init__(self, isa: str | None, threads: int):
         self.left_out: str | None = None
+        self.peaks: dict[str, float] = {}
         self._threads = threads
         self._pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
         width = next((w for name, w in _WIDTHS.items() if (isa or "").startswith(name)), None)
@@ -100,16 +135,37 @@ class Ceilings:
         if self._library is None:
             self.left_out = "needs a C++ compiler, and AVX2 or AVX-512"
             return
-        self.flops_per_call = 2.0 * width[0] / 4 * _CHAINS * _REPEATS * threads
+        for name, (_, operations, flag) in _INSTRUCTIONS.items():
+            if flag is None or (width[0] == 64 and flag in environment.cpu_flags()):
+                self.peaks[name] = operations * width[0] / 4.0 * _CHAINS * _REPEATS * threads
+        self.flops_per_call = self.peaks[FMA]
 
     def fma(self) -> Contestant:
         """Fused multiply-adds of float32 on as many threads as the operators may use."""
-        loop = self._library.fma_chains
-        return Contestant(FMA, lambda calls: self._on_all([(loop, calls)] * self._threads))
+        return self.peak(FMA)
+
+    def peak(self, name: str) -> Contestant:
+        """One of `peaks`, on as many threads as the operators may use."""
+        loop = getattr(self._library, f"{_INSTRUCTIONS[name][0]}_chains")
+        return Contestant(name, lambda calls: self._on_all([(loop, calls)] * self._threads))
 
     def read(self, name: str, arrays: Sequence) -> Contestant:
         """Reading NumPy arrays once per call, each divided among the threads."""
-        loop, parts = self._library.read_all, []
+        return self._reading(name, self._library.read_all, arrays)
+
+    def reads(self, arrays: Sequence) -> list[Contestant]:
+        """Reading them in one to eight streams, with and without prefetching."""
+        return [
+            self._reading(
+                f"{READ}, streams {streams}, ahead {ahead}",
+                getattr(self._library, f"read_{streams}_{ahead}"),
+                arrays,
+            )
+            for streams, ahead in _READS
+        ]
+
+    def _reading(self, name: str, loop: Callable, arrays: Sequence) -> Contestant:
+        parts = []
         for array in arrays:
             share = array.nbytes // self._threads // 512 * 512
             parts.append([(array.ctypes.data + share * i, share) for i in range(self._threads)])
@@ -137,16 +193,41 @@ class Ceilings:
 
 
 def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
-    declare = " ".join(f"vector a{i} = {{{i + 1}}};" for i in range(_CHAINS))
-    step = " ".join(
-        f'__asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(a{i}) : "v"(x));' for i in range(_CHAINS)
+    def chains(instruction: str) -> str:
+        step = f'__asm__ volatile("{instruction} %1, %1, %0" : "+v"(a{{}}) : "v"(x));'
+        return _CHAINS_SOURCE.format(
+            instruction=instruction,
+            bytes=size,
+            repeats=_REPEATS,
+            declare=" ".join(f"vector a{i} = {{{i + 1}}};" for i in range(_CHAINS)),
+            step=" ".join(step.format(i) for i in range(_CHAINS)),
+        )
+
+    def streams(count: int, ahead: int) -> str:
+        loads, lines = [], 8 // count
+        for stream in range(count):
+            loads.append(f"const char* p{stream} = from + {stream} * part + at;")
+            for i in range(lines):
+                if ahead:
+                    loads.append(f"__builtin_prefetch(p{stream} + {ahead + i * size});")
+                loads.append(f"a[{stream * lines + i}] ^= ((const words*)p{stream})[{i}];")
+        return _STREAMS_SOURCE.format(streams=count, ahead=ahead, loads=" ".join(loads))
+
+    known = [name for name, *_, flag in _INSTRUCTIONS.values() if flag is None or size == 64]
+    text = _SOURCE.format(
+        bytes=size,
+        chains="".join(map(chains, known)),
+        streams="".join(streams(*way) for way in _READS),
     )
-    text = _SOURCE.format(bytes=size, declare=declare, repeats=_REPEATS, step=step)
     library = _compile(text, *flags.split())
     if library is not None:
-        library.fma_chains.argtypes, library.fma_chains.restype = [ctypes.c_long], None
-        library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
-        library.read_all.restype = None
+        for instruction in known:
+            loop = getattr(library, f"{instruction}_chains")
+            loop.argtypes, loop.restype = [ctypes.c_long], None
+        for name in ["read_all", *(f"read_{streams}_{ahead}" for streams, ahead in _READS)]:
+            loop = getattr(library, name)
+            loop.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
+            loop.restype = None
     return library
 
 

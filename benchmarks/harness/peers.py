@@ -39,6 +39,21 @@ def torch_tensor(array):
     return torch.from_numpy(array)
 
 
+def onnx_nodes(steps: str, attributes: dict[str, dict] | None = None) -> list:
+    """The nodes of steps `Operator inputs > outputs` of ONNX, separated by semicolons, with the
+    attributes of those operators that have any.
+    """
+    from onnx import helper
+
+    nodes = []
+    for step in steps.split(";"):
+        inputs, outputs = step.split(">")
+        name, *inputs = inputs.split()
+        own = (attributes or {}).get(name, {})
+        nodes.append(helper.make_node(name, inputs, outputs.split(), **own))
+    return nodes
+
+
 def repeat(call: Callable[[], Any], buffers: Any) -> Callable[[int], None]:
     """A function that calls so many times; it keeps the memory alive whose addresses `call` has."""
 

@@ -102,13 +102,6 @@ def _torch_maker(threads: int):
     return make
 
 
-def _step(text: str) -> tuple[str, list[str], list[str]]:
-    """A step `Operator inputs > output` of ONNX: the operator, its inputs and its outputs."""
-    inputs, outputs = text.split(">")
-    name, *inputs = inputs.split()
-    return name, inputs, outputs.split()
-
-
 def _onnxruntime_maker(threads: int):
     import onnxruntime
     from onnx import TensorProto, helper
@@ -129,10 +122,7 @@ def _onnxruntime_maker(threads: int):
             name: helper.make_tensor_value_info(name, dtype, array.shape)
             for name, array in arrays.items()
         }
-        nodes = [
-            helper.make_node(name, inputs, outputs, **case.operator.attributes.get(name, {}))
-            for name, inputs, outputs in map(_step, case.operator.onnx.split(";"))
-        ]
+        nodes = peers.onnx_nodes(case.operator.onnx, case.operator.attributes)
         constants = [
             helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
             helper.make_tensor("slope", dtype, [], [QUICK_GELU_SLOPE]),

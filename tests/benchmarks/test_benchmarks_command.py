@@ -30,6 +30,12 @@ BAD = {
         (("--rounds", "0"), "'0'"),
         (("--order", "7"), "7"),
     ],
+    "dense": [
+        (("--layer", "12,no"), "'12,no'"),
+        (("--layer", "12"), "'12'"),
+        (("--rows", "0"), "'0'"),
+        (("--form", "relu"), "'relu'"),
+    ],
     "models": [
         (("--model", "gpt5"), "'gpt5'"),
         (("--system", "tensorflow"), "'tensorflow'"),

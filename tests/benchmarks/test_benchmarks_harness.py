@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import hardware, timing
+from benchmarks.harness import hardware, pages, timing
 from benchmarks.harness.timing import Contestant, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def reading(wall=1e-3, faults=0, waited=0.0, calls=10):
     return Reading(calls=calls, wall=wall, cpu=wall, faults=faults, waited=waited)
+
+
+@pytest.mark.parametrize(
+    ("isa", "forced", "lines"), [("avx2", True, 1), ("avx2", False, 0), ("avx512", True, 0)]
+)
+def test_only_a_forced_instruction_set_is_ours_alone(isa, forced, lines):
+    result = {"environment": {"isa": isa, "isa_forced": forced}}
+    assert len(pages.isa_remarks(result)) == lines
 
 
 # --- Arithmetic

@@ -206,7 +206,8 @@ inline std::vector<DenseArray> random_operands(const DenseShape& s, std::mt19937
       }
     } else if (what == "codes" && (s.is_int8() || s.is_int4())) {
       for (std::size_t i = 0; i < count; ++i) data[i] = static_cast<char>(random());
-      for (std::size_t i = 0; s.is_int8() && i < count; ++i) data[i] = data[i] == -128 ? char{127} : data[i];
+      for (std::size_t i = 0; s.is_int8() && i < count; ++i)
+        data[i] = static_cast<signed char>(data[i]) == -128 ? char{127} : data[i];
       clear_padding(s, data, array.dims[0]);
     } else if (what == "codes") {
       const Storage& storage = s.format == DenseFormat::kFloat32 ? kStorage[0] : kStorage[1];

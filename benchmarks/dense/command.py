@@ -1,0 +1,39 @@
+"""`python -m benchmarks dense`: dense layers in 32, 16, 8 and 4 bits against other libraries."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.dense import cases
+from benchmarks.harness import frame
+
+HELP = "dense layers in every format against XLA, torch, onnxruntime and OpenVINO"
+OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown", "plot")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this subcommand."""
+    rows = ", ".join(map(str, cases.ROWS))
+    parser.add_argument(
+        "--rows", action="append", type=frame.positive, metavar="M", help=f"repeatable; {rows}"
+    )
+    parser.add_argument(
+        "--layer", action="append", type=_layer, metavar="K,N", help="repeatable; those of models"
+    )
+    frame.add_repeatable(parser, "--form", cases.FORMS, "all that make sense")
+    few = f"down to {cases.FEWEST_ROUNDS} for the largest, 3 with --quick"
+    frame.add_rounds(parser, cases.ROUNDS, few)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the file of --json has, and measure the rest of what is asked for",
+    )
+    frame.add_options(parser, *OPTIONS)
+
+
+def _layer(text: str) -> tuple[int, int]:
+    try:
+        k, n = map(frame.positive, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layer such as 768,3072") from None
+    return k, n

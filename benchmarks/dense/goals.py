@@ -1,0 +1,225 @@
+"""The speeds of dense layers that the project set itself as a goal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from benchmarks.dense.cases import (
+    FORMATS,
+    FUSED,
+    GELU_FLOPS,
+    LAYERS,
+    NORM_SHAPE,
+    PEERS,
+    ROWS,
+    SCALED,
+    SHAPES,
+    XLA,
+    Case,
+    Shape,
+    bytes_of,
+    fits,
+)
+from benchmarks.harness import bars
+from benchmarks.harness.bars import Bar, Kind
+from benchmarks.harness.pages import median
+
+Figure = Callable[[dict, str], float | None]
+BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
+ANY = ""  # every instruction set
+MODEL = "GPT-2 small, 124 M weights"
+
+
+def name_of(format_: str) -> str:
+    """The name of our contestant."""
+    return f"quake {format_}"
+
+
+def _ratio(entry: dict, subject: str, others: Iterable[str]) -> float | None:
+    """Speed of ours over that of the fastest of these others which were measured."""
+    ratios = entry["ratios"].get(name_of(subject), {})
+    return min((ratios[other]["median"] for other in others if other in ratios), default=None)
+
+
+def against(*others: str) -> Figure:
+    return lambda entry, subject: _ratio(entry, subject, others)
+
+
+def fastest_peer(entry: dict, subject: str) -> float | None:
+    """Speed of ours over that of the fastest other library with the same precision."""
+    return _ratio(entry, subject, [name for name, of in PEERS.items() if of == subject])
+
+
+def fastest_xla(entry: dict, subject: str, constants: bool | None = None) -> float | None:
+    """The same of XLA's forms: as constants, as arguments, or either."""
+    forms = [name for name, of in XLA.items() if of == subject]
+    kept = [name for name in forms if constants in (None, name.endswith("constants"))]
+    return _ratio(entry, subject, kept)
+
+
+def share(of: str) -> Figure:
+    def percent(entry: dict, subject: str) -> float | None:
+        found = median(entry["contestants"].get(name_of(subject), {}).get(f"share_of_{of}"))
+        return None if found is None else 100 * found
+
+    return percent
+
+
+def _over(other: str) -> Figure:
+    def time(entry: dict, subject: str) -> float | None:
+        ratio = _ratio(entry, subject, [name_of(other)])
+        return None if ratio is None else 1 / ratio
+
+    return time
+
+
+def _cost(entry: dict, subject: str) -> float | None:
+    """By how many percent what is fused makes the product longer."""
+    found = median(entry["relative"].get(name_of(subject)))
+    return None if found is None else 100 * (found - 1)
+
+
+PEAK = Kind("{subject}, of the peak of its instruction", "%", share("peak"))
+READ = Kind("{subject}, of the fastest read loop", "%", share("read"))
+FLOAT32 = Kind("{subject} against our float32", "×", against(name_of("float32")))
+INT8 = Kind("time of {subject} over int8", "×", _over("int8"), at_least=False)
+PEER = Kind("{subject} against the fastest peer", "×", fastest_peer)
+XLA_ANY = Kind("{subject} against XLA", "×", fastest_xla)
+XLA_ARGUMENTS = Kind(
+    "{subject} against XLA, weights as arguments", "×", lambda e, s: fastest_xla(e, s, False)
+)
+XLA_CONSTANTS = Kind(
+    "{subject} against XLA, weights as constants", "×", lambda e, s: fastest_xla(e, s, True)
+)
+FLAX = Kind("{subject} against what Flax traces to", "×", against("XLA bfloat16"))
+COST = Kind("{subject}, cost of what is fused", "%", _cost, at_least=False)
+
+
+def _stated(key: str) -> Figure:
+    """What stands in an entry of its own for each subject."""
+    return lambda entry, subject: median(entry[key]) if entry["subject"] == subject else None
+
+
+SPEEDUP = Kind("{subject}, two threads over one", "×", _stated("speedup"), entries="scaling")
+NORM = Kind("{subject} against XLA", "×", _stated("speed"), entries="norms")
+PACKING = Kind("packing as {subject}", "s", _stated("seconds"), at_least=False, entries="packing")
+
+
+def norm_case(name: str) -> str:
+    """What a norm is called."""
+    return f"{name} {'×'.join(map(str, NORM_SHAPE))}"
+
+
+MANY = [m for m in ROWS if m >= 128]
+LARGE = [(k, n) for k, n in LAYERS if min(k, n) >= 768]
+LARGE_MANY = [s for s in SHAPES if s.m in MANY and (s.k, s.n) in LARGE]
+WITH_PEERS = [name for name in FORMATS if name in PEERS.values()]
+
+
+def _bars(
+    kind: Kind, shapes: Iterable[Shape], threshold: float, *subjects: str, form="bias", **conditions
+) -> list[Bar]:
+    """A bar for each shape and subject, for CPUs with the instructions of the format."""
+
+    def isa(subject: str) -> str:
+        return "avx512" if subject == "float32" else BF16
+
+    return [
+        Bar(kind, Case(s, form), threshold, f, **{"isa": isa(f), **conditions})
+        for f in subjects
+        for s in shapes
+        if fits(f, s)
+    ]
+
+
+def _all(rows: Iterable[int], layers: Iterable[tuple[int, int]] = LAYERS) -> list[Shape]:
+    return [s for s in SHAPES if s.m in rows and (s.k, s.n) in layers]
+
+
+_SMALL_INT8 = Shape(3072, 768, 768)  # where the output takes as long as the product
+_SPEED = (
+    *_bars(PEAK, LARGE_MANY, 93, "float32"),
+    *_bars(PEAK, _all(MANY, [(192, 768)]), 85, "float32"),
+    *_bars(PEAK, LARGE_MANY, 85, "bfloat16"),
+    *_bars(FLOAT32, LARGE_MANY, 1.85, "bfloat16"),
+    *_bars(PEAK, LARGE_MANY, 75, "int8"),
+    *_bars(FLOAT32, [s for s in LARGE_MANY if s != _SMALL_INT8], 3.3, "int8"),
+    *_bars(FLOAT32, [_SMALL_INT8], 2.6, "int8"),
+    *_bars(INT8, LARGE_MANY, 1.15, "int4/128"),
+    *_bars(INT8, LARGE_MANY, 1.30, "int4/32"),
+    *_bars(FLOAT32, _all((4, 8)), 3.0, "int8"),
+)
+_FROM_8 = [m for m in ROWS if m >= 8]
+_BARE = tuple(_bars(PEER, _all(_FROM_8), 0.97, *WITH_PEERS))
+_WITH_GELU = [s for s in _all(_FROM_8) if s.flops <= GELU_FLOPS]
+_GELU = tuple(_bars(PEER, _WITH_GELU, 0.0, *WITH_PEERS, form="gelu"))
+_MEMORY = (
+    *_bars(READ, _all([1]), 90, *(f for f in FORMATS if "/32" not in f)),
+    *_bars(READ, _all([1]), 87, *(f for f in FORMATS if "/32" in f)),
+    *_bars(FLOAT32, _all([1]), 3.5, *(f for f in FORMATS if bytes_of(f) == 1)),
+    *_bars(FLOAT32, _all([1]), 6.3, *(f for f in FORMATS if bytes_of(f) < 1)),
+    *_bars(PEER, _all([1]), 1.0, *WITH_PEERS),
+)
+_XLA = (
+    *_bars(XLA_ANY, _all([1024]), 1.0, "bfloat16"),
+    *_bars(XLA_ANY, _all([128]), 1.15, "bfloat16"),
+    *_bars(XLA_ANY, _all([8]), 2.0, "bfloat16"),
+    *_bars(XLA_ARGUMENTS, _all([1]), 10.0, "bfloat16"),
+    *_bars(XLA_CONSTANTS, _all([1]), 2.0, "bfloat16"),
+    *_bars(FLAX, _all(MANY), 1.9, "bfloat16"),
+)
+_FUSED = (
+    *_bars(COST, [FUSED], 6, "float32", form="all"),
+    *_bars(COST, [FUSED], 18, "int8", form="all"),
+)
+_OTHER = (
+    *_bars(PEAK, LARGE_MANY, 90, "float32", isa="avx2"),
+    *_bars(FLOAT32, LARGE_MANY, 1.5, "int8", isa="avx2"),
+    *_bars(SPEEDUP, SCALED, 1.85, "float32", "int8", isa=ANY, threads=2),
+    Bar(NORM, norm_case("layer_norm"), 2.0, "float32", ANY),
+    Bar(PACKING, MODEL, 2.0, "int8", ANY),
+)
+BARS = (*_SPEED, *_BARE, *_MEMORY, *_XLA, *_FUSED, *_OTHER)
+# Of all shapes together: the bars whose figures have this geometric mean at least.
+MEANS = (
+    ("geometric mean against the fastest peer", _BARE, 1.0),
+    ("geometric mean with GELU against the fastest peer", _GELU, 1.1),
+)
+
+
+def case_of(entry: dict) -> Case | str:
+    """The case of an entry of a result; what is no layer has a name."""
+    return entry.get("case") or Case(Shape(entry["m"], entry["k"], entry["n"]), entry["form"])
+
+
+def judge(result: dict) -> list[dict]:
+    """Compare a run with the bars: verdicts on those that it measured."""
+    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
+    for name, of, threshold in MEANS:
+        for subject in WITH_PEERS:
+            wanted = [bar for bar in of if bar.subject == subject]
+            found = [figure for _, figure in bars.figures(wanted, result, case_of)]
+            if len(found) == len(wanted):  # the mean of a part would be another figure
+                mean = math.exp(math.fsum(map(math.log, found)) / len(found))
+                verdicts.append(bars.verdict(f"{subject}, {name}", mean, threshold, "×", True))
+    return verdicts
+
+
+def not_judged(result: dict) -> dict[str, int]:
+    """How many bars hold for other instruction sets alone, by the name of the least one."""
+    at = result["environment"]
+    same = [bar for bar in BARS if bar.threads == at["threads"]]
+    return Counter(bar.isa for bar in same if not bar.holds(at))
+
+
+def not_measured(result: dict) -> dict[str, int]:
+    """How many of the other bars of each kind the run has no figure for: another choice of shapes,
+    or a library that is not installed.
+    """
+    held = [bar for bar in BARS if bar.holds(result["environment"])]
+    figures = bars.figures(held, result, case_of)
+    counts = Counter(bar.kind.what.format(subject=bar.subject) for bar in held)
+    counts.subtract(bar.kind.what.format(subject=bar.subject) for bar, _ in figures)
+    return {what: count for what, count in counts.items() if count}

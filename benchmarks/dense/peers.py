@@ -1,0 +1,281 @@
+"""The layers of libraries outside JAX, each in its best form. GELU is the exact one: that is the
+faster one in torch, and onnxruntime fuses it with the bias.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from benchmarks.dense.cases import LONG_FLOPS, PEERS, Shape
+from benchmarks.dense.systems import Entry, Layer, distinct
+from benchmarks.harness import environment, peers
+from benchmarks.harness.errors import missing
+from benchmarks.harness.timing import Contestant
+
+OPENVINO = "openvino"
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+SMALL = Shape(1, 128, 16)  # its call is what a call from Python costs
+# Of a layer in a form: what multiplies with every copy once, the result, the number of copies.
+Made = tuple[Callable[[], object], Callable[[], np.ndarray], int]
+Make = Callable[[Layer, str], Made]
+
+
+class Peers:
+    """Makes the contestants of the libraries that are installed.
+
+    Attributes:
+        left_out: Why there is none of a library, by its name.
+    """
+
+    def __init__(self, threads: int, target: float):
+        self.left_out = {}
+        self._threads, self._target = threads, target
+        self._overheads: dict[str, float] = {}
+        self._makes: dict[str, Make] = {}
+        self._try(peers.TORCH, _torch)
+        self._try(peers.ONNXRUNTIME, _onnxruntime, "onnx")
+        self._try(OPENVINO, _openvino, "onnx")
+        if not _has(*BFLOAT16_FLAGS):
+            reason = "emulated or float32 without instructions for it"
+            self.left_out["bfloat16 in torch beyond small layers, and in OpenVINO"] = reason
+
+    def _try(self, name: str, of_library: Callable[[int], dict[str, Make]], *more: str) -> None:
+        lacking = missing(name, *more)
+        if lacking:
+            self.left_out[name] = f"{' and '.join(lacking)} not installed"
+        else:
+            self._makes |= of_library(self._threads)
+
+    def entries(self, layer: Layer, form: str) -> Iterator[Entry]:
+        """The contestants of one form of a layer; a call from Python is subtracted from them."""
+        for name, make in self._makes.items():
+            shape = layer.shape
+            slow = name == "torch bfloat16" and not _has(*BFLOAT16_FLAGS)
+            if form == "all" or shape.k % _block(name) or slow and shape.flops > LONG_FLOPS:
+                continue
+            library = name.split()[0]
+            if library not in self._overheads:  # float32, the first: quantising is no overhead
+                call, *_ = make(Layer(SMALL), "bias")
+                run = peers.repeat(call, None)
+                self._overheads[library] = peers.call_seconds(run, self._target, self._threads)
+            call, result, copies = make(layer, form)
+            # One call of onnxruntime and OpenVINO is a walk through all copies.
+            calls = copies if name.startswith("torch") else 1
+            contestant = Contestant(
+                name,
+                peers.repeat(call, layer),
+                calls * self._overheads[library],
+                peers.settle(library, self._threads),
+            )
+            bytes_ = _bytes(name) * shape.k * shape.n
+            yield Entry(contestant, PEERS[name], copies, bytes_, result, erf=True)
+
+
+def _block(name: str) -> int:
+    """How many rows of a column share a scale."""
+    return int(name.partition("/")[2] or 1)
+
+
+def _bytes(name: str) -> float:
+    """Bytes of a weight, scales included."""
+    known = {"float32": 4, "bfloat16": 2, "int8": 1, "8 bits/32": 1.125}
+    return known.get(name.partition(" ")[2], 0.5 + 4 / _block(name))
+
+
+def _has(*flags: str) -> bool:
+    """Whether the CPU has one of these extensions; unknown ones are taken to be there."""
+    known = platform.machine() in ("x86_64", "AMD64")
+    return not known or bool(set(flags) & set(environment.cpu_flags()))
+
+
+def _saturates() -> bool:
+    """Whether sums of two products of 8 bits saturate in other libraries, as they do without VNNI:
+    torch then takes x in 7 bits, the others the weight, as their documents recommend.
+    """
+    return not _has("avx512_vnni", "avx_vnni")
+
+
+def _quantized(layer: Layer, steps: int = 127) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes (K, N) of the weight, and the scales of its columns."""
+    scales = np.abs(layer.weight).max(0) / steps
+    return np.rint(layer.weight / scales).astype(np.int8), scales.astype(np.float32)
+
+
+# --- torch
+
+
+def _torch_engine() -> str:
+    """The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
+    without VNNI, and many rows as fast.
+    """
+    return "fbgemm" if _saturates() else "onednn"
+
+
+def _torch(threads: int) -> dict[str, Make]:
+    torch = peers.torch(threads)
+
+    def make(name: str, layer: Layer, form: str) -> Made:
+        dtype = torch.bfloat16 if name == "torch bfloat16" else torch.float32
+        x, bias = (torch.from_numpy(a).to(dtype) for a in (layer.x, layer.bias))
+        count = layer.count(_bytes(name))
+        if name == "torch int8":
+            _, scales = _quantized(layer)
+            torch.backends.quantized.engine = _torch_engine()
+            with warnings.catch_warnings():  # deprecated, and there is nothing else in torch
+                warnings.simplefilter("ignore")
+                quantized = torch.quantize_per_channel(
+                    torch.from_numpy(layer.weight.T.copy()),
+                    *(torch.from_numpy(scales), torch.zeros(len(scales), dtype=torch.int64)),
+                    *(0, torch.qint8),
+                )
+            prepack = torch.ops.quantized.linear_prepack
+            weights = [prepack(quantized, bias) for _ in range(count)]
+
+            def multiply(w):
+                return torch.ops.quantized.linear_dynamic(x, w, _saturates())
+        else:
+            weight = torch.from_numpy(layer.weight.T.copy()).to(dtype)
+            weights = [weight.clone() for _ in range(count)]
+
+            def multiply(w):
+                return torch.nn.functional.linear(x, w, bias)
+
+        gelu = form == "gelu"
+
+        def call():
+            for w in weights:
+                y = multiply(w)
+                if gelu:
+                    y = torch.nn.functional.gelu(y)
+            call.out = y
+
+        return call, lambda: call.out.float().numpy(), count
+
+    names = ["torch float32", "torch bfloat16"]
+    if _torch_engine() in torch.backends.quantized.supported_engines:
+        names.append("torch int8")
+    return {name: partial(make, name) for name in names}
+
+
+# --- onnxruntime and OpenVINO: one model has a product for every copy of the weight
+
+
+def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
+    """A model in ONNX of x that gives a result for each copy, and the number of these."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    m, k, n = layer.shape.m, layer.shape.k, layer.shape.n
+    count, bits = layer.count(_bytes(name)), name.partition(" ")[2]
+    arrays, nodes = {"bias": layer.bias}, []
+    static = name == "OpenVINO int8"
+    if bits in ("float32", "bfloat16"):  # of OpenVINO, an option of the same model
+        weight, inputs, domain = layer.weight, "x w bias", ""
+        operator, attributes = "Gemm", {}
+    elif bits == "int8":
+        weight, scales = _quantized(layer, 63 if _saturates() else 127)
+        arrays |= {"scales": scales, "zeros": np.zeros(n, np.int8)}
+        if static:  # it has no other int8: the range of x is known beforehand
+            weight = np.ascontiguousarray(weight.T)
+            low, high = min(0, layer.x.min()), max(0, layer.x.max())
+            arrays["step"] = np.float32((high - low) / 255)
+            arrays["zero"] = np.uint8(np.rint(-low / arrays["step"]))
+            nodes += peers.onnx_nodes(
+                "QuantizeLinear x step zero > q; DequantizeLinear q step zero > v"
+            )
+        operator, inputs, attributes = "DynamicQuantizeMatMul", "x w scales zeros bias", {}
+        domain = "com.microsoft"
+    else:
+        block, width = _block(name), int(bits[0])
+        weight, arrays["scales"] = _in_blocks(layer.weight, block, width)
+        attributes = {"K": k, "N": n, "bits": width, "block_size": block, "accuracy_level": 4}
+        operator, inputs, domain = "MatMulNBits", "x w scales   bias", "com.microsoft"
+    for i, copy in enumerate(distinct(weight, count)):
+        arrays[f"w{i}"], out = copy, f"out{i}"
+        product = f"y{i}" if form == "gelu" else out
+        if static:
+            nodes += peers.onnx_nodes(
+                f"DequantizeLinear w{i} scales zeros > f{i}; Gemm v f{i} bias > {product}",
+                {"DequantizeLinear": {"axis": 0}, "Gemm": {"transB": 1}},
+            )
+        else:
+            given = [f"w{i}" if word == "w" else word for word in inputs.split(" ")]
+            nodes.append(helper.make_node(operator, given, [product], domain=domain, **attributes))
+        if form == "gelu":
+            nodes += peers.onnx_nodes(f"Gelu {product} > {out}")
+    described = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
+    graph = helper.make_graph(
+        nodes,
+        "dense",
+        [described("x", shape=(m, k))],
+        [described(f"out{i}", shape=(m, n)) for i in range(count)],
+        [numpy_helper.from_array(np.asarray(array), key) for key, array in arrays.items()],
+    )
+    opset = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    return model.SerializeToString(), count
+
+
+def _in_blocks(weight: np.ndarray, block: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of MatMulNBits (N, blocks, bytes) and the scales (N · blocks) of its blocks."""
+    columns = weight.T.reshape(weight.shape[1], -1, block)
+    half = 1 << (bits - 1)
+    scales = np.abs(columns).max(-1, keepdims=True) / (half - 1)
+    codes = (np.rint(columns / scales) + half).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return np.ascontiguousarray(codes), scales.astype(np.float32).reshape(-1)
+
+
+def _onnxruntime(threads: int) -> dict[str, Make]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+
+    def make(name: str, layer: Layer, form: str) -> Made:
+        model, count = _model(name, layer, form)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        held = layer.buffers("float32", "float32")
+        binding = session.io_binding()
+        (x, _), spare = held.sources, np.empty_like(held.target)
+        binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        for i in range(count):  # the order of the products is onnxruntime's
+            out = held.target if i == count - 1 else spare
+            binding.bind_output(f"out{i}", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+
+        def call():
+            session.run_with_iobinding(binding)
+
+        call.memory = spare, held  # it knows only addresses
+        return call, lambda: held.target, count
+
+    return {name: partial(make, name) for name in PEERS if name.startswith("onnxruntime")}
+
+
+def _openvino(threads: int) -> dict[str, Make]:
+    import openvino
+
+    def make(name: str, layer: Layer, form: str) -> Made:
+        precision = name.partition(" ")[2]
+        model, count = _model(name, layer, form)
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+        }
+        core = openvino.Core()
+        request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
+        request.set_input_tensor(openvino.Tensor(layer.x, shared_memory=True))
+        last = partial(request.get_output_tensor, count - 1)
+        return request.infer, lambda: last().data, count
+
+    names = [name for name in PEERS if name.startswith("OpenVINO")]
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        names.remove("OpenVINO bfloat16")  # it would be float32
+    return {name: partial(make, name) for name in names}

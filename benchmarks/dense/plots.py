@@ -1,0 +1,55 @@
+"""Pictures of a result of `dense`: speed against what is computed with each byte of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from matplotlib import pyplot as plt
+
+from benchmarks.dense.cases import FORMATS, PEERS, XLA
+from benchmarks.dense.measure import peak_of
+from benchmarks.harness import plots
+
+COLUMNS = 4
+MARKS = {"quake": ("o", "#08519c"), "XLA": ("x", "#d95f0e"), "torch": ("+", "#a63603")}
+MARKS |= {"onnxruntime": ("1", "#636363"), "OpenVINO": ("2", "#31a354")}
+
+
+def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
+    """One figure, `dense_roofline`, with a panel for each format: ours and others of its
+    precision, below the peak of the instruction and what reading the weights allows.
+    """
+    cases = [case for case in result["cases"] if case["form"] == "bias"] or result["cases"]
+    figure, axes = plots.panels(len(FORMATS), COLUMNS, width=3.2, height=2.6, margin=0.6)
+    for axis, format_ in zip(axes, FORMATS, strict=True):
+        _panel(axis, cases, format_)
+        axis.set_title(format_, fontsize=8)
+    plots.title(figure, "GFLOP/s against FLOP for each byte of weights", result["environment"])
+    plots.legend(figure)
+    yield "dense_roofline", figure
+
+
+def _panel(axis: plt.Axes, cases: list[dict], format_: str) -> None:
+    same = [f"quake {format_}", *(n for n, of in (XLA | PEERS).items() if of == format_)]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for case in cases:
+        for name in same:
+            if entry := case["contestants"].get(name):
+                # FLOP/s over bytes/s.
+                intensity = entry["gflops"] / entry["weight_gbps"]
+                points.setdefault(name.split()[0], []).append((intensity, entry["gflops"]))
+    for system, found in points.items():
+        marker, colour = MARKS[system]
+        axis.scatter(*zip(*found, strict=True), 18, colour, marker, label=system, linewidths=0.8)
+    found = (case["peaks_gflops"] for case in cases)
+    peaks = [of[peak] for of in found if (peak := peak_of(format_, of))]
+    reads = [case["read"]["gbps"] for case in cases if case["read"]]
+    if peaks:
+        axis.axhline(max(peaks), color="black", linestyle="dotted", label="peak")
+    if reads and points:
+        ends = [min(x for found in points.values() for x, _ in found)]
+        ends.append(max(peaks) / max(reads) if peaks else 10 * ends[0])
+        axis.plot(ends, [max(reads) * x for x in ends], "k--", linewidth=0.8, label="reading")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.tick_params(labelsize=7)

@@ -1,0 +1,133 @@
+"""The tables of a result of `dense`."""
+
+from __future__ import annotations
+
+from benchmarks.dense import goals
+from benchmarks.dense.cases import FORMATS, MOST_COPIES, PEERS, XLA
+from benchmarks.harness import bars, pages
+from benchmarks.harness.pages import NONE, Rows, Table, number
+
+HEADING = "Dense layers"
+CASE = "M, K→N and form"
+
+
+def tables(result: dict) -> list[Table]:
+    """Make the tables."""
+    cases = result["cases"]
+    made = [
+        *(_speeds(cases, dtype) for dtype in dict.fromkeys(map(_dtype, FORMATS))),
+        ("Ours: share of the peak of the instruction", _ours(cases, goals.share("peak"), 0, " %")),
+        ("Our speed over that of the fastest peer", _ours(cases, goals.fastest_peer)),
+        ("Our speed over that of XLA's fastest form", _ours(cases, goals.fastest_xla)),
+        ("Our speed over our float32", _ours(cases, goals.FLOAT32.figure)),
+        ("Ours: time added by what is fused", _ours(cases, goals.COST.figure, 0, " %")),
+        ("Ours, weights from memory: GB/s (median)", _ours(cases, _bandwidth, 1)),
+        ("Ours: share of the fastest read loop", _ours(cases, goals.share("read"), 0, " %")),
+        ("Peaks: GFLOP/s, and GB/s of the fastest read loop", _peaks(cases)),
+        ("Largest error of all cases, relative to the largest element of a result", _errors(cases)),
+    ]
+    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
+    made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
+    made += pages.two_threads(CASE, _stated(result["scaling"], "speedup"))
+    if result["norms"]:
+        title = "Norms as operators of their own: XLA's time over ours, median (quartiles)"
+        made.append((title, [["norm", "XLA over ours"], *_stated(result["norms"], "speed")]))
+    if result["packing"]:
+        rows = [["model", "seconds"], *_stated(result["packing"], "seconds")]
+        made.append(("Packing: median (quartiles)", rows))
+    return made + bars.tables(result)
+
+
+def _stated(entries: list[dict], key: str) -> Rows:
+    return [[f"{goals.case_of(e)}, {e['subject']}", pages.spread(e[key])] for e in entries]
+
+
+def _label(entry: dict) -> str:
+    return str(goals.case_of(entry))
+
+
+def _dtype(format_: str) -> str:
+    return FORMATS[format_]["dtype"]
+
+
+def _speeds(cases: list[dict], dtype: str) -> Table:
+    """A row for each case, with the speed of each contestant whose weights have that dtype."""
+    formats = {goals.name_of(format_): format_ for format_ in FORMATS} | XLA | PEERS
+    named = pages.names(case["contestants"] for case in cases)
+    names = [name for name in named if _dtype(formats[name]) == dtype]
+    rows = [[CASE, *names]]
+    for case in cases:
+        entries = [case["contestants"].get(name) for name in names]
+        rows.append([_label(case), *map(_speed, entries)])
+    return f"Speed, {dtype}: GFLOP/s (median)", rows
+
+
+def _speed(entry: dict | None) -> str:
+    return f"{entry['gflops']:.3g}{pages.doubt(entry)}" if entry else NONE
+
+
+def _bandwidth(case: dict, format_: str) -> float | None:
+    entry = case["contestants"].get(goals.name_of(format_))
+    return entry["weight_gbps"] if case["read"] and entry else None
+
+
+def _errors(cases: list[dict]) -> Rows:
+    rows = [["contestant", "error"]]
+    for name in pages.names(case["contestants"] for case in cases):
+        entries = [case["contestants"].get(name) for case in cases]
+        rows.append([name, f"{max(entry['error'] for entry in entries if entry):.0e}"])
+    return rows
+
+
+def _ours(cases: list[dict], figure: goals.Figure, digits: int = 2, unit: str = "") -> Rows:
+    """A row for each case that has one, with a figure of each of our formats."""
+    rows = [[CASE, *FORMATS]]
+    for case in cases:
+        found = [number(figure(case, name), digits, unit) for name in FORMATS]
+        if set(found) != {NONE}:
+            rows.append([_label(case), *found])
+    return rows
+
+
+def _peaks(cases: list[dict]) -> Rows:
+    names = pages.names(case["peaks_gflops"] for case in cases)
+    rows = [[CASE, *names, "read", "fastest way to read"]]
+    for case in cases:
+        found = [number(case["peaks_gflops"].get(name), 0) for name in names]
+        read = case["read"] or {"gbps": None, "way": NONE}
+        if case["form"] == cases[0]["form"]:  # the forms of a shape share them
+            rows.append([_label(case), *found, number(read["gbps"], 1), read["way"]])
+    return rows
+
+
+def remarks(result: dict) -> list[str]:
+    """Say what a reader of the tables must know."""
+    settings = result["settings"]
+    lines = [
+        f"{pages.rounds_of(result, 'for the largest')} with all formats and forms of a layer in "
+        "the same ones, readings of one call or at least "
+        f"{1e3 * settings['reading_seconds']:g} ms. Forms: bias is x·W + bias, gelu GELU of that, "
+        "all LayerNorm before and a residual after it too. x and results are float32, except in "
+        "torch's and XLA's bfloat16: rounding or quantising x is part of ours. GELU is the tanh "
+        "form in quake_jax and XLA, and the exact one elsewhere.",
+        "Up to 16 rows, weights walk through copies of at least "
+        f"{settings['walked_bytes'] / 1e6:.0f} MB in all, for every contestant alike (but at most "
+        f"{MOST_COPIES} copies, which the last-level cache may hold where weights are small). "
+        "quake_jax and XLA choose a copy in a loop inside one program; onnxruntime and OpenVINO "
+        "have a product for each copy in one model; the time of a call from Python is subtracted.",
+        "int4/32: groups of 32. “weights”: only the weight is quantised, and the peak is that of "
+        "float32; else rows of x are quantised at the call. XLA bfloat16 is what Flax's "
+        "dtype=bfloat16 traces to. Constants: weights known when the program is compiled.",
+        "Peaks are of instructions between registers, timed in the same rounds: fused "
+        "multiply-adds of float32 at the width of our kernels, and vdpbf16ps and vpdpbusd where "
+        "the CPU has them; without the former bfloat16 is widened, and the peak is float32's. "
+        "Read: the fastest of loops over the float32 copies, of 1 to 8 streams, with and without "
+        "prefetching.",
+        *pages.isa_remarks(result),
+    ]
+    if result["bars"]:
+        parts = (f"{count} for {isa}" for isa, count in result["bars_not_judged"].items())
+        lines.append(f"Bars not judged, which need other instructions: {', '.join(parts)}.")
+        parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
+        lines.append(f"Bars not measured: {'; '.join(parts) or 'none'}.")
+    return lines + pages.reading_remarks(result)

@@ -1,0 +1,332 @@
+"""The layer that all contestants compute, its copies, and the contestants in JAX.
+
+Importing this module imports JAX: `environment.prepare` comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from scipy import special
+
+from benchmarks.dense.cases import (
+    CONSTANT_ROWS,
+    FORMATS,
+    GPT2,
+    LONG_FLOPS,
+    MOST_COPIES,
+    NORM_SHAPE,
+    Shape,
+    bytes_of,
+    fits,
+)
+from benchmarks.harness import buffers, peers, timing
+from benchmarks.harness.errors import BenchmarkError, quake_jax
+from benchmarks.harness.timing import Contestant
+
+# Results are checked on so many rows, spread over all.
+CHECKED_ROWS = 9
+# A reading takes so many times what starting its program does, which grows with the copies.
+STARTS = 20
+EPSILON = 1e-5
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of a core; 32 MB where nobody tells."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((1024 * int(p.read_text().strip().rstrip("K")) for p in found), default=32 << 20)
+
+
+@dataclass
+class Layer:
+    """One layer and what it needs: operands, results in float64, and copies of weights.
+
+    A call of a contestant multiplies with every copy once; the last one is the weight that the
+    result is checked with.
+
+    Attributes:
+        walked: Bytes that all copies of a format have, if the layer has few rows; 0 for no copies.
+    """
+
+    shape: Shape
+    walked: int = 0
+    _buffers: dict[tuple[str, str], Buffers] = field(default_factory=dict)
+    _copies: dict[str, list] = field(default_factory=dict)
+
+    def __post_init__(self):
+        m, k, n = self.shape.m, self.shape.k, self.shape.n
+        normal = _normal()
+        self._made = _of_layer(k, n)
+        self.x, self.bias, self.weight = normal(m, k), normal(n), self._made[""]
+        self.scale, self.offset, self.residual = normal(k), normal(k), normal(m, n)
+
+    def count(self, bytes_of_weight: float) -> int:
+        """How many copies a format needs whose weights have so many bytes."""
+        if not (self.shape.walks and self.walked):
+            return 1
+        wanted = self.walked / (bytes_of_weight * self.shape.k * self.shape.n)
+        return min(math.ceil(wanted), MOST_COPIES)
+
+    def copies(self, name: str, bytes_of_weight: float, make: Callable[[], Any]) -> list:
+        """The copies of a format by its name: pytrees of JAX arrays like the one made."""
+        if name not in self._copies:
+            if name not in self._made:
+                self._made[name] = make()
+            made, count = self._made[name], self.count(bytes_of_weight)
+            more = (jax.tree.map(jnp.copy, made) for _ in range(count - 1))
+            self._copies[name] = [*more, made]
+        return self._copies[name]
+
+    def known(self, name: str) -> list:
+        """Copies that were made before."""
+        return self._copies[name]
+
+    def buffers(self, dtype: str, out_dtype: str) -> Buffers:
+        """x in one dtype, bias and output in another."""
+        if (dtype, out_dtype) not in self._buffers:
+            operands = jnp.array(self.x, dtype), jnp.array(self.bias, out_dtype)
+            shape = self.shape.m, self.shape.n
+            self._buffers[dtype, out_dtype] = Buffers(operands, shape, out_dtype)
+        return self._buffers[dtype, out_dtype]
+
+    def error(self, form: str, result: np.ndarray, erf: bool) -> float:
+        """The largest error of some rows of a result, relative to their largest element; `erf` says
+        which GELU it has.
+        """
+        rows, wanted = self._exact[form, erf]
+        return float(
+            np.max(np.abs(result[rows].astype(np.float64) - wanted)) / np.abs(wanted).max()
+        )
+
+    @functools.cached_property
+    def _exact(self) -> dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]]:
+        rows = np.unique(np.linspace(0, self.shape.m - 1, CHECKED_ROWS).astype(int))
+        x = self.x[rows].astype(np.float64)
+        normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + EPSILON)
+        normed = normed * self.scale + self.offset
+        weight = self.weight.astype(np.float64)
+        bare, all_ = (v @ weight + self.bias for v in (x, normed))
+        found = {}
+        for erf in (False, True):
+            gelu = _exact_gelu_erf if erf else _exact_gelu_tanh
+            results = {"bias": bare, "gelu": gelu(bare), "all": gelu(all_) + self.residual[rows]}
+            found |= {(form, erf): (rows, result) for form, result in results.items()}
+        return found
+
+
+def _normal() -> Callable[..., np.ndarray]:
+    random = np.random.default_rng(0)
+    return lambda *size: random.standard_normal(size, dtype=np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_layer(k: int, n: int) -> dict[str, Any]:
+    """The weight, and by the names of formats what was made of it: for all rows of a layer, which
+    come one after another.
+    """
+    return {"": _normal()(k, n) / math.sqrt(k)}
+
+
+def _exact_gelu_erf(y: np.ndarray) -> np.ndarray:
+    return y * special.ndtr(y)
+
+
+def _exact_gelu_tanh(y: np.ndarray) -> np.ndarray:
+    return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def view(array: jax.Array) -> np.ndarray:
+    """The same memory in NumPy."""
+    return np.from_dlpack(array)
+
+
+class Buffers(buffers.Buffers):
+    """x, bias and output; weights come to it."""
+
+    def walker(self, operator: Callable, copies: list) -> Callable[[int], None]:
+        """Compile `operator` of x, weight and bias so that a call of the result with n walks n
+        times through all copies of the weight; `start` of it starts the program for nothing.
+
+        The copies are arguments of the loop, which chooses between them without copying one.
+        """
+
+        def loop(operands, weights, out, calls):
+            def body(i, carry):
+                (x, bias), weights, _ = lax.optimization_barrier(carry)
+                branches = [lambda x, w=w: operator(x, w, bias) for w in weights]
+                return (x, bias), weights, lax.switch(i % len(weights), branches, x)
+
+            return lax.fori_loop(0, calls, body, (operands, weights, out))[2]
+
+        compiled = jax.jit(loop, donate_argnums=2)
+        weights = tuple(copies)
+
+        def start(trips: int) -> None:
+            out = compiled(self._operands, weights, self._out, np.int32(trips))
+            self._out = out.block_until_ready()
+            if self._out.unsafe_buffer_pointer() != self._address:
+                raise RuntimeError("XLA did not reuse the donated output buffer")
+
+        def run(calls: int) -> None:
+            start(calls * len(weights))
+
+        run.start = functools.partial(start, 0)
+        return run
+
+
+@dataclass
+class Entry:
+    """A contestant of a form of a layer.
+
+    Attributes:
+        format: Which of ours has the same precision.
+        copies: How many products a call of it has.
+        weight_bytes: Bytes of one of its weights.
+        result: Gives its last result.
+        erf: Whether its GELU is the exact one, and not the tanh form.
+    """
+
+    contestant: Contestant
+    format: str
+    copies: int
+    weight_bytes: float
+    result: Callable[[], np.ndarray]
+    erf: bool = False
+
+
+def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Entry]:
+    """Ours and XLA's contestants; the time to start a program is found by readings of `target`
+    seconds, and subtracted.
+    """
+
+    def entry(name, format_, copies, operator, dtypes) -> Entry:
+        held = layer.buffers(*dtypes)
+        run = held.walker(operator, copies)
+        start = peers.call_seconds(peers.repeat(run.start, held), target, threads)
+        calls = 1
+        if len(copies) * layer.shape.flops <= LONG_FLOPS * threads:
+            calls = timing.calibrate(run, max(target, STARTS * start))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies[-1]))
+        contestant = Contestant(name, run, overhead=start / calls, calls=calls)
+        return Entry(contestant, format_, len(copies), size, lambda: held.target)
+
+    yield from _ours(layer, form, entry)
+    if form != "all":
+        yield from _xla(layer, form, entry)
+
+
+def _ours(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry]:
+    module = quake_jax("pack_weight")
+    extra = {} if form == "bias" else {"activation": "gelu"}
+    if form == "all":
+        scale, offset = jnp.array(layer.scale), jnp.array(layer.offset)
+        extra["norm"] = module.LayerNorm(scale, offset, EPSILON)
+        extra["residual"] = jnp.array(layer.residual)
+    for name, arguments in FORMATS.items():
+        if fits(name, layer.shape):
+            pack = functools.partial(module.pack_weight, layer.weight, **arguments)
+            copies = layer.copies(f"quake {name}", bytes_of(name), pack)
+
+            def operator(x, w, bias):
+                return module.dense(x, w, bias, **extra)
+
+            yield entry(f"quake {name}", name, copies, operator, ("float32", "float32"))
+
+
+def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry]:
+    activation = jax.nn.gelu if form == "gelu" else lambda y: y
+    for dtype, out in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+
+        def operator(x, w, bias, out=out):
+            return activation(jnp.dot(x, w, preferred_element_type=out) + bias)
+
+        size = 4 if dtype == "float32" else 2
+        make = functools.partial(jnp.array, layer.weight, dtype)
+        copies = layer.copies(f"XLA {dtype}", size, make)
+        name = f"XLA {dtype}" if dtype == out else f"XLA {dtype} → {out}"
+        yield entry(name, dtype, copies, operator, (dtype, out))
+        if out == "float32" and layer.shape.m in CONSTANT_ROWS:
+            yield _of_constants(name, dtype, copies, operator, (dtype, out), entry)
+
+
+def _of_constants(name, dtype, copies, operator, dtypes, entry) -> Entry:
+    constants = [np.asarray(w) for w in distinct(copies[-1], len(copies))]
+
+    def of_number(x, number, bias):
+        # The number is that of the copy, known when the program is made: see `walker`.
+        return operator(x, constants[number.index], bias)
+
+    numbers = [_Number(i) for i in range(len(copies))]
+    made = entry(f"{name} constants", dtype, numbers, of_number, dtypes)
+    made.weight_bytes = constants[0].nbytes
+    return made
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Number:
+    """Stands for a weight that is a constant: an argument without arrays."""
+
+    index: int
+
+
+def distinct(array: np.ndarray | jax.Array, count: int) -> Iterator[np.ndarray]:
+    """So many copies of an array, of which no two are equal, so that nobody keeps one for all; the
+    last one is as it was.
+    """
+    for i in reversed(range(count)):
+        copy = np.array(array)
+        if i:
+            copy.flat[0] = i % 100
+            copy.flat[1] = i // 100
+        yield copy
+
+
+# --- What is no layer
+
+
+def norm(name: str, dtype: str) -> tuple[Contestant, Contestant]:
+    """Ours, and what Flax's module of that norm traces to."""
+    normal, module = _normal(), quake_jax(name)
+    operands = [jnp.array(normal(*NORM_SHAPE), dtype)]
+    operands += [jnp.array(normal(NORM_SHAPE[-1])) for _ in range(2 if name == "layer_norm" else 1)]
+
+    def flax(x, scale, offset=0.0):
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(-1, keepdims=True) if name == "layer_norm" else 0.0
+        variance = jnp.maximum((wide * wide).mean(-1, keepdims=True) - mean * mean, 0)
+        return ((wide - mean) * (lax.rsqrt(variance + EPSILON) * scale) + offset).astype(dtype)
+
+    ours = functools.partial(getattr(module, name), epsilon=EPSILON)
+    held = buffers.Buffers(operands, NORM_SHAPE, dtype)
+    contestants, results = [], []
+    for system, operator in (("quake", ours), ("XLA", flax)):
+        contestants.append(Contestant(f"{system} {name} {dtype}", held.runner(operator)))
+        contestants[-1].run(1)
+        results.append(held.target.astype(np.float32))
+    if not np.allclose(*results, rtol=0.02, atol=0.02):
+        raise BenchmarkError(f"{name} is wrong in {dtype}")
+    return tuple(contestants)
+
+
+def packing(format_: str) -> Contestant:
+    """Packing the weights of a model, from arrays in NumPy."""
+    pack = functools.partial(quake_jax("pack_weight").pack_weight, **FORMATS[format_])
+    normal = _normal()
+    weights = [w for (k, n), count in GPT2.items() for w in [normal(k, n)] * count]
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            for weight in weights:
+                jax.block_until_ready(pack(weight))
+
+    return Contestant(f"packing {format_}", run, calls=1)
