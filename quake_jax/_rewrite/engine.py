@@ -218,6 +218,8 @@ class _Level:
                 self._try_norm(node)
             for node in self._graph.nodes:
                 self._try_dense(node)
+            for match in filter(norms.is_slow_alone, [*self._matches]):
+                self._put_back(match)
         for node in self._graph.nodes:
             if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
@@ -313,6 +315,12 @@ class _Level:
         match.root.removed = False
         for node in match.nodes - {match.root}:
             node.removed = True
+
+    def _put_back(self, match: Match) -> None:
+        self._matches.remove(match)
+        match.root.match = None
+        for node in match.nodes:
+            node.removed = False
 
     def _obstacle(self, match: Match) -> str | None:
         """Why a match cannot be put into the program, or None."""

@@ -299,6 +299,12 @@ def is_norm(match: Match | None) -> bool:
     return match is not None and match.name in NAMES.values()
 
 
+def is_slow_alone(match: Match) -> bool:
+    """Whether a norm that no dense layer takes in is better left to XLA, whose loops over float32
+    are as fast; in 16 bits the kernel is (docs/results/dense.md)."""
+    return is_norm(match) and match.root.output.dtype == jnp.float32
+
+
 def of_dense(arrays, *, centered, given, epsilon, dtype) -> LayerNorm | RMSNorm:
     """The norm that a match is, as `dense` takes it; `arrays` are the match's inputs after x."""
     del dtype  # it stays float32

@@ -276,7 +276,8 @@ def test_finds_norms(name, products, dtype):
     elif products == 1:
         calls = [f"dense(float32, {called})"]
     else:
-        calls = ["dense(float32)"] * products + [called]
+        # XLA is as fast for a float32 norm that several products read.
+        calls = ["dense(float32)"] * products + [called] * (dtype == "bfloat16")
     assert replacements(fast) == sorted(calls)
     # In bfloat16 the original rounds before and after the product, and sums in float32.
     tolerance = 1e-4 if dtype == "float32" else 3 * 2.0**-8
