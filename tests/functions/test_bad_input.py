@@ -78,8 +78,8 @@ VALID = {
     "nnx.attention_fn": {"query": QUERY, "key": QUERY, "value": QUERY},
     "nnx.substitute": {"model": _Model()},
 }
-# Of packed weights: tests/dense/test_dense_errors.py.
-OF_DENSE_LAYERS = {"dense", "pack_weight"}
+# Of packed weights: tests/dense/test_dense_errors.py and tests/pack.
+OF_DENSE_LAYERS = {"dense", "pack_weight", "pack", "save_packed", "load_packed"}
 ACTIVATIONS = [name for name, keywords in VALID.items() if list(keywords) == ["x"]]
 
 # What takes no arguments, or takes any: how products and dropout are computed is Flax's affair, and
