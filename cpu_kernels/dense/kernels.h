@@ -21,6 +21,8 @@ enum class DenseFormat : int {
   kCount
 };
 inline constexpr int kDenseFormats = static_cast<int>(DenseFormat::kCount);
+// Those that a problem may have.
+inline constexpr int kDenseProblemFormats = static_cast<int>(DenseFormat::kInt4Narrow);
 
 // How many neighbours of a column a word has.
 constexpr std::size_t elements_of_word(DenseFormat format) {

@@ -587,7 +587,7 @@ void fuzz_attention(Source& source) {
 void fuzz_dense(Source& source) {
   std::mt19937 random(source.word());
   DenseShape s;
-  s.format = static_cast<DenseFormat>(source.below(kDenseFormats));
+  s.format = static_cast<DenseFormat>(source.below(kDenseProblemFormats));
   s.in = &take_storage(source);
   s.out = &take_storage(source);
   s.order = 1 + static_cast<int>(source.below(kMaxOrder));
