@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> dict:
         "environment": environment.describe(args.threads),
         "settings": {"walked_bytes": run.walked, **settings.as_dict()},
         "left_out": left_out,
-        "cases": measured,
+        "cases": sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
         "scaling": scaling,
         "norms": norms,
         "packing": packing,
