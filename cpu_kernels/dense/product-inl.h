@@ -119,7 +119,8 @@ QUAKE_INLINE void add_group(const DensePanels& b, std::size_t from, const Packed
 }
 
 // With a scale, and perhaps an offset, for every group: the sums of a group are in registers, those of all in
-// the tile, where they become float32. A function of its own: around it, the loop over tiles costs GCC registers.
+// the tile, where they become float32. A function of its own: around it, the loop over tiles costs GCC
+// registers.
 template <class Words, int R, int V>
 [[gnu::noinline]] void grouped_tile(const DensePanels& b, const DenseTiles& tile) {
   constexpr int kVectors = V * kPanelVectors;

@@ -2,8 +2,8 @@
 // factors of the product. Included inside an instruction set's namespace, after core/product-inl.h.
 //
 // What an instruction set adds to its shim for them:
-//   byte_products(a, b, c)          c + a0 b0 + a1 b1 + a2 b2 + a3 b3 of bytes a and signed bytes b, if there is
-//                                   such an instruction
+//   byte_products(a, b, c)          c + a0 b0 + a1 b1 + a2 b2 + a3 b3 of bytes a and signed bytes b, if
+//                                   there is such an instruction
 //   kByteOffset                     128 if that takes a as unsigned, 0 if as signed
 //   pair_sums(a, b, c)              c + a0 b0 + a1 b1 of the int16 pairs in each lane
 //   byte_pairs(a, b, c)             c + a0 b0 + a1 b1 of the pairs of unsigned bytes a and signed bytes b, as
@@ -178,8 +178,9 @@ struct QuantizedCodes : PairProduct<4> {
   }
   ByteTable table;
 };
-// Where bytes are multiplied in pairs: values as unsigned bytes, less the least of them. x is in [-127, 127], so
-// 16 bits have the sums of kBlock words, 16 products of at most 15 * 127.
+
+// Where bytes are multiplied in pairs: values as unsigned bytes, less the least of them. x is in [-127, 127],
+// so 16 bits have the sums of kBlock words, 16 products of at most 15 * 127.
 struct NarrowTable {
   explicit NarrowTable(const void* table) {
     const std::int8_t* const v = static_cast<const std::int8_t*>(table);

@@ -1,10 +1,9 @@
 // The instruction sets, the weakest first: QUAKE_ISA(processor, name, the set that it extends, features).
 //
 // isa/NAME.cc has a set's kernels. `features` are all that they take of the CPU, for each of which
-// CMakeLists.txt, which reads these rows too, gives the compiler an option, and of which dispatch.cc asks the CPU
-// whether it has them. A set that extends another has its features and options too, and its
-// kernels but for those that it names. Without an include guard: each who includes this file defines QUAKE_ISA
-// first.
+// CMakeLists.txt, which reads these rows too, gives the compiler an option, and of which dispatch.cc asks the
+// CPU whether it has them. A set that extends another has its features and options too, and its kernels but for
+// those that it names. Without an include guard: each who includes this file defines QUAKE_ISA first.
 
 // clang-format off
 QUAKE_ISA(x86, baseline, none, )
