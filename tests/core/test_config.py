@@ -161,7 +161,7 @@ def show(name, f):
     print(name, 'custom_call_target="quake_jax' in text)
 for name in dir(quake_jax):
     f = getattr(quake_jax, name)
-    if "attention" in name or "default" in name or name in ("accelerate", "dense"):
+    if "attention" in name or "default" in name or name in ("accelerate", "dense", "pack"):
         continue
     if "order" in getattr(f, "__annotations__", ()):
         try:
@@ -172,6 +172,9 @@ show("attention", lambda x: quake_jax.dot_product_attention(x[None], x[None], x[
 show("packed", lambda x: quake_jax.packed_dot_product_attention(jnp.stack([x[None]] * 3, 1)))
 packed = quake_jax.pack_weight(jnp.ones((4, 3)), "int8")
 show("dense", lambda x: quake_jax.dense(x, packed))
+product, w, x = (lambda w, x: x @ w), jnp.ones((4, 3)), jnp.ones((2, 4))
+fast, weights = quake_jax.pack(product, w, x, weights="int8")
+show("pack", lambda x: fast(weights, x))
 show("layer_norm", quake_jax.layer_norm)
 show("rms_norm", quake_jax.rms_norm)
 show("accelerate", lambda x: quake_jax.accelerate(jax.nn.softmax)(jnp.tile(x, (32, 16))))
@@ -187,7 +190,7 @@ except ValueError:
     on = run_python(code, tmp_path, QUAKE_JAX_DISABLE="1").stdout
     off = run_python(code, tmp_path, QUAKE_JAX_DISABLE="0").stdout
     shown = {line.split()[0] for line in on.splitlines() if line.endswith(" False")}
-    others = {"attention", "packed", "dense", "layer_norm", "rms_norm", "accelerate"}
+    others = {"attention", "packed", "dense", "pack", "layer_norm", "rms_norm", "accelerate"}
     assert shown >= {f.public or f.name for f in FUNCTIONS} | others
     assert "True" not in on
     assert off == on.replace("False", "True")
