@@ -134,7 +134,7 @@ class Lifter:
         kind = equation.primitive.name
         if kind in CALLS and "jaxpr" in equation.params:
             return self._call(equation, ready)
-        if kind == "scan":
+        if kind == "scan" and "num_consts" in equation.params:
             return self._scan(equation, ready)
         if kind == "while":
             return self._while(equation, ready)

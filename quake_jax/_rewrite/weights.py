@@ -17,7 +17,7 @@ def origins_inside(equation, name: str, origins: Origins | None) -> Origins | No
     kind, params = equation.primitive.name, equation.params
     if kind in CALLS:
         return origins
-    if kind == "scan":
+    if kind == "scan" and "num_consts" in params:  # jax 0.12 has trees there: nothing is packed
         consts, carry = params["num_consts"], params["num_carry"]
         return (*origins[:consts], *[None] * carry, *origins[consts + carry :])
     if kind == "while":
