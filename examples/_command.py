@@ -88,6 +88,19 @@ def models(make: Callable, args: argparse.Namespace) -> tuple[dict[Hashable, Any
     return compared, chosen
 
 
+def on_kernels(functions: Sequence[Callable], arguments: Sequence[tuple], params, order, weights):
+    """Returns functions of (params, *arguments) on the kernels, and the parameters they take.
+
+    With `weights` these are packed; of the arguments the shapes alone count then.
+    """
+    import quake_jax.linen
+
+    if weights is None:
+        return [quake_jax.linen.substitute(order)(f) for f in functions], params
+    pairs = list(zip(functions, arguments, strict=True))
+    return quake_jax.pack(pairs, params, weights=weights, order=order)
+
+
 def megabytes(model: Any) -> str:
     """Returns the size of a model's parameters for a table."""
     return f"{model.bytes / 1e6:.2f}"

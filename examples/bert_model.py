@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import _checkpoint
+import _command
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _checkpoint import ACTIVATIONS, CheckpointError, Params
 from flax import linen as nn
-
-import quake_jax.linen
 
 POOLING = Path("1_Pooling", "config.json")
 SENTENCES = "sentence_bert_config.json"
@@ -133,11 +132,8 @@ class Encoder:
             mean = jnp.mean(hidden, axis=1, where=present[:, :, None])
             return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
-        if weights is None:
-            embed = quake_jax.linen.substitute(order)(embed)
-        else:
-            text = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
-            embed, params = quake_jax.pack(embed, params, *text, weights=weights, order=order)
+        text = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
+        (embed,), params = _command.on_kernels([embed], [text], params, order, weights)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._embed = partial(jax.jit(embed), params)
 

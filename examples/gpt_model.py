@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import _checkpoint
+import _command
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _checkpoint import ACTIVATIONS, Params
 from flax import linen as nn
 from flax import struct, traverse_util
-
-import quake_jax.linen
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -245,17 +244,13 @@ class Generator:
             logits, cache = model.apply({"params": params}, token.reshape(1, 1), cache)
             return logits[0, 0], cache
 
-        functions = full, prefill, decode
-        if weights is None:
-            functions = map(quake_jax.linen.substitute(order), functions)
-        else:
-            # Their shapes alone count: of a text of one token.
-            token, cache = np.int32(0), Cache.empty(config, dtype=dtype)
-            tokens = token.reshape(1, 1)
-            arguments = (tokens,), (tokens, np.int32(1)), (cache, token)
-            pairs = tuple(zip(functions, arguments, strict=True))
-            functions, params = quake_jax.pack(pairs, params, weights=weights, order=order)
-        full, prefill, decode = functions
+        token, cache = np.int32(0), Cache.empty(config, dtype=dtype)
+        tokens = token.reshape(1, 1)
+        (full, prefill, decode), params = _command.on_kernels(
+            (full, prefill, decode),
+            ((tokens,), (tokens, np.int32(1)), (cache, token)),
+            *(params, order, weights),
+        )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._full = partial(jax.jit(full), params)
         self._prefill = partial(jax.jit(prefill), params)

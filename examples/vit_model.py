@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import _checkpoint
+import _command
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _checkpoint import ACTIVATIONS, CheckpointError, Params
 from flax import linen as nn
-
-import quake_jax.linen
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -124,12 +123,9 @@ class Classifier:
             logits = model.apply({"params": params}, images.astype(dtype))
             return logits.astype(jnp.float32)
 
-        if weights is None:
-            apply = quake_jax.linen.substitute(order)(apply)
-        else:
-            images = np.zeros((1, config.image_size, config.image_size, config.num_channels))
-            images = images.astype(np.float32)
-            apply, params = quake_jax.pack(apply, params, images, weights=weights, order=order)
+        shape = (1, config.image_size, config.image_size, config.num_channels)
+        images = jax.ShapeDtypeStruct(shape, np.float32)
+        (apply,), params = _command.on_kernels([apply], [(images,)], params, order, weights)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._apply = partial(jax.jit(apply), params)
 

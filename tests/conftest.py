@@ -8,7 +8,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # Programs of tests run once, and XLA's optimizations take longer than all the rest together. They
-# move rounding alone, within any stated bound: `optimized` below has what they are tested with.
+# move rounding, within any stated bound, and lose some NaN: `optimized` is for tests of these.
 # Started processes inherit this; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

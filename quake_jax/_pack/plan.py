@@ -137,7 +137,7 @@ class Plan:
     def finish(self) -> None:
         self._is_final = True
 
-    def packed(self, params, progress=lambda slots: slots):
+    def packed(self, params):
         """Packed parameters, and what there is to report of each weight."""
         leaves, tree = jax.tree.flatten(params)
         if tree != self._tree:
@@ -148,7 +148,7 @@ class Plan:
                 raise refusal(f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
         weights: dict[int, list] = {}
         layers = []
-        for slot in progress(self.slots):
+        for slot in self.slots:
             made, error = self._made(slot, [leaves[i] for i in slot.inputs])
             weights.setdefault(slot.leaf, []).append(made)
             layers.append(self._layer(slot, error))

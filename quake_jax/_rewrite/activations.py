@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -256,19 +255,14 @@ def with_bias(match: Match) -> Match:
             continue
         if views.uniform(bias) is not None:
             continue
-        view = views.view(bias)
-        last = view.axes[-1] if view.axes else None
-        alone = all(a is None for a in view.axes[:-1])
-        size = x.shape[-1] if x.ndim else 1
-        if last is None or not alone or view.source.shape[last] != size:
-            continue
-        if math.prod(view.source.shape) != size:
+        source = views.repeated_rows(bias, 1, x.shape) if x.ndim and x.shape[-1] != 1 else None
+        if source is None:
             continue
         return dataclasses.replace(
             match,
             replacement=_public_name(row.biased),
             nodes=nodes,
-            inputs=(other, view.source),
+            inputs=(other, source),
             function=_call_biased,
             static=(("function", row.biased),),
         )

@@ -275,7 +275,7 @@ class _Chain:
         if other is value:
             return None
         if self.bias is None and not self.activation:
-            source = norms.vector_source(other, len(self.product.columns), value.shape)
+            source = views.repeated_rows(other, len(self.product.columns), value.shape)
             if source is not None:
                 return self._with(use, bias=source)
         if other.shape == value.shape and views.is_float(other):
@@ -362,7 +362,7 @@ def _linear(value: Value) -> _Chain | None:
         chain = _Chain(*found, last)
         if bias is None:
             return chain
-        source = norms.vector_source(bias, len(chain.product.columns), last.output.shape)
+        source = views.repeated_rows(bias, len(chain.product.columns), last.output.shape)
         if source is not None and not last.output.is_output and last.output.uses == [node]:
             return chain._with(node, bias=source)
     return None

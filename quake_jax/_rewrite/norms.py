@@ -59,9 +59,9 @@ def _match(root: Node) -> Match:
     if value.primitive == "add":
         norm.nodes.add(value.node)
         first, second = value.node.inputs
-        norm.offset, value = vector_source(second, 1, shape), first
+        norm.offset, value = views.repeated_rows(second, 1, shape), first
         if norm.offset is None:
-            norm.offset, value = vector_source(first, 1, shape), second
+            norm.offset, value = views.repeated_rows(first, 1, shape), second
         if norm.offset is None:
             raise _No
     _read_factors(value, shape, norm)
@@ -106,34 +106,10 @@ def _uncast(value: Value, norm: _Norm) -> Value:
 
 def _source_of_rows(value: Value, shape, norm: _Norm) -> Value | None:
     """What a value repeats along its last axis; None if it does not."""
-    view = views.view(value)
-    if value.ndim == len(shape) and view.axes and view.axes[-1] is not None:
-        return None
-    kept = [a for a in view.axes[: len(shape) - 1] if a is not None]
-    sizes = [n for n in shape[:-1] if n != 1]
-    if kept != sorted(kept) or [view.source.shape[a] for a in kept] != sizes:
-        return None
-    if math.prod(view.source.shape) != math.prod(sizes):
+    view = views.repeated(value, shape, range(len(shape) - 1))
+    if view is None:
         return None
     norm.nodes.update(view.nodes)
-    return view.source
-
-
-def vector_source(value: Value, axes: int, shape: tuple[int, ...]) -> Value | None:
-    """The array that a value repeats along all but its last axes, or None if it is none such."""
-    if value.ndim != len(shape) or axes == 0:
-        return None
-    view = views.view(value)
-    lead, last = view.axes[:-axes], view.axes[len(view.axes) - axes :]
-    if any(a is not None for a in lead):
-        return None
-    # Axes of size 1 have no label.
-    kept = [a for a in last if a is not None]
-    sizes = [n for n in shape[len(shape) - axes :] if n != 1]
-    if kept != sorted(kept) or [view.source.shape[a] for a in kept] != sizes:
-        return None
-    if math.prod(view.source.shape) != math.prod(sizes):
-        return None
     return view.source
 
 
@@ -145,7 +121,7 @@ def _read_factors(value: Value, shape, norm: _Norm, inverted: bool = False) -> N
         _read_factors(first, shape, norm, inverted)
         _read_factors(second, shape, norm, inverted != (value.primitive == "div"))
         return
-    scale = vector_source(value, 1, shape)
+    scale = views.repeated_rows(value, 1, shape)
     if scale is not None:
         if norm.scale is not None or inverted:
             raise _No
@@ -300,8 +276,9 @@ def is_norm(match: Match | None) -> bool:
 
 
 def is_slow_alone(match: Match) -> bool:
-    """Whether a norm that no dense layer takes in is better left to XLA, whose loops over float32
-    are as fast; in 16 bits the kernel is (docs/results/dense.md)."""
+    """Whether a norm that no dense layer takes in stays XLA's: in float32 the kernel gains little
+    where it stands alone (docs/results/dense.md), and XLA computes a norm together with what is
+    around it."""
     return is_norm(match) and match.root.output.dtype == jnp.float32
 
 

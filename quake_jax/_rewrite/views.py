@@ -93,6 +93,30 @@ def view(value: Value, through: Callable[[Node], bool] = lambda node: False) -> 
     return View(value, axes, tuple(nodes))
 
 
+def repeated(value: Value, shape: Sequence[int], along: range) -> View | None:
+    """The view of an array that a value repeats along all axes but those in `along`, if it has all
+    of these, in their order, and nothing else; None if it is another. `shape` is what the value
+    broadcasts to."""
+    if value.ndim != len(shape):
+        return None
+    found = view(value)
+    others = (a for i, a in enumerate(found.axes) if i not in along)
+    kept = [found.axes[i] for i in along if found.axes[i] is not None]
+    # Axes of size 1 have no label.
+    sizes = [shape[i] for i in along if shape[i] != 1]
+    if any(a is not None for a in others) or kept != sorted(kept):
+        return None
+    if [found.source.shape[a] for a in kept] != sizes:
+        return None
+    return found if math.prod(found.source.shape) == math.prod(sizes) else None
+
+
+def repeated_rows(value: Value, axes: int, shape: Sequence[int]) -> Value | None:
+    """The array that a value repeats along all but its last `axes` axes, or None."""
+    found = repeated(value, shape, range(len(shape) - axes, len(shape))) if axes else None
+    return None if found is None else found.source
+
+
 def followed(
     value: Value, axes: Axes, sizes: dict, through=lambda node: False, may_cut: bool = False
 ) -> tuple[Value, Axes, dict, list[Node]]:
