@@ -1,16 +1,21 @@
 """Eight CPU devices for the sharding tests, fixtures of several folders, and what is quick."""
 
+import importlib.metadata
 import os
-
-# XLA reads this when its backend starts, so it comes before anything that imports jax.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 
 # Programs of tests run once, and XLA's optimizations take longer than all the rest together. They
 # move rounding, within any stated bound, and lose some NaN: `optimized` is for tests of these.
 # Started processes inherit this; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# XLA reads its flags when its backend starts, so they come before anything that imports jax. The
+# emitters of loops that use MLIR take as long as all else; a jaxlib after 0.10 has no others.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    + ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"]
+    * (os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
 
 # NumPy's float64 products are small; with threads of their own they would wait for cores that the
 # other process of pytest-xdist, and XLA, have.
@@ -22,7 +27,7 @@ from collections.abc import Callable
 
 import jax
 import pytest
-from support import ROOT
+from support import ONE_DEVICE, ROOT
 
 # `pytest -m quick`: at least one file of every family, of those that take seconds.
 QUICK = (
@@ -82,7 +87,7 @@ def run_benchmarks() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(
             [sys.executable, "-m", "benchmarks", subcommand, *arguments],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": ""},
+            env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
             capture_output=True,
             text=True,
             timeout=600,  # against hangs only

@@ -22,6 +22,9 @@ from quake_jax._core import config
 from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 from quake_jax._elementwise import table
 
+# XLA's flags for processes that are to have one device.
+ONE_DEVICE = re.sub(r"\S*device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
 
@@ -279,7 +282,7 @@ def run_python(code: str, folder, check: bool = True, **environment) -> subproce
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": ONE_DEVICE,
             **environment,
         },
         capture_output=True,

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from load_worker import Memory
-from support import inputs
+from support import ONE_DEVICE, inputs
 
 import quake_jax
 
@@ -58,7 +58,7 @@ def run_worker(*arguments, pool: int = 2) -> tuple[int, dict, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONMALLOC": "malloc",  # so that a lost Python object is seen
         "PJRT_NPROC": str(pool),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": ONE_DEVICE,
     }
     command = [sys.executable, str(WORKER), *map(str, arguments)]
     line = "{}"

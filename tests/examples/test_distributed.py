@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import ONE_DEVICE
 
 pytest.importorskip("flax")
 pytest.importorskip("safetensors")
@@ -32,7 +33,7 @@ TIMEOUT = 300
 
 def start(*arguments) -> subprocess.Popen:
     """Starts it with one device in each process."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE, "PYTHONIOENCODING": "utf-8"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--timeout", str(TIMEOUT)],
         stdout=subprocess.PIPE,
