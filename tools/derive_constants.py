@@ -135,9 +135,9 @@ def remez(problem: Problem, fixed: Mapping[int, mp.mpf] | None = None):
     def levelled(reference: Sequence[int], signs: Sequence[float]) -> list[mp.mpf]:
         """The coefficients with errors of one size and those signs at the reference."""
         rows = [_row(problem, i, free, fixed) for i in reference]
-        matrix = mp.matrix([[*row, sign] for (row, _), sign in zip(rows, signs, strict=True)])
-        solution = mp.lu_solve(matrix, mp.matrix([rhs for _, rhs in rows]))
-        return _complete(problem, free, fixed, list(solution)[:size])
+        matrix = [[*row, mp.mpf(sign)] for (row, _), sign in zip(rows, signs, strict=True)]
+        solution = _solve(np.array(matrix), np.array([rhs for _, rhs in rows]))
+        return _complete(problem, free, fixed, solution[:size, 0])
 
     if problem.x[0] * problem.x[-1] < 0:
         coefficients = levelled(*_single_exchange(problem, free, fixed))
@@ -209,7 +209,7 @@ def _single_exchange(problem: Problem, free: Sequence[int], fixed: Mapping[int, 
 
 
 def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """Solves a small linear system, to the same bits on every machine."""
+    """Solves a small linear system of floats or mpf, to the same bits on every machine."""
     rows = np.column_stack([matrix, rhs])
     size = len(matrix)
     for k in range(size):
