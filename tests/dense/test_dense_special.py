@@ -1,4 +1,7 @@
-"""Dense layers of what is not finite, very large or small, empty, or of many axes."""
+"""Dense layers and weights of what is not finite, very large or small, empty, or of many axes."""
+
+import functools
+import re
 
 import dense_oracle as oracle
 import jax
@@ -43,6 +46,34 @@ def test_float_row_that_is_not_finite(value, format):
     y = np.asarray(quake_jax.dense(x, packed))
     assert np.isfinite(y[[0, 1, 3]]).all()
     np.testing.assert_array_equal(y[2], expected[2])
+
+
+@formats
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 40])  # XLA's maximum may lose a NaN in the first one
+def test_weights_that_are_not_finite(format, value, row):
+    k = depth(format, 64)
+    weight = np.array(normal((2, k, 20)))
+    weight[1, row, 7] = value
+    text = f"weight must be finite; got {value} at row {row}, column 7 of the weight at (1,)"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        pack(weight, format)
+    with pytest.raises(ValueError, match=re.escape(f"got {value} at row {row}, column 7") + "$"):
+        pack(weight[1], format)
+    packed = jax.jit(functools.partial(pack, format=format))(weight[1])
+    found = np.isnan(np.asarray(quake_jax.dense(jnp.ones((3, k)), packed)))
+    if np.isnan(value) or format.startswith("int"):
+        assert found[:, 7].all()
+    found[:, 7] = False
+    assert not found.any()
+
+
+def test_weights_too_large_for_scales_of_groups():
+    weight = np.array(normal((64, 20)))
+    weight[40, 7] = 1e7
+    for dtype in ("int8", "int4"):
+        with pytest.raises(ValueError, match="small enough for float16.*row 40, column 7"):
+            quake_jax.pack_weight(weight, dtype, group_size=32)
 
 
 @formats
