@@ -20,7 +20,7 @@ from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.trees import pytree
 from quake_jax._pack.report import Kept, Layer
 from quake_jax._pack.rules import Rules, refusal
-from quake_jax._rewrite.dense import Format
+from quake_jax._rewrite.dense import origin
 
 
 @pytree(("array", "weights"), ())
@@ -98,17 +98,7 @@ class Plan:
     @property
     def origins(self) -> list[frozenset]:
         """For each array of the parameters the format of the weights that are made of it."""
-        left = Format(None)
-        return [
-            frozenset(
-                (
-                    self._rules.format_of(self.paths[i])
-                    if jnp.issubdtype(self._leaves[i].dtype, jnp.floating)
-                    else left,
-                )
-            )
-            for i in self._arrays
-        ]
+        return [origin(self._leaves[i], self._rules.format_of(self.paths[i])) for i in self._arrays]
 
     def slot(self, program, inputs: tuple[int, ...]) -> Slot:
         """Where a packed weight is; `inputs` counts the arrays of the parameters."""

@@ -6,8 +6,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from quake_jax._dense.layout import CODES, GROUP_MULTIPLE, LARGEST
+from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST
 from quake_jax._rewrite.dense import Format
+from quake_jax._rewrite.options import check_format
 
 
 def refusal(argument: str, expected: str, given: str, kind: type = ValueError) -> Exception:
@@ -30,7 +31,7 @@ class Rules:
 
 def checked_rules(weights, activations, group_size, scale_method, rules) -> Rules:
     """Return the Rules that arguments mean; raise TypeError or ValueError for others."""
-    _check_dtype("weights", weights, may_be_none=False)
+    check_format("pack", "weights", weights, may_be_none=False)
     if activations not in ("auto", "int8", None):
         raise refusal("activations", '"auto", "int8" or None', repr(activations))
     if scale_method not in ("max", "mse"):
@@ -53,7 +54,7 @@ def checked_rules(weights, activations, group_size, scale_method, rules) -> Rule
             pattern = re.compile(pattern)
         except (re.error, TypeError) as error:
             raise refusal(f"rules[{i}][0]", "a regular expression", repr(pattern)) from error
-        _check_dtype(f"rules[{i}][1]", dtype, may_be_none=True)
+        check_format("pack", f"rules[{i}][1]", dtype, may_be_none=True)
         ordered.append((pattern, dataclasses.replace(default, dtype=dtype, is_rule=True)))
     used = {weights, *(f.dtype for _, f in ordered)}
     for argument, given in (("activations", activations == "int8"), ("group_size", group_size)):
@@ -61,11 +62,3 @@ def checked_rules(weights, activations, group_size, scale_method, rules) -> Rule
             expected = f"left out where no weight is {' or '.join(LARGEST)}"
             raise refusal(argument, expected, repr(locals()[argument]))
     return Rules(default, tuple(ordered))
-
-
-def _check_dtype(argument: str, dtype, *, may_be_none: bool) -> None:
-    if dtype is None and may_be_none:
-        return
-    if not isinstance(dtype, str) or dtype not in CODES:
-        expected = f"{'None, ' if may_be_none else ''}{', '.join(map(repr, CODES))}"
-        raise refusal(argument, f"one of {expected}", repr(dtype))

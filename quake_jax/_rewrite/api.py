@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -16,6 +16,8 @@ from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
 from quake_jax._rewrite import Options, Report, calls, jaxprs
+from quake_jax._rewrite.dense import Format, origin
+from quake_jax._rewrite.lift import lifted
 
 _ATTRIBUTE = "__quake_jax__"
 
@@ -40,6 +42,8 @@ def accelerate(
     only: str | set[str] | None = None,
     softmax: str | None = None,
     gelu: str | None = None,
+    weights: str | None = None,
+    params_argnums: int | Sequence[int] = 0,
 ) -> Callable:
     """Return `fun` with attention, softmax and activations computed by this package's kernels.
 
@@ -63,6 +67,12 @@ def accelerate(
         that takes the kernel's place, for studies of quality. Attention is then not fused, so that
         its softmax is replaced too, and no array is too small.
       gelu: the same of GELU, such as "shiftgelu". With order="exact" nothing but these is replaced.
+      weights: None, or a format of `pack_weight`: "float32", "bfloat16", "int8" or "int4". Products
+        with what depends on parameters alone are then replaced by `dense`, as `pack` does, but each
+        call packs the weights first, so that `fun` keeps its parameters. That pays where a weight
+        meets many rows; `explain` says how many. Donated arguments are kept.
+      params_argnums: the positional argument of `fun` that holds the parameters, or a tuple of
+        them; of no effect without `weights`.
 
     Returns:
       A function with the signature and name of `fun`. It composes with jit, grad, vmap, shard_map
@@ -84,8 +94,10 @@ def accelerate(
       needs the intermediate results, so much less is replaced.
 
     Raises:
-      TypeError: if fun is not callable; if only is no name or set of names.
-      ValueError: if only has an unknown name, or softmax or gelu is none of an approximation.
+      TypeError: if fun is not callable; if only is no name or set of names; if a derivative is
+        taken with respect to weights that are packed.
+      ValueError: if only has an unknown name, or softmax or gelu is none of an approximation; if
+        weights is no format; if a call has no positional argument of params_argnums.
       TypeError, ValueError: if order is not allowed.
 
     Example:
@@ -96,7 +108,14 @@ def accelerate(
       >>> y = fast(jnp.ones((64, 64)), jnp.ones((64, 64)))
     """
     _checked(fun, "accelerate")
-    options = _rewrite.checked_options(order, only, softmax=softmax, gelu=gelu)
+    options = _rewrite.checked_options(
+        order,
+        only,
+        softmax=softmax,
+        gelu=gelu,
+        weights=weights,
+        params_argnums=params_argnums,
+    )
     programs = _programs_of(fun, options)
 
     @functools.wraps(fun)
@@ -125,6 +144,25 @@ def _programs_of(fun: Callable, options: Options) -> _Programs:
     return by_options[options]
 
 
+def _origins(static: calls.Static, arrays, options: Options):
+    """The formats of the arrays of a call that are parameters; None if no weight is packed."""
+    if not options.packs:
+        return None
+    try:
+        are_parameters = static.arrays_of(options.params_argnums)
+    except IndexError:
+        count = len(static.tree.children()[0].children())
+        raise ValueError(
+            f"quake_jax.accelerate: params_argnums must be numbers of positional arguments, of "
+            f"which the call has {count}; got {options.params_argnums}"
+        ) from None
+    chosen = Format(options.weights, in_call=True)
+    return tuple(
+        origin(x, chosen) if is_parameter else None
+        for x, is_parameter in zip(arrays, are_parameters, strict=True)
+    )
+
+
 class _Programs:
     """The rewritten programs of one function, which somebody else keeps alive."""
 
@@ -141,7 +179,13 @@ class _Programs:
 
         def call(static, *arrays):
             closed, tree = calls.traced(self._function(), static, arrays)
-            new, _ = _rewrite.rewrite(closed, options)
+            origins = _origins(static, arrays, options)
+            new, _ = _rewrite.rewrite(closed, options, origins)
+            if origins is not None:
+                new, packings = lifted(new, [x is not None for x in origins])
+                for packing, inputs in packings:
+                    packed = jax_names.jaxpr_as_fun(packing)(*(arrays[i] for i in inputs))
+                    arrays = (*arrays, *packed)
             return jax.tree.unflatten(tree, jax_names.jaxpr_as_fun(new)(*arrays))
 
         self._call = jaxprs.name_like(call, fun)
@@ -151,7 +195,7 @@ class _Programs:
     def call(self, arrays, static: calls.Static):
         if not static.is_key():
             return self._call(static, *arrays)
-        if self._is_jitted and self._donates_in(arrays, static):
+        if self._is_jitted and not self._options.packs and self._donates_in(arrays, static):
             return self._call_jitted(arrays, static)
         return self._compiled(static, *arrays)
 
@@ -201,5 +245,6 @@ def explain(fun: Callable, /, *args, **kwargs) -> Report:
     closed, _ = calls.traced(fun, static, arrays)
     report = Report()
     # JAX knows no frames outside the function that it traces.
-    report.update(_rewrite.rewrite(closed, options)[1], _rewrite.call_site())
+    origins = _origins(static, arrays, options)
+    report.update(_rewrite.rewrite(closed, options, origins)[1], _rewrite.call_site())
     return report

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -46,6 +47,18 @@ class Static:
 
     def __eq__(self, other):
         return isinstance(other, Static) and self._key == other._key
+
+    def arrays_of(self, argnums: Sequence[int]) -> list[bool]:
+        """For each array of the call, whether it is in one of these positional arguments.
+
+        Raises:
+          IndexError: if there is no such argument.
+        """
+        arguments = self.tree.children()[0].children()
+        chosen = {range(len(arguments))[i] for i in argnums}
+        inside = (i in chosen for i, tree in enumerate(arguments) for _ in range(tree.num_leaves))
+        inside = itertools.chain(inside, itertools.repeat(False))  # those by keyword
+        return [x for x, leaf in zip(inside, self.leaves, strict=False) if leaf is _ARRAY]
 
     def is_key(self) -> bool:
         """Whether calls with an equal one have the same program."""

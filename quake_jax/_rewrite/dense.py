@@ -28,6 +28,9 @@ NAME = "dense"
 # more outputs than inputs: the projection to a vocabulary.
 _SMALL = 64
 _VOCABULARY = 8
+# Rows from which packing in each call takes less time than the product saves: with AVX2, from the
+# times of packing and of products in docs/results/dense.md.
+PAYS_FROM = {"float32": 500, "bfloat16": 700, "int8": 300, "int4": 250}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Format:
     """How the weights that depend on a parameter are packed; dtype None: they are left alone.
 
     `is_rule` says that a rule of the caller names it, so that defaults which are more exact do not
-    apply.
+    apply; `in_call` that the program packs them itself.
     """
 
     dtype: str | None
@@ -43,6 +46,7 @@ class Format:
     activations: str | None = "auto"
     scale_method: str = "max"
     is_rule: bool = False
+    in_call: bool = False
 
     def of_weight(self, k: int, n: int) -> dict:
         """The parameters of the packing of a weight (k, n)."""
@@ -69,6 +73,12 @@ class Format:
         }
 
 
+def origin(parameter, chosen: Format) -> frozenset[Format]:
+    """The formats of an array of the parameters: that chosen for it, if it can be a weight."""
+    is_float = jnp.issubdtype(parameter.dtype, jnp.floating)
+    return frozenset((chosen if is_float else Format(None),))
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A dot_general of rows and a weight: which axes are what.
@@ -80,6 +90,7 @@ class Product:
       rows, columns: the sizes of those that x and the weight have alone.
       packing: the parameters of the packing.
       dtype: of the result.
+      in_call: whether the weight is packed in each call.
     """
 
     rows_first: bool
@@ -91,6 +102,7 @@ class Product:
     k: int
     packing: tuple[tuple[str, object], ...]
     dtype: str
+    in_call: bool
 
     def packed(self, w):
         w = jnp.transpose(w, self.w_order)
@@ -111,6 +123,15 @@ class Product:
             return y
         s, r, c = len(self.stack), len(self.rows), len(self.columns)
         return jnp.transpose(y, (*range(s), *range(s + r, s + r + c), *range(s, s + r)))
+
+    @property
+    def format(self) -> str:
+        """Of the weight, for the report."""
+        dtype = dict(self.packing)["dtype"]
+        if not self.in_call:
+            return dtype
+        rows = math.prod(self.rows)
+        return f"{dtype} packed in each call for {rows} rows: pays from about {PAYS_FROM[dtype]}"
 
     @property
     def is_plain(self) -> bool:
@@ -169,6 +190,7 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
         k,
         tuple(chosen.of_weight(k, n).items()),
         result.dtype.name,
+        chosen.in_call,
     )
     return product, x, w
 
@@ -233,10 +255,9 @@ class _Chain:
             (x, *arrays), static = norm.inputs, norm.static
         parts = [norm and norm.name, self.activation, *extras]
         parts = [p for p in parts if p]
-        dtype = dict(self.product.packing)["dtype"]
         return Match(
             NAME,
-            f"quake_jax.dense({', '.join((dtype, *parts))})",
+            f"quake_jax.dense({', '.join((self.product.format, *parts))})",
             self.last,
             self.everything | (frozenset() if norm is None else norm.nodes),
             (x, self.w, *extras.values(), *arrays),

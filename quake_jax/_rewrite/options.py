@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from quake_jax._core import config, switches
+from quake_jax._dense.layout import CODES
 from quake_jax._elementwise.table import FUNCTIONS
 
 # What is replaced by default, and what only on request: their exactness may matter where they
@@ -34,11 +35,15 @@ class Options:
       only: the names of what is replaced.
       approximations: (kind, name) of those of `quake_jax.approximations` that take the place of
         this package's kernels, sorted.
+      weights: the format in which each call packs weights, or None.
+      params_argnums: the positional arguments whose arrays are weights.
     """
 
     order: config.Order | None = None
     only: frozenset[str] = DEFAULT_NAMES
     approximations: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None
+    params_argnums: tuple[int, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -59,8 +64,13 @@ class Options:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether everything is to stay exact, by order or by QUAKE_JAX_DISABLE."""
-        return not self.names
+        """Whether everything is to stay as it is, by order or by QUAKE_JAX_DISABLE."""
+        return not self.names and not self.packs
+
+    @property
+    def packs(self) -> bool:
+        """Whether weights are packed in each call."""
+        return self.weights is not None and not switches.DISABLED
 
     @property
     def _is_exact(self) -> bool:
@@ -92,12 +102,39 @@ def checked_options(
     *,
     softmax: str | None = None,
     gelu: str | None = None,
+    weights: str | None = None,
+    params_argnums: int | Sequence[int] = 0,
 ) -> Options:
     """Return the Options that arguments mean; raise TypeError or ValueError for others."""
-    order = config.checked_order(order)
+    check_format(function, "weights", weights, may_be_none=True)
     return Options(
-        order, _checked_names(only, function), _checked_approximations(function, softmax, gelu)
+        config.checked_order(order),
+        _checked_names(only, function),
+        _checked_approximations(function, softmax, gelu),
+        weights,
+        _checked_argnums(function, params_argnums) if weights is not None else (),
     )
+
+
+def check_format(function: str, argument: str, dtype, *, may_be_none: bool) -> None:
+    """Raise ValueError if `dtype` is none that weights are packed in."""
+    if dtype is None and may_be_none:
+        return
+    if not isinstance(dtype, str) or dtype not in CODES:
+        expected = f"{'None, ' if may_be_none else ''}{', '.join(map(repr, CODES))}"
+        raise ValueError(
+            f"quake_jax.{function}: {argument} must be one of {expected}; got {dtype!r}"
+        )
+
+
+def _checked_argnums(function: str, argnums) -> tuple[int, ...]:
+    given = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
+    if not given or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+        raise TypeError(
+            f"quake_jax.{function}: params_argnums must be the number of a positional argument, or "
+            f"a tuple of them; got {argnums!r}"
+        )
+    return tuple(given)
 
 
 def _checked_names(only, function: str) -> frozenset[str]:

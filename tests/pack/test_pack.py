@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 import quake_jax
 from quake_jax._rewrite import engine
@@ -522,3 +523,86 @@ def test_what_was_dropped_is_named():
     fast, packed = quake_jax.pack(other, params, X, weights="int8")
     with pytest.raises(ValueError, match="this call packs w as no function"):
         fast(packed, X, turned=True)
+
+
+# accelerate(weights=): the same within each call.
+
+
+def _packings(jaxpr, inside: bool = False):
+    """For each packing in a program, whether it is inside a loop or a branch."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "quake_pack":
+            yield inside
+        loops = inside or equation.primitive.name in ("scan", "while", "cond")
+        for inner in jaxprs_in_params(equation.params):
+            yield from _packings(inner, loops)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accelerate_packs_in_the_call(name):
+    case = CASES[name]
+    fast = quake_jax.accelerate(case.fun, weights="float32", order=5)
+    inside = list(_packings(jax.make_jaxpr(fast)(case.params, *case.args).jaxpr))
+    assert len(inside) >= len(case.packed) and not any(inside)
+    found = quake_jax.explain(fast, case.params, *case.args).replaced
+    in_call = sum(r.count for r in found if "packed in each call" in r.replacement)
+    assert in_call == sum("dense" in x for x in case.calls)
+    got, wanted = fast(case.params, *case.args), jax.jit(case.fun)(case.params, *case.args)
+    assert got.dtype == wanted.dtype
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_accelerate_computes_as_pack(weights):
+    packed, leaves = quake_jax.pack(_scan, LAYERS, X, weights=weights)
+    fast = quake_jax.accelerate(_scan, weights=weights)
+    np.testing.assert_allclose(fast(LAYERS, X), packed(leaves, X), rtol=1e-6, atol=1e-6)
+
+
+def test_accelerate_of_other_arguments():
+    def fun(x, n, first, *, second):
+        return n * (x @ first) @ second
+
+    last = normal(K, K, seed=3)
+    exact = fun(X, 2, SQUARE, second=last)
+    for argnums in (2, (2,), -1, (1, 2)):
+        fast = quake_jax.accelerate(fun, weights="bfloat16", params_argnums=argnums)
+        (found,) = quake_jax.explain(fast, X, 2, SQUARE, second=last).replaced
+        assert f"bfloat16 packed in each call for {X.shape[0]} rows" in found.replacement
+        np.testing.assert_allclose(fast(X, 2, SQUARE, second=last), exact, rtol=0.1, atol=0.2)
+    both = quake_jax.accelerate(lambda p, q, x: (x @ p) @ q, weights="int8", params_argnums=(0, 1))
+    assert sum(r.count for r in quake_jax.explain(both, SQUARE, last, X).replaced) == 2
+    with pytest.raises(ValueError, match="positional arguments, of which the call has 2"):
+        quake_jax.accelerate(jnp.add, weights="int8", params_argnums=2)(X, X)
+
+
+def test_accelerate_of_a_jitted_function_keeps_what_it_gives_away():
+    fun = jax.jit(lambda p, x: x @ p, donate_argnums=1)
+    x = jnp.array(X)
+    y = quake_jax.accelerate(fun, weights="float32")(SQUARE, x)
+    assert not x.is_deleted()
+    np.testing.assert_allclose(y, X @ SQUARE, rtol=1e-5, atol=1e-4)
+
+
+def test_accelerate_derivatives():
+    fast = quake_jax.accelerate(lambda p, x: jnp.sum(jnp.sin(x @ p)), weights="float32", order=5)
+    wanted = np.cos(X @ SQUARE) @ SQUARE.T
+    np.testing.assert_allclose(jax.grad(fast, 1)(SQUARE, X), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="a packed weight is a constant"):
+        jax.grad(fast)(SQUARE, X)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"weights": "int3"}, ValueError, "accelerate: weights must be one of None, 'float32'"),
+        ({"weights": 8}, ValueError, "accelerate: weights must be one of None, 'float32'"),
+        *(
+            ({"weights": "int8", "params_argnums": bad}, TypeError, "params_argnums must be the")
+            for bad in ("x", 1.0, True, (), ("x",))
+        ),
+    ],
+)
+def test_accelerate_with_bad_arguments(keywords, error, message):
+    with pytest.raises(error, match=message):
+        quake_jax.accelerate(jnp.dot, **keywords)
