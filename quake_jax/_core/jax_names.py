@@ -80,6 +80,7 @@ __all__ = [
     "equation_context",
     "has_unreduced_axes",
     "in_current_mesh",
+    "is_high",
     "is_partitioned",
     "is_reference",
     "is_rule_of_jax",
@@ -163,6 +164,14 @@ def unnamed(function: str, inputs: int, results: int):
 def without_dead_code(jaxpr) -> tuple[object, list[bool]]:
     """An open jaxpr without what its results do not need, and which of its inputs are left."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def is_high(equations) -> bool:
+    """Whether JAX must take some of these equations apart before it lowers them (jnp.ldexp's).
+
+    It does so only in a jaxpr whose own `is_high` is True.
+    """
+    return any(e.primitive.is_high(*(v.aval for v in e.invars), **e.params) for e in equations)
 
 
 def is_unspecified(sharding) -> bool:
