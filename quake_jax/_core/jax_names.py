@@ -92,6 +92,8 @@ __all__ = [
     "only_names_mesh",
     "promote_args_inexact",
     "reshape",
+    "scan_counts",
+    "scan_with_more",
     "trace_context",
     "unnamed",
     "use_shardy_partitioner",
@@ -172,6 +174,28 @@ def is_high(equations) -> bool:
     It does so only in a jaxpr whose own `is_high` is True.
     """
     return any(e.primitive.is_high(*(v.aval for v in e.invars), **e.params) for e in equations)
+
+
+def scan_counts(equation) -> tuple[int, int]:
+    """How many of a scan equation's operands are constants, and how many are carried."""
+    params = equation.params
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_carry"]
+    # A newer JAX: a tree for each kind of operand.
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_with_more(equation, consts: int, stacked: int) -> dict:
+    """A scan equation's parameters with more constants behind its own, and more to go over."""
+    params = equation.params
+    if "ft_in" not in params:
+        return params | {"num_consts": params["num_consts"] + consts}
+    from jax._src import flattree  # an older JAX has none
+
+    own, carry, over = params["ft_in"].unpack()
+    trees = ((own, flattree.nones(consts)), carry, (over, flattree.nones(stacked)))
+    return params | {"ft_in": flattree.pack(trees)}
 
 
 def is_unspecified(sharding) -> bool:
