@@ -80,6 +80,7 @@ __all__ = [
     "equation_context",
     "has_unreduced_axes",
     "in_current_mesh",
+    "is_high",
     "is_partitioned",
     "is_reference",
     "is_rule_of_jax",
@@ -91,6 +92,8 @@ __all__ = [
     "only_names_mesh",
     "promote_args_inexact",
     "reshape",
+    "scan_counts",
+    "scan_with_more",
     "trace_context",
     "unnamed",
     "use_shardy_partitioner",
@@ -163,6 +166,36 @@ def unnamed(function: str, inputs: int, results: int):
 def without_dead_code(jaxpr) -> tuple[object, list[bool]]:
     """An open jaxpr without what its results do not need, and which of its inputs are left."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def is_high(equations) -> bool:
+    """Whether JAX must take some of these equations apart before it lowers them (jnp.ldexp's).
+
+    It does so only in a jaxpr whose own `is_high` is True.
+    """
+    return any(e.primitive.is_high(*(v.aval for v in e.invars), **e.params) for e in equations)
+
+
+def scan_counts(equation) -> tuple[int, int]:
+    """How many of a scan equation's operands are constants, and how many are carried."""
+    params = equation.params
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_carry"]
+    # A newer JAX: a tree for each kind of operand.
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_with_more(equation, consts: int, stacked: int) -> dict:
+    """A scan equation's parameters with more constants behind its own, and more to go over."""
+    params = equation.params
+    if "ft_in" not in params:
+        return params | {"num_consts": params["num_consts"] + consts}
+    from jax._src import flattree  # an older JAX has none
+
+    own, carry, over = params["ft_in"].unpack()
+    trees = ((own, flattree.nones(consts)), carry, (over, flattree.nones(stacked)))
+    return params | {"ft_in": flattree.pack(trees)}
 
 
 def is_unspecified(sharding) -> bool:

@@ -26,7 +26,12 @@ def with_equations(jaxpr, equations, outvars):
         names = inner.debug_info
         if len(outvars) < len(inner.outvars):
             names = names._replace(result_paths=names.result_paths[: len(outvars)])
-        return inner.replace(eqns=equations, outvars=outvars, debug_info=names)
+        return inner.replace(
+            eqns=equations,
+            outvars=outvars,
+            debug_info=names,
+            is_high=inner.is_high or jax_names.is_high(equations),
+        )
 
     return jaxpr.map_jaxpr(edited) if hasattr(jaxpr, "consts") else edited(jaxpr)
 

@@ -134,7 +134,7 @@ class Lifter:
         kind = equation.primitive.name
         if kind in CALLS and "jaxpr" in equation.params:
             return self._call(equation, ready)
-        if kind == "scan" and "num_consts" in equation.params:
+        if kind == "scan":
             return self._scan(equation, ready)
         if kind == "while":
             return self._while(equation, ready)
@@ -177,8 +177,8 @@ class Lifter:
         return equation.replace(invars=[*equation.invars, *leaves], params=params | changed), lifted
 
     def _scan(self, equation, ready):
-        params, old = equation.params, equation.params["jaxpr"]
-        consts, carry = params["num_consts"], params["num_carry"]
+        old = equation.params["jaxpr"]
+        consts, carry = jax_names.scan_counts(equation)
         new, expressions = self._lifted(old, equation.invars, ready, range(consts, consts + carry))
         if not expressions:
             return equation, []
@@ -202,14 +202,10 @@ class Lifter:
             [*bodies[:consts], *inside[0], *bodies[consts:], *inside[1]],
             new.eqns,
         )
-        changed = {"jaxpr": _closed_like(old, body), "num_consts": consts + len(groups[0])}
-        if "linear" in params:  # an older JAX
-            more = [[False] * len(leaves) for leaves in groups]
-            linear = params["linear"]
-            changed["linear"] = (*linear[:consts], *more[0], *linear[consts:], *more[1])
+        params = jax_names.scan_with_more(equation, *map(len, groups))
         return equation.replace(
             invars=[*operands[:consts], *groups[0], *operands[consts:], *groups[1]],
-            params=params | changed,
+            params=params | {"jaxpr": _closed_like(old, body)},
         ), lifted
 
     def _stacked(self, expression: Expression, outer: dict, stacked: set) -> tuple:

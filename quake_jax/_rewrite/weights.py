@@ -4,6 +4,8 @@ equations, and, by `lifted`, the packing of weights out of these again.
 
 from __future__ import annotations
 
+from quake_jax._core import jax_names
+
 Origins = tuple[frozenset | None, ...]
 
 # Equations whose operands are, one by one, the inputs of their inner program.
@@ -17,8 +19,8 @@ def origins_inside(equation, name: str, origins: Origins | None) -> Origins | No
     kind, params = equation.primitive.name, equation.params
     if kind in CALLS:
         return origins
-    if kind == "scan" and "num_consts" in params:  # jax 0.12 has trees there: nothing is packed
-        consts, carry = params["num_consts"], params["num_carry"]
+    if kind == "scan":
+        consts, carry = jax_names.scan_counts(equation)
         return (*origins[:consts], *[None] * carry, *origins[consts + carry :])
     if kind == "while":
         cond, body = params["cond_nconsts"], params["body_nconsts"]

@@ -139,6 +139,24 @@ CASES = {
         {"": (2, 3, K, K)},
         TANH,
     ),
+    "scan over weights and with one of its own": Case(
+        lambda p, x: lax.scan(
+            lambda h, w: (_tanh(p["a"], _tanh(w["w"], h)) + x + w["b"], h.sum()), 2 * x, p["l"]
+        )[0],
+        {"a": SQUARE, "l": LAYERS},
+        (X,),
+        {"a": (K, K), "l/w": (3, K, K)},
+        (*TANH, "dense(float32, tanh, residual)"),
+        ("l/b",),
+    ),
+    "derivative of scan": Case(
+        lambda p, x: jax.jvp(lambda x: _scan(p, x), (x,), (x,))[1],
+        LAYERS,
+        (X,),
+        {"w": (3, K, K)},
+        ("dense(float32)", "dense(float32, tanh, bias)"),
+        ("b",),
+    ),
     "while": Case(
         lambda p, x: lax.while_loop(
             lambda s: s[0] < 3, lambda s: (s[0] + 1, _tanh(p, s[1])), (0, x)

@@ -73,6 +73,15 @@ def test_what_is_not_named_has_kernels_or_stays():
     assert replacements(fast, q, k, v) == ["approximations.e2softmax"]
 
 
+@pytest.mark.parametrize("jit", (jax.jit, jax.checkpoint, lambda f: f))
+def test_in_a_program_inside(jit):
+    """Newer JAX lowers jnp.ldexp, which shiftgelu calls, only in programs that say they have it."""
+    x = inputs(16, 128)
+    fast = quake_jax.accelerate(jit(jax.nn.gelu), gelu="shiftgelu")
+    assert replacements(fast, x) == ["approximations.shiftgelu"]
+    np.testing.assert_array_equal(jax.jit(fast)(x), jax.jit(quake_jax.approximations.shiftgelu)(x))
+
+
 def test_the_switch_turns_them_off(monkeypatch):
     monkeypatch.setattr(switches, "DISABLED", True)
     x = inputs(16, 128)
