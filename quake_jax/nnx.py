@@ -1,5 +1,5 @@
-"""Flax NNX on quake_jax's kernels: `substitute` for models as they are, and `attention_fn`, which
-attention modules take by that name.
+"""Flax NNX on quake_jax's kernels: `substitute` and `pack` for models as they are, and
+`attention_fn`, which attention modules take by that name.
 
 Flax is imported when a function is called, so this module can be imported without it.
 """
@@ -10,7 +10,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,11 @@ from quake_jax._core.config import EXACT, Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
 from quake_jax._flax import substitutes
 from quake_jax._flax.attention import attention, check_others
+from quake_jax._pack.report import PackReport
+from quake_jax._pack.rules import checked_rules
 from quake_jax._rewrite import Report, checked_options
 
-__all__ = ["attention_fn", "substitute"]
+__all__ = ["attention_fn", "pack", "substitute"]
 
 
 def _without_batch_axis(x):
@@ -191,11 +193,7 @@ def substitute(
     substitutes.require_flax("quake_jax.nnx")
     from flax import nnx
 
-    if not isinstance(model, nnx.Pytree):
-        raise TypeError(
-            f"quake_jax.nnx.substitute: model must be a flax.nnx.Module, as in "
-            f"substitute(model, order=3); got {type(model).__name__}"
-        )
+    _check_model(model, "substitute", "order=3")
     options = checked_options(order, only, "nnx.substitute")
     functions = substitutes.table({nnx.dot_product_attention: attention_fn}, options.only)
     modules = [x for x in nnx.iter_graph(model) if isinstance(x[1], nnx.Pytree)]
@@ -219,6 +217,77 @@ def substitute(
             for name, where in _mentioned(cls, called):
                 report.add(name, None, "called by name: quake_jax.accelerate reaches it", where)
     return report
+
+
+def pack(
+    model: Any,
+    *,
+    weights: str,
+    activations: str | None = "auto",
+    group_size: int | None = None,
+    rules: Sequence[tuple[str, str | None]] | None = None,
+    scale_method: str = "max",
+) -> PackReport:
+    """Pack the kernels of an NNX model's dense layers, in place.
+
+    Every `flax.nnx.Linear` and `flax.nnx.LinearGeneral`, those of attention modules included,
+    computes by `quake_jax.dense` from then on: it becomes a subclass of its own type, and its
+    `kernel` a variable that holds a `PackedWeight`. It stays the same object, so all who hold it
+    have the packed layer; kernels that layers share are packed once. The model works as before
+    under `nnx.jit`, `nnx.split`, `nnx.vmap` and the like; but these cannot pack a model that they
+    were given. A stack of layers, as `nnx.vmap` makes it, is packed as one if its axis is the
+    first. Packed layers compute in the dtype that Flax's do, which must be float32, bfloat16 or
+    float16, and take no `out_sharding`.
+
+    A packed kernel is no `nnx.Param`: `nnx.grad` differentiates with respect to the inputs and to
+    the parameters that are left, biases and norms. Make optimizers after packing.
+
+    Activations, norms and attention stay as they are: `substitute` exchanges these, and
+    `quake_jax.pack`, of a function of the state that `nnx.split` gives, also fuses them.
+
+    Args:
+      model: a `flax.nnx.Module`, such as a single `nnx.Linear`. Of an abstract one, by
+        `nnx.eval_shape`, packed weights are abstract too.
+      weights, activations, group_size, rules, scale_method: as in `quake_jax.pack`. Rules see paths
+        such as "blocks/0/mlp/kernel", for what is shared the first one.
+
+    Returns:
+      The report: `layers` and `kept` as of `quake_jax.pack`; `programs` is one `Report` with the
+      layers that are replaced, and all kernels that are left and why: those of subclasses and
+      other modules, of layers with a dot_general or promote_dtype of their own, and what is shared
+      with any of these, such as an embedding.
+
+    Raises:
+      ImportError: if Flax is not installed.
+      TypeError: if model is no NNX module; if rules are no pairs.
+      ValueError: if weights, activations, group_size, scale_method or rules is none of these; if a
+        kernel has NaN or an infinity. The model is as it was then.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, quake_jax.nnx
+      >>> model = nnx.Sequential(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.gelu)
+      >>> report = quake_jax.nnx.pack(model, weights="int8")  # printed, it is a table
+      >>> model.layers[0].kernel.get_value()
+      PackedWeight(shape=(64, 128), dtype='int8', group_size=None, activations='int8')
+      >>> y = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 64)))
+    """
+    substitutes.require_flax("quake_jax.nnx")
+    from quake_jax._flax import packed
+
+    _check_model(model, "pack", 'weights="int8"')
+    chosen = checked_rules(weights, activations, group_size, scale_method, rules, "nnx.pack")
+    return packed.pack(model, chosen)
+
+
+def _check_model(model, function: str, example: str) -> None:
+    from flax import nnx
+
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"quake_jax.nnx.{function}: model must be a flax.nnx.Module, as in "
+            f"{function}(model, {example}); got {type(model).__name__}"
+        )
 
 
 def _mentioned(cls: type, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:

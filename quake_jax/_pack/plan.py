@@ -148,7 +148,7 @@ class Plan:
     def kept(self) -> list[Kept]:
         """The parameters that functions read as they are."""
         leaves = ((i, self._leaves[i]) for i in sorted(self._kept))
-        return [Kept(self.paths[i], x.shape, x.dtype.name, _bytes(x)) for i, x in leaves]
+        return [Kept(self.paths[i], x.shape, x.dtype.name, bytes_of(x)) for i, x in leaves]
 
     def dropped(self) -> list[str]:
         """The parameters that nothing needs."""
@@ -157,8 +157,8 @@ class Plan:
 
     def _layer(self, slot: Slot, error: float | None) -> Layer:
         paths = tuple(self.paths[i] for i in slot.inputs)
-        before = sum(_bytes(self._leaves[i]) for i in slot.inputs if i not in self._kept)
-        after = sum(map(_bytes, jax.tree.leaves(slot.static)))
+        before = sum(bytes_of(self._leaves[i]) for i in slot.inputs if i not in self._kept)
+        after = sum(map(bytes_of, jax.tree.leaves(slot.static)))
         return Layer(
             paths,
             slot.static.shape,
@@ -193,7 +193,7 @@ class Plan:
             raise ValueError(f"quake_jax.pack: params {named}: {error}") from error
         if isinstance(weight, jax_names.Tracer):
             return made, None
-        return made, float(_relative_error(weight, made))
+        return made, float(relative_error(weight, made))
 
     def entries(self, packed) -> list:
         """What stands in the places of the parameters."""
@@ -228,7 +228,7 @@ class Plan:
         return jax.tree.leaves(found)
 
 
-def _bytes(x) -> int:
+def bytes_of(x) -> int:
     return int(np.prod(x.shape)) * x.dtype.itemsize
 
 
@@ -249,7 +249,7 @@ def _before_packing(program):
 
 
 @jax.jit
-def _relative_error(weight, packed: PackedWeight):
+def relative_error(weight, packed: PackedWeight):
     weight = weight.astype(jnp.float32)
     size = jnp.sqrt(jnp.sum(weight**2))
     difference = jnp.sqrt(jnp.sum((packed.unpack() - weight) ** 2))

@@ -50,14 +50,14 @@ class Kept:
 
 
 class PackReport:
-    """What `quake_jax.pack` did; `str` gives tables.
+    """What `quake_jax.pack` or `quake_jax.nnx.pack` did; `str` gives tables.
 
     Attributes:
       layers: list of `Layer`, the packed weights.
       kept: list of `Kept`, the parameters that stay as they are.
       dropped: paths of parameters that no function needs any more, nor any packed weight.
       programs: for each function what `quake_jax.explain` says: what was replaced in its program,
-        with what is fused, and what was left and why.
+        with what is fused, and what was left and why. Of an NNX model: one, of its layers.
 
     Example:
       >>> import jax.numpy as jnp, quake_jax

@@ -61,9 +61,10 @@ def test_pages_have_their_examples():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")])
-def test_page(page):
+def test_page(page, tmp_path, monkeypatch):
     names: dict = {}
-    # What a page writes there does not outlive it.
+    # What a page writes here and there does not outlive it.
+    monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ):
         for block in _blocks(page, "python"):
             exec(compile(block, page, "exec"), names)
