@@ -58,6 +58,11 @@ class PackedFunction:
         """Return the packed parameters of others of the same shapes, without tracing anything."""
         return self._plan.packed(params)[0]
 
+    def _explained(self, packed, *args, **kwargs) -> _rewrite.Report:
+        """What `explain` says of a call."""
+        self._plan.entries(packed)
+        return self.program(args, kwargs)[1]
+
     def _call(self, static, entries, arrays):
         args, kwargs = calls.joined(arrays, static)
         program, _ = self.program(args, kwargs)

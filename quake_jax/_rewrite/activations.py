@@ -250,7 +250,9 @@ def with_bias(match: Match) -> Match:
     nodes = match.nodes | {x.node}
     if any(use not in nodes for use in x.uses):
         return match
-    for bias, other in (x.node.inputs, x.node.inputs[::-1]):
+    # Of one row either may be the bias: what was broadcast is.
+    sides = (x.node.inputs, x.node.inputs[::-1])
+    for bias, other in sorted(sides, key=lambda side: views.view(side[0]).source is side[0]):
         if other.shape != x.shape or other.dtype != x.dtype or bias.dtype != x.dtype:
             continue
         if views.uniform(bias) is not None:

@@ -219,7 +219,7 @@ def explain(fun: Callable, /, *args, **kwargs) -> Report:
     """Return a report of what `accelerate` replaces in a call of `fun`, and what it leaves and why.
 
     Args:
-      fun: function, or the result of `accelerate`, whose options then count.
+      fun: function, or the result of `accelerate` or `pack`, whose options then count.
       *args, **kwargs: what to call it with. Arrays may be jax.ShapeDtypeStruct; nothing is run.
 
     Returns:
@@ -235,6 +235,8 @@ def explain(fun: Callable, /, *args, **kwargs) -> Report:
       >>> print(report)  # doctest: +SKIP
     """
     _checked(fun, "explain")
+    if hasattr(fun, "_explained"):  # by a call of what `pack` returned
+        return fun._explained(*args, **kwargs)
     # functools.wraps copies the attribute to functions that are others.
     accelerated, inner, options = getattr(fun, _ATTRIBUTE, (None, None, None))
     if accelerated is fun:

@@ -218,8 +218,12 @@ class _Level:
                 self._try_norm(node)
             for node in self._graph.nodes:
                 self._try_dense(node)
-            for match in filter(norms.is_slow_alone, [*self._matches]):
-                self._put_back(match)
+            for match in [*self._matches]:
+                if norms.is_slow_alone(match):
+                    self._put_back(match)
+                elif too_small := self._too_small(match):
+                    self._put_back(match)
+                    self._leave(match, too_small)
         for node in self._graph.nodes:
             if node.primitive in _BARE and node.primitive in self._names:
                 self._try(node, _bare)
@@ -253,10 +257,9 @@ class _Level:
         approximation = self._options.approximation(match.name)
         if approximation is not None:
             match, widenings = _approximated(match, *approximation), ()
-        elements = math.prod(match.inputs[0].shape)
-        is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
-        if is_small and match.name != "attention" and approximation is None:
-            self._leave(match, f"too small ({elements} elements)")
+        too_small = self._too_small(match)
+        if too_small and approximation is None and not self._packs:  # dense layers may take it in
+            self._leave(match, too_small)
             return
         reason = "not in only"
         # A candidate that fails does not keep the narrower ones from being tried.
@@ -278,6 +281,13 @@ class _Level:
                 return
             reason = obstacle
         self._leave(match, reason)
+
+    def _too_small(self, match: Match) -> str:
+        """Why the call of a kernel would cost what it saves, or ""."""
+        elements = math.prod(match.inputs[0].shape)
+        is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
+        of_its_own = match.name in ("attention", dense.NAME) or norms.is_norm(match)
+        return f"too small ({elements} elements)" if is_small and not of_its_own else ""
 
     def _try_norm(self, node: Node) -> None:
         if self._is_taken(node) or len(node.outputs) != 1:

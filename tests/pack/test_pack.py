@@ -204,6 +204,14 @@ CASES = {
         ("dense(float32, bias, residual)", "dense(float32, gelu_tanh, bias)"),
         ("c", "d"),
     ),
+    "activations of one row": Case(
+        lambda p, x: jnp.tanh(jax.nn.gelu(x @ p["a"] + p["c"]) @ p["b"]) * jax.nn.silu(x),
+        PAIR | {"c": normal(K)},
+        (X[:1],),
+        {"a": (K, K), "b": (K, K)},
+        ("dense(float32, gelu_tanh, bias)", "dense(float32, tanh)"),
+        ("c",),
+    ),
     "gate": Case(
         lambda p, x: jax.nn.silu(x @ p["a"]) * (x @ p["b"]),
         PAIR,
@@ -444,6 +452,16 @@ def test_abstract_parameters():
     assert jax.tree.structure(real) == jax.tree.structure(packed)
     assert jax.eval_shape(fast, packed, x).shape == X.shape
     assert_close(fast(real, X), _scan(unpacked(real), X))
+
+
+def test_explain():
+    fast, packed = quake_jax.pack(_scan, LAYERS, X, weights="int8")
+    (program,) = fast.report.programs
+    assert quake_jax.explain(fast, packed, X).replaced == program.replaced
+    one = quake_jax.explain(fast, packed, jax.ShapeDtypeStruct((1, K), jnp.float32))
+    assert [r.name for r in one.replaced] == ["dense"]
+    with pytest.raises(ValueError, match="packed must be the tree that quake_jax.pack returned"):
+        quake_jax.explain(fast, [], X)
 
 
 def test_traces_once_for_each_shape():
