@@ -9,6 +9,7 @@ from benchmarks.harness import frame
 HELP = "quality on trained models: digits, held-out text, search by meaning"
 DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 TOKENS = 512
 OPTIONS = ("threads", "embedding-checkpoint", "quick", "json", "markdown", "plot")
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
     frame.add_repeatable(parser, "--dtype", DTYPES)
     frame.add_repeatable(parser, "--order", ORDERS)
+    frame.add_repeatable(parser, "--weights", WEIGHTS, "none, but orders,")
     parser.add_argument(
         "--tokens", type=frame.positive, default=TOKENS, help=f"of each generation ({TOKENS})"
     )

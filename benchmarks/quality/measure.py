@@ -13,17 +13,20 @@ from benchmarks.harness import environment
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import progress
 from benchmarks.quality import report
-from benchmarks.quality.command import DTYPES, ORDERS
+from benchmarks.quality.command import DTYPES, ORDERS, WEIGHTS
 
 
 def measure(args: argparse.Namespace) -> dict:
     """Run all tasks.
 
     `tasks` of the result has for each task the sizes of its sets and a list of rows; a row has
-    dtype, order, the name of its reference or None, and the task's figures.
+    dtype, order (or the format of its packed weights), the name of its reference or None, and the
+    task's figures.
     """
     dtypes = [dtype for dtype in DTYPES if dtype in (args.dtype or DTYPES)]
     orders = ["exact", *sorted(set(args.order or ORDERS))]
+    if args.weights:
+        orders = ["exact", *(name for name in WEIGHTS if name in args.weights)]
     with progress() as bar:
         tasks = make_tasks(args.embedding_checkpoint, sizes_of(args))
         bar.expect(len(tasks) * len(dtypes) * len(orders))
@@ -41,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict:
                 bar.advance()
             measured[task.name] = {"sets": task.sets, "rows": rows}
     result = {
-        "benchmark": "quality",
+        "benchmark": "quality, packed weights" if args.weights else "quality",
         "environment": describe(args.threads),
         "settings": {"quick": args.quick},
         "tasks": measured,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from matplotlib import pyplot as plt
 
 from benchmarks.harness import plots
-from benchmarks.quality.report import LIMITS
+from benchmarks.quality.report import LIMITS, are_weights
 
 COLOURS = {"float32": "#08519c", "bfloat16": "#d95f0e"}
 # Of each task its panels: the figure's key and the title.
@@ -37,16 +37,17 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
         figure, axes = plots.panels(len(panels), len(panels), width=3.7, height=3.1, margin=0.0)
         for axis, (key, title) in zip(axes, panels, strict=True):
             _panel(axis, task["rows"], key)
-            limit, _ = LIMITS.get(name, {}).get(key, (None, None))
+            limits = {} if are_weights(result) else LIMITS.get(name, {})
+            limit, _ = limits.get(key, (None, None))
             if limit:
                 axis.axhspan(-limit, limit, color="black", alpha=0.08, label="limit from order 2")
             axis.set_title(title, fontsize=9)
             axis.tick_params(labelsize=8)
             axis.ticklabel_format(axis="y", useOffset=False)
             axis.grid(alpha=0.3)
-            axis.set_xlabel("order", fontsize=8)
+            axis.set_xlabel("weights" if are_weights(result) else "order", fontsize=8)
         plots.legend(figure)
-        yield f"quality_{name}", figure
+        yield f"quality_{name}{'_weights' * are_weights(result)}", figure
 
 
 def _panel(axis: plt.Axes, rows: list[dict], key: str) -> None:

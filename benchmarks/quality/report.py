@@ -17,6 +17,17 @@ LIMITS = {
     "digits": {"accuracy_change": (0.1, "points"), "distorted_accuracy_change": (0.1, "points")},
     "text": {"perplexity_change": (0.1, "%")},
 }
+# Of packed weights the most that each figure may lose, by format.
+_TENTH = dict.fromkeys(("float32", "bfloat16", "int8"), 0.1)
+_HALF = dict.fromkeys(("float32", "bfloat16", "int8"), 0.5)
+LOSSES = {
+    "digits": {
+        "accuracy_change": (_TENTH, "points", -1),
+        "distorted_accuracy_change": (_TENTH, "points", -1),
+    },
+    "text": {"perplexity_change": (_HALF | {"int4": 2.0}, "%", 1)},
+}
+SAME_NEAREST = {"float32": 99.0, "bfloat16": 99.0, "int8": 99.0}
 
 
 def interval(digits: int, unit: str = "", sign: str = "") -> Callable[[dict], str]:
@@ -71,7 +82,8 @@ def tables(result: dict) -> list[Table]:
     for name, task in result["tasks"].items():
         title, columns = TABLES[name]
         for dtype in dict.fromkeys(row["dtype"] for row in task["rows"]):
-            rows: Rows = [["order", *(heading for _, heading, _ in columns)]]
+            first = "weights" if are_weights(result) else "order"
+            rows: Rows = [[first, *(heading for _, heading, _ in columns)]]
             for row in task["rows"]:
                 if row["dtype"] == dtype:
                     cells = [write(row[key]) if key in row else NONE for key, _, write in columns]
@@ -80,8 +92,36 @@ def tables(result: dict) -> list[Table]:
     return made + bars.tables(result)
 
 
+def are_weights(result: dict) -> bool:
+    """Whether the rows of a result are formats of packed weights, and not orders."""
+    return result["benchmark"] != "quality"
+
+
 def judge(result: dict) -> list[dict]:
-    """Return the verdicts: from `LEAST_ORDER` up, no figure may change by more than its limit."""
+    """Return the verdicts: from `LEAST_ORDER` up, no figure may change by more than its limit; no
+    format of packed weights may lose more than its own."""
+    return _judged_weights(result) if are_weights(result) else _judged_orders(result)
+
+
+def _judged_weights(result: dict) -> list[dict]:
+    made = []
+    for task, measured in result["tasks"].items():
+        for row in measured["rows"]:
+            name = f"{row['dtype']} model, weights in {row['order']}"
+            for key, (limits, unit, sign) in LOSSES.get(task, {}).items():
+                if key in row and row["order"] in limits:
+                    loss, limit = max(0.0, sign * _value(row[key])), limits[row["order"]]
+                    bar = f"{name}: loss, {key.replace('_', ' ')}"
+                    made.append(bars.verdict(bar, loss, limit, unit, at_least=False))
+            if "same_nearest" in row and row["order"] in SAME_NEAREST:
+                wanted, found = SAME_NEAREST[row["order"]], _value(row["same_nearest"])
+                made.append(
+                    bars.verdict(f"{name}: same nearest", found, wanted, "%", at_least=True)
+                )
+    return made
+
+
+def _judged_orders(result: dict) -> list[dict]:
     made = []
     for name, limits in LIMITS.items():
         rows = result["tasks"][name]["rows"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.environment import ROOT
+from benchmarks.quality.command import WEIGHTS
 from benchmarks.quality.statistics import bootstrap, rank_correlations, wilson
 
 # The models are those of the examples, which are scripts of one folder.
@@ -22,8 +23,13 @@ sys.path.append(str(ROOT / "examples"))
 
 NEIGHBOURS = 10
 
-Order = int | str
+Variant = int | str  # an order, or a format of packed weights, with the default orders
 Outputs = dict[str, np.ndarray]
+
+
+def _options(variant: Variant) -> dict[str, Variant]:
+    """What makes a variant of an example's model."""
+    return {"weights" if variant in WEIGHTS else "order": variant}
 
 
 class Digits:
@@ -52,13 +58,15 @@ class Digits:
         self._images = np.concatenate([images, distorted])
         self.sets = {"digits": len(images), "distorted digits": len(distorted)}
 
-    def outputs(self, dtype: str, order: Order, reference: Outputs | None) -> Outputs:
+    def outputs(self, dtype: str, variant: Variant, reference: Outputs | None) -> Outputs:
         """Return the predictions (1 + copies, digits): of the digits, then of their copies."""
         import vit
         import vit_model
 
         config, _, params, _ = vit_model.load(self._folder, dtype)
-        logits = vit.logits_of(vit_model.Classifier(config, params, order), self._images)
+        logits = vit.logits_of(
+            vit_model.Classifier(config, params, **_options(variant)), self._images
+        )
         return {"predictions": logits.argmax(-1).reshape(-1, len(self._truth))}
 
     def figures(self, found: Outputs, reference: Outputs | None) -> dict[str, Any]:
@@ -115,7 +123,7 @@ class Text:
             "text of training": metadata["text_sha256"] == gpt_text.text_digest(),
         }
 
-    def outputs(self, dtype: str, order: Order, reference: Outputs | None) -> Outputs:
+    def outputs(self, dtype: str, variant: Variant, reference: Outputs | None) -> Outputs:
         """Return each window's mean loss, the likeliest tokens, and the greedy continuations.
 
         A continuation ends, filled with -1, where it differs from the reference's: what comes after
@@ -124,7 +132,7 @@ class Text:
         import gpt_model
 
         config, params, _ = gpt_model.load(self._folder, dtype)
-        generator = gpt_model.Generator(config, params, order)
+        generator = gpt_model.Generator(config, params, **_options(variant))
         losses, likeliest = [], []
         for window in self._windows:
             logits = np.asarray(generator.logits(window[:-1]), np.float64)
@@ -192,14 +200,14 @@ class Search:
         self._length = bert_model.max_length(self._folder, config)
         self.sets = {"sections": count, "tokens per section": self._length}
 
-    def outputs(self, dtype: str, order: Order, reference: Outputs | None) -> Outputs:
+    def outputs(self, dtype: str, variant: Variant, reference: Outputs | None) -> Outputs:
         """Return the sections' unit vectors (sections, size)."""
         import _checkpoint
         import bert_model
 
         config, params = bert_model.load(self._folder, dtype)
         tokenizer = _checkpoint.load_tokenizer(self._folder, config.vocab_size)
-        encode = bert_model.Encoder(config, params, tokenizer, self._length, order)
+        encode = bert_model.Encoder(config, params, tokenizer, self._length, **_options(variant))
         return {"vectors": encode(self._texts)}
 
     def figures(self, found: Outputs, reference: Outputs | None) -> dict[str, Any]:

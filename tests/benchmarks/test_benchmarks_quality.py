@@ -121,8 +121,9 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
     logits = np.random.default_rng(4).normal(size=(3, 6)).astype(np.float32)
 
     class Generator:
-        def __init__(self, config, params, order):
-            self._tokens = {"exact": [1, 2, 3, 4], 5: [1, 2, 0, 4]}[order]
+        def __init__(self, config, params, order=None, weights=None):
+            tokens = {"exact": [1, 2, 3, 4], 5: [1, 2, 0, 4], "int8": [0, 2, 3, 4]}
+            self._tokens = tokens[order or weights]
 
         def logits(self, tokens):
             assert list(tokens) == [0, 1, 2]
@@ -145,6 +146,8 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
     found = task.outputs("float32", 5, exact)
     assert exact["continuations"].tolist() == [[1, 2, 3, 4]]
     assert found["continuations"].tolist() == [[1, 2, 0, -1]]
+    packed = task.outputs("float32", "int8", exact)
+    assert packed["continuations"].tolist() == [[0, -1, -1, -1]]
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(shares[[0, 1, 2], [1, 2, 5]]).mean()
     np.testing.assert_allclose(exact["losses"], [expected], rtol=1e-6)
@@ -193,6 +196,7 @@ def made_up_result():
     sets |= {"tokens per window": 256, "generations": 16, "tokens per generation": 512}
     return {
         "environment": {"isa": "avx512", "threads": 1},
+        "benchmark": "quality",
         "settings": {"quick": False},
         "tasks": {
             "digits": {"sets": sets, "rows": list(digits)},
@@ -216,6 +220,31 @@ def test_orders_from_two_up_are_judged():
     for task in result["tasks"].values():
         del task["rows"][2]  # order 3
     assert report.judge(result) == []
+
+
+def test_packed_weights_are_judged_by_what_they_lose():
+    result = made_up_result() | {"benchmark": "quality, packed weights"}
+    for task in result["tasks"].values():
+        for row, name in zip(task["rows"], ("exact", "int4", "int8", "bfloat16"), strict=True):
+            row["order"] = name
+    rows = [{"order": name, "dtype": "float32"} for name in ("int4", "int8", "bfloat16")]
+    for row, share in zip(rows, (90, 98, 100), strict=True):
+        row["same_nearest"] = wilson(share, 100)
+    result["tasks"]["search"] = {"sets": {}, "rows": rows}
+    verdicts = {bar["name"]: (bar["figure"], bar["met"]) for bar in report.judge(result)}
+    name = "float32 model, weights in"
+    assert verdicts == {
+        f"{name} int8: loss, accuracy change": (0.2, False),
+        f"{name} int8: loss, distorted accuracy change": (0.0, True),  # a gain
+        f"{name} bfloat16: loss, accuracy change": (0.0, True),
+        f"{name} bfloat16: loss, distorted accuracy change": (1e-9, True),
+        f"{name} int4: loss, perplexity change": (3.0, False),
+        f"{name} int8: loss, perplexity change": (0.2, True),
+        f"{name} bfloat16: loss, perplexity change": (0.0, True),
+        f"{name} int8: same nearest": (98.0, False),
+        f"{name} bfloat16: same nearest": (100.0, True),
+    }
+    assert report.tables(result)[0][1][0][0] == "weights"
 
 
 def test_tables_have_a_row_for_each_order():
