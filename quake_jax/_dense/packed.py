@@ -15,9 +15,10 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
-from quake_jax._core.drop_in import as_array, optional_array
+from quake_jax._core.drop_in import as_array, optional_array, static_bool
 from quake_jax._core.exports import defined_in
-from quake_jax._dense import layout
+from quake_jax._dense import foreign, layout
+from quake_jax._dense.foreign import refusal
 from quake_jax._dense.trees import pytree
 
 ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table")
@@ -129,11 +130,13 @@ class PackedWeight:
         table: ArrayLike | None = None,
         activations: str | None = "auto",
     ) -> PackedWeight:
-        """Pack a weight that is quantised already, such as one of GPTQ, AWQ or a GGUF file.
+        """Pack a weight that is quantised already, such as one of a GGUF file.
+
+        For those of GPTQ, AWQ and qwix see `from_gptq`, `from_awq` and `from_qarray`.
 
         Args:
           codes: integers of shape (…, K, N): -128 to 127 for "int8" (-127 to 127 by column with
-            activations "int8"), 0 to 15 for "int4".
+            activations "int8" and K above 65,793), 0 to 15 for "int4".
           scales: by column, of shape (…, N), for "int8"; or by group and column (…, G, N), where a
             group is K / G rows, a multiple of 32. These are rounded to float16.
           dtype: "int8" or "int4".
@@ -172,11 +175,11 @@ class PackedWeight:
             )
         )
         if dtype not in layout.LARGEST:
-            raise _refusal(name, "dtype", '"int8" or "int4"', repr(dtype))
+            raise refusal(name, "dtype", '"int8" or "int4"', repr(dtype))
         if not jnp.issubdtype(codes.dtype, jnp.integer):
             raise TypeError(f"quake_jax.{name}: codes must be integers; got dtype {codes.dtype}")
         if codes.ndim < 2:
-            raise _refusal(name, "codes", "of shape (…, K, N)", f"shape {codes.shape}")
+            raise refusal(name, "codes", "of shape (…, K, N)", f"shape {codes.shape}")
         *lead, k, n = codes.shape
         lead = tuple(lead)
         group_size = None
@@ -187,7 +190,7 @@ class PackedWeight:
                 by_column = f"{(*lead, n)} or " if dtype == "int8" else ""
                 in_groups = ", ".join(map(str, (*lead, "G", n)))
                 expected = f"of shape {by_column}({in_groups}), G dividing K = {k}"
-                raise _refusal(name, "scales", expected, f"shape {scales.shape}")
+                raise refusal(name, "scales", expected, f"shape {scales.shape}")
             group_size = _checked_group(name, "K / G", k // groups, k)
         activations = _checked_activations(name, dtype, activations)
         for argument, x, shape in (
@@ -199,15 +202,16 @@ class PackedWeight:
                 continue
             if shape is None:
                 expected = {"offsets": "None without groups", "table": 'None but for "int4"'}
-                raise _refusal(name, argument, expected[argument], f"shape {x.shape}")
+                raise refusal(name, argument, expected[argument], f"shape {x.shape}")
             if x.shape not in (shape, shape[-1:] if argument == "table" else shape):
-                raise _refusal(name, argument, f"of shape {shape}", f"shape {x.shape}")
-        by_column = group_size is None and activations is not None
-        low, high = (0, 15) if dtype == "int4" else (-127 if by_column else -128, 127)
+                raise refusal(name, argument, f"of shape {shape}", f"shape {x.shape}")
+        # Products with rows that have a zero point are up to 255 · 128, their sums int32.
+        is_long = group_size is None and activations is not None and k * 255 * 128 >= 2**31
+        low, high = (0, 15) if dtype == "int4" else (-127 if is_long else -128, 127)
         _check_range(name, "codes", codes, low, high)
         if permutation is not None and not isinstance(permutation, jax_names.Tracer):
             if (np.sort(permutation, -1) != np.arange(k)).any():
-                raise _refusal(name, "permutation", f"one of 0 to {k - 1}", repr(permutation))
+                raise refusal(name, "permutation", f"one of 0 to {k - 1}", repr(permutation))
         if table is not None:
             if activations is not None:
                 _check_range(name, "table", table, -128, 127, whole=True)
@@ -223,9 +227,153 @@ class PackedWeight:
             activations=activations,
         )
 
+    @classmethod
+    def from_gptq(
+        cls,
+        qweight: ArrayLike,
+        qzeros: ArrayLike,
+        scales: ArrayLike,
+        g_idx: ArrayLike | None = None,
+        *,
+        checkpoint_format: str = "gptq",
+        exact: bool = True,
+        activations: str | None = "auto",
+    ) -> PackedWeight:
+        """Take over a weight of 4 bits that GPTQ has quantised (AutoGPTQ, GPTQModel).
 
-def _refusal(function: str, argument: str, expected: str, given: str) -> ValueError:
-    return ValueError(f"quake_jax.{function}: {argument} must be {expected}; got {given}")
+        Its elements are scales[g, n] · (code - zero point), g the row's group. Where they all have
+        one zero point, as symmetric ones do, it is "int4". Else scale · zero point seldom is a
+        float16, which offsets are: then it is "int8", which holds code - zero point, in twice the
+        memory; or, with exact=False, "int4".
+
+        Args:
+          qweight: int32 of shape (…, K / 8, N): 8 codes of neighbouring rows, the lowest bits
+            first. Leading axes, of stacked layers, stay leading axes and share a format.
+          qzeros: int32 of shape (…, G, N / 8): 8 zero points of neighbouring columns.
+          scales: of shape (…, G, N); numbers that float16 has.
+          g_idx: integers of shape (…, K), the group of each row ("desc_act"), or None for groups of
+            neighbours. Each group has K / G rows, a multiple of 32.
+          checkpoint_format: as in the checkpoint's quantization_config: "gptq", zero points are
+            stored less one, or "gptq_v2".
+          exact: False if scales, and offsets of up to 8 scales, may be rounded to float16.
+          activations: as in `pack_weight`.
+
+        Returns:
+          A `PackedWeight`, to which `unpack` is the float32 weight that GPTQ means.
+
+        Raises:
+          TypeError: if an argument is no array of such numbers; if it is traced.
+          ValueError: if shapes do not fit, which they do not for other than 4 bits; if a group is
+            no multiple of 32 rows; if float16 has not the scales; if "gptq" stores a zero point as
+            15, which programs read differently.
+
+        Example:
+          >>> import numpy as np, quake_jax
+          >>> qweight = np.full((8, 16), 0x99999999, np.uint32).view(np.int32)
+          >>> qzeros, scales = np.full((2, 2), 0x77777777, np.int32), np.ones((2, 16), np.float16)
+          >>> packed = quake_jax.PackedWeight.from_gptq(qweight, qzeros, scales)
+          >>> packed
+          PackedWeight(shape=(64, 16), dtype='int4', group_size=32, activations='int8')
+          >>> float(packed.unpack()[0, 0])
+          1.0
+        """
+        name = "PackedWeight.from_gptq"
+        activations = _checked_activations(name, "int4", activations)
+        exact = static_bool(exact, name, "exact")
+        codes, zeros, scales, permutation = foreign.of_gptq(
+            name, qweight, qzeros, scales, g_idx, checkpoint_format
+        )
+        parts = foreign.parts(name, codes, zeros, scales, four_bits=True, exact=exact)
+        return cls.from_codes(**parts, permutation=permutation, activations=activations)
+
+    @classmethod
+    def from_awq(
+        cls,
+        qweight: ArrayLike,
+        qzeros: ArrayLike,
+        scales: ArrayLike,
+        *,
+        exact: bool = True,
+        activations: str | None = "auto",
+    ) -> PackedWeight:
+        """Take over a weight of 4 bits that AWQ has quantised (AutoAWQ's version "gemm").
+
+        Its elements are scales[g, n] · (code - zero point), g the row's group. For what becomes of
+        zero points see `from_gptq`: AWQ's differ, so it is "int8", or "int4" with exact=False.
+
+        Args:
+          qweight: int32 of shape (…, K, N / 8): 8 codes of neighbouring columns; from the lowest
+            bits on, columns 0, 2, 4, 6, 1, 3, 5 and 7 of the eight.
+          qzeros: int32 of shape (…, G, N / 8), in the same order. A group is K / G rows, a multiple
+            of 32.
+          scales: of shape (…, G, N); numbers that float16 has.
+          exact, activations: as in `from_gptq`.
+
+        Returns:
+          A `PackedWeight`, to which `unpack` is the float32 weight that AWQ means.
+
+        Raises:
+          TypeError, ValueError: as `from_gptq`.
+
+        Example:
+          >>> import numpy as np, quake_jax
+          >>> qweight = np.full((64, 2), 0x55555555, np.int32)
+          >>> qzeros, scales = np.full((2, 2), 0x43434343, np.int32), np.full((2, 16), 0.3, "f2")
+          >>> packed = quake_jax.PackedWeight.from_awq(qweight, qzeros, scales)
+          >>> packed
+          PackedWeight(shape=(64, 16), dtype='int8', group_size=32, activations='int8')
+          >>> quake_jax.PackedWeight.from_awq(qweight, qzeros, scales, exact=False).dtype
+          'int4'
+        """
+        name = "PackedWeight.from_awq"
+        activations = _checked_activations(name, "int4", activations)
+        exact = static_bool(exact, name, "exact")
+        codes, zeros, scales = foreign.of_awq(name, qweight, qzeros, scales)
+        parts = foreign.parts(name, codes, zeros, scales, four_bits=True, exact=exact)
+        return cls.from_codes(**parts, activations=activations)
+
+    @classmethod
+    def from_qarray(
+        cls, qarray, *, exact: bool = True, activations: str | None = "auto"
+    ) -> PackedWeight:
+        """Take over a weight that qwix has quantised, a `QArray`.
+
+        Its elements are scale · (qvalue - zero_point). Of 8 bits, or with one scale a column that
+        float16 has not, it is "int8"; of 4 bits "int4", if as in `from_gptq` that is exact.
+
+        Args:
+          qarray: what has qwix's qvalue, integers of at most 8 bits and of shape (…, K, N); scale
+            and zero_point (or None), of shapes that divide that one; and qtype. Scales of groups of
+            rows, multiples of 32, are numbers that float16 has: those of bfloat16 weights are, if
+            they are above 1e-5.
+          exact, activations: as in `from_gptq`.
+
+        Returns:
+          A `PackedWeight`, to which `unpack` is the weight that qarray means, in float32.
+
+        Raises:
+          TypeError: if qarray is none; if it is traced.
+          ValueError: if qvalue is of other numbers, such as "nf4" and floating-point ones; if
+            shapes do not fit; if qvalue less zero_point is not within -128 to 127; if float16 has
+            not the scales of groups.
+
+        Example:
+          >>> import types, jax.numpy as jnp, quake_jax
+          >>> qarray = types.SimpleNamespace(  # in place of a QArray
+          ...     qvalue=jnp.full((64, 16), 3, jnp.int8),
+          ...     scale=jnp.full((1, 16), 0.1),
+          ...     zero_point=None,
+          ...     qtype=jnp.int8,
+          ... )
+          >>> quake_jax.PackedWeight.from_qarray(qarray)
+          PackedWeight(shape=(64, 16), dtype='int8', group_size=None, activations='int8')
+        """
+        name = "PackedWeight.from_qarray"
+        activations = _checked_activations(name, "int8", activations)
+        exact = static_bool(exact, name, "exact")
+        codes, zeros, scales, four_bits = foreign.of_qarray(name, qarray)
+        parts = foreign.parts(name, codes, zeros, scales, four_bits=four_bits, exact=exact)
+        return cls.from_codes(**parts, activations=activations)
 
 
 def _checked_dtype(function: str, dtype) -> str:
@@ -234,7 +382,7 @@ def _checked_dtype(function: str, dtype) -> str:
     except TypeError:
         name = None
     if name not in layout.ROWS:
-        raise _refusal(function, "dtype", f"one of {', '.join(layout.ROWS)}", repr(dtype))
+        raise refusal(function, "dtype", f"one of {', '.join(layout.ROWS)}", repr(dtype))
     return name
 
 
@@ -247,7 +395,7 @@ def _checked_group(function: str, argument: str, group_size, k: int) -> int:
         ) from None
     if size <= 0 or size % layout.GROUP_MULTIPLE or k % size:
         expected = f"a multiple of {layout.GROUP_MULTIPLE} that divides K = {k}"
-        raise _refusal(function, argument, expected, repr(group_size))
+        raise refusal(function, argument, expected, repr(group_size))
     return size
 
 
@@ -256,9 +404,9 @@ def _checked_activations(function: str, dtype: str, activations) -> str | None:
     if isinstance(activations, str) and activations == "auto":
         return None if is_float else "int8"
     if activations is not None and (not isinstance(activations, str) or activations != "int8"):
-        raise _refusal(function, "activations", 'None, "int8" or "auto"', repr(activations))
+        raise refusal(function, "activations", 'None, "int8" or "auto"', repr(activations))
     if activations is not None and is_float:
-        raise _refusal(function, "activations", f'None for dtype "{dtype}"', repr(activations))
+        raise refusal(function, "activations", f'None for dtype "{dtype}"', repr(activations))
     return activations
 
 
@@ -272,7 +420,7 @@ def _check_range(function: str, argument: str, x, low: int, high: int, whole=Fal
     if not inside.all():
         at = tuple(map(int, np.argwhere(~inside)[0]))
         expected = f"integers from {low} to {high}"
-        raise _refusal(function, argument, expected, f"{values[at]} at {at}")
+        raise refusal(function, argument, expected, f"{values[at]} at {at}")
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations"))
@@ -345,17 +493,17 @@ def pack_weight(
             f"{weight.dtype}"
         )
     if weight.ndim < 2:
-        raise _refusal(name, "weight", "of shape (…, K, N)", f"shape {weight.shape}")
+        raise refusal(name, "weight", "of shape (…, K, N)", f"shape {weight.shape}")
     activations = _checked_activations(name, dtype, activations)
     if scale_method not in ("max", "mse"):
-        raise _refusal(name, "scale_method", '"max" or "mse"', repr(scale_method))
+        raise refusal(name, "scale_method", '"max" or "mse"', repr(scale_method))
     if dtype in layout.LARGEST:
         if group_size is None and dtype == "int4":
             group_size = _DEFAULT_GROUP
         if group_size is not None:
             group_size = _checked_group(name, "group_size", group_size, weight.shape[-2])
     elif group_size is not None:
-        raise _refusal(name, "group_size", f'None for dtype "{dtype}"', repr(group_size))
+        raise refusal(name, "group_size", f'None for dtype "{dtype}"', repr(group_size))
     static = {"dtype": dtype, "group_size": group_size, "activations": activations}
     packed, is_finite = _pack(jnp.asarray(weight), method=scale_method, **static)
     if not isinstance(is_finite, jax_names.Tracer) and not is_finite:
@@ -374,7 +522,7 @@ def _refuse_values(weight: np.ndarray, dtype: str) -> None:
     at = tuple(map(int, np.argwhere(~finite)[0]))
     *lead, row, column = at
     where = f"row {row}, column {column}" + (f" of the weight at {tuple(lead)}" if lead else "")
-    raise _refusal("pack_weight", "weight", what, f"{weight[at]} at {where}")
+    raise refusal("pack_weight", "weight", what, f"{weight[at]} at {where}")
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations", "method"))
