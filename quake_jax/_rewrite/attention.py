@@ -67,12 +67,14 @@ class Weights:
       axes: of the product's operand; from `_label`, like the next.
       factors: arrays that the weights are multiplied by and that do not depend on the key, each
         with its axes. They can multiply the result instead.
+      masks: that the weights are masked by, by 0.
     """
 
     normalized: Match
     steps: list[_Step] = dataclasses.field(default_factory=list)
     axes: Axes = dataclasses.field(default_factory=dict)
     factors: list[tuple[Value, Axes]] = dataclasses.field(default_factory=list)
+    masks: list[Mask] = dataclasses.field(default_factory=list)
 
     @property
     def nodes(self) -> set[Node]:
@@ -81,16 +83,18 @@ class Weights:
 
 @dataclasses.dataclass
 class _Step:
-    """An equation that arranges the weights, or multiplies them by a factor.
+    """An equation that arranges the weights, multiplies them by a factor or masks them by 0.
 
     `mapping` says which axis of its operand each axis of its result is, and is None for one that
-    merges axes or cuts them up. `factor_axes` are by axis of the operand.
+    merges axes or cuts them up. `factor_axes` are by axis of the operand. `mask` is of its shape,
+    and whether it is negated.
     """
 
     node: Node
     mapping: tuple[int | None, ...] | None
     factor: Value | None = None
     factor_axes: dict[int, int] = dataclasses.field(default_factory=dict)
+    mask: tuple[Value, bool] | None = None
 
 
 def find(root: Node) -> Match | None:
@@ -119,7 +123,7 @@ def find(root: Node) -> Match | None:
 
 
 def _attention(root: Node, side: int, weights: Weights) -> Match | None:
-    (logits_value,) = weights.normalized.inputs
+    logits_value, *where = weights.normalized.inputs
     reduced = dict(weights.normalized.static)["axis"]
     logits = _all_logits(logits_value)
     if logits is None:
@@ -131,6 +135,9 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
     scale = dict(weights.normalized.static)["scale"]
     if not (scale == 1 or _times(logits, scale, logits_value.dtype)):
         raise Reject(f"the factor {scale:g} of its softmax's logits", "attention")
+    for mask in where:  # jax.nn.softmax's: of the logits and, last, of the result
+        logits.masks.append(Mask(mask, labels, False, -math.inf))
+        weights.masks.append(Mask(mask, labels, False, 0.0))
     keys = _label(weights, logits, labels, reduced[0])
     operands = _operands(root, side, weights, logits, keys)
     nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
@@ -143,10 +150,14 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
         nodes | {root},
         (query, key, value, result),
         logits,
-        weights.factors,
+        weights,
         keys,
         tuple(logits.sizes.values()),
     )
+
+
+# The last equations of a softmax.
+_SOFTMAX_ENDS = ("div", "mul", "select_n")
 
 
 def _weights(value: Value, depth: int = 16) -> Weights | None:
@@ -154,15 +165,13 @@ def _weights(value: Value, depth: int = 16) -> Weights | None:
     node = value.node
     if node is None or depth == 0:
         return None
-    if node.primitive in ("div", "mul"):
+    if node.primitive in _SOFTMAX_ENDS:
         try:
             found = softmax.find(node)
         except Reject as reason:
             raise Reject(str(reason), "attention") from None
         if found is not None:
-            if found.name != "softmax" or len(found.inputs) != 1:
-                return None
-            return Weights(found)
+            return Weights(found) if found.name == "softmax" else None
     for inner, step in _steps(node):
         weights = _weights(inner, depth - 1)
         if weights is not None:
@@ -180,6 +189,12 @@ def _steps(node: Node):
         yield node.inputs[0], _Step(node, mapping)
     for inner, mapping, factor, factor_axes in _products(node):
         yield inner, _Step(node, mapping, factor, factor_axes)
+    if node.primitive == "select_n" and len(node.inputs) == 3:
+        which, *cases = node.inputs
+        for is_kept, inner in enumerate(cases):
+            is_mask = str(which.dtype) == "bool" and which.shape == inner.shape
+            if is_mask and views.uniform(cases[1 - is_kept]) == 0:
+                yield inner, _Step(node, tuple(range(inner.ndim)), mask=(which, not is_kept))
 
 
 def _products(node: Node):
@@ -256,7 +271,7 @@ def _is_product(node: Node) -> bool:
 
 def _softmax_at(node: Node) -> Match | None:
     try:
-        found = softmax.find(node) if node.primitive in ("div", "mul", "select_n") else None
+        found = softmax.find(node) if node.primitive in _SOFTMAX_ENDS else None
     except Reject:
         return None
     return found if found is not None and found.name == "softmax" else None
@@ -304,9 +319,14 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
         if step.factor is not None and views.uniform(step.factor) != 1:
             factor_axes = {i: step.factor_axes[a] for i, a in own.items() if a in step.factor_axes}
             unknown = set(step.factor_axes.values()) - set(factor_axes.values())
-            if (reduced,) in factor_axes or any(step.factor.shape[f] != 1 for f in unknown):
-                raise Reject("its weights are multiplied by what depends on the key", "attention")
-            weights.factors.append((step.factor, factor_axes))
+            known = not any(step.factor.shape[f] != 1 for f in unknown)
+            if known and not any(label[0] == reduced for label in factor_axes):
+                weights.factors.append((step.factor, factor_axes))
+            else:
+                weights.masks.append(_mask_of_factor(step.factor, factor_axes, sizes, known))
+        if step.mask is not None:
+            which, is_negated = step.mask
+            weights.masks.append(Mask(which, dict(own), is_negated, 0.0))
         if step.mapping is not None:
             places = {a: d for d, a in enumerate(step.mapping) if a is not None}
             own = {label: places[a] for label, a in own.items()}
@@ -327,10 +347,19 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
     weights.axes, logits.axes = numbered(own), numbered(logits.axes)
     weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
     biases = logits.all_biases
-    for part in (*logits.masks, *biases, *(b.mask for b in biases if b.mask is not None)):
+    masks_of_biases = [b.mask for b in biases if b.mask is not None]
+    for part in (*logits.masks, *weights.masks, *biases, *masks_of_biases):
         part.axes = numbered(part.axes)
     logits.sizes = {i: sizes[label] for label, i in numbers.items()}
     return numbers[reduced,]
+
+
+def _mask_of_factor(factor: Value, axes: Axes, sizes: dict, is_known: bool) -> Mask:
+    """The mask that weights are multiplied by."""
+    two = masks.two_valued(factor, axes, sizes) if is_known else None
+    if two is None or {two.if_false, two.if_true} != {0, 1}:
+        raise Reject("its weights are multiplied by what depends on the key", "attention")
+    return Mask(two.value, two.axes, two.if_true == 0, 0.0, is_product=True)
 
 
 def _cut_up(axes: Axes, sizes: dict) -> Axes:

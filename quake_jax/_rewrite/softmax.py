@@ -251,13 +251,16 @@ def without_maximum(shifted: Value, axes) -> tuple[Value, set[Node]] | None:
     base, compared = views.view(logits, _no_rounding), views.view(operand, _no_rounding)
     select = _masked(compared.source)
     if base.source is not compared.source and not views.same(base.source, compared.source):
-        # where(mask, x, -inf) for the maximum alone
-        if select is None or not views.same(select[1], base.source):
-            return None
-        if not (select[2] is not None and select[2] <= -1e30):
+        # where(mask, x, -inf) for the maximum alone, or once more for the logits
+        if select is None or not select[2] <= -1e30:
             return None
         nodes |= {compared.source.node}
-        compared = views.view(select[1])
+        own = _masked(base.source)
+        is_again = own is not None and own[2] <= -1e30 and all(map(views.same, own[:2], select[:2]))
+        if not is_again:
+            if not views.same(select[1], base.source):
+                return None
+            compared = views.view(select[1])
     to_operand = {a: d for d, a in enumerate(compared.axes) if a is not None}
     as_operand = views.View(
         operand, tuple(None if a is None else to_operand.get(a) for a in base.axes)

@@ -59,6 +59,20 @@ def changed(change):
     return lambda q, k, v, *x: attend(q, k, v, lambda s: change(s, *x))
 
 
+def added(mask, number=LOWEST):
+    return jnp.where(mask, 0.0, number)
+
+
+def weighted(weigh):
+    """Attention whose weights are a function of the scores and of a further argument."""
+
+    def fun(q, k, v, *x):
+        weights = weigh(jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, *x)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    return fun
+
+
 def attend_heads_first(q, k, v, mask=None):
     s = q @ k.swapaxes(-1, -2) / math.sqrt(H)
     s = s if mask is None else jnp.where(mask, s, -1e30)
@@ -116,6 +130,13 @@ def gemma(q, k, v, mask):
     s = jnp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, 2, 2, H), k).reshape(B, T, N, -1)
     s = jnp.where(mask[:, :, None], jnp.tanh(s / 5) * 5, -2.3819763e38)
     weights = jax.nn.softmax(s).reshape(B, T, 2, 2, -1)
+    return jnp.einsum("btkgs,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def gemma_masked_again(q, k, v, mask):
+    s = jnp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, 2, 2, H), k).reshape(B, T, N, -1)
+    weights = jax.nn.softmax(s, where=mask[:, :, None]).reshape(B, T, 2, 2, -1)
+    weights = jnp.where(mask[:, :, None, None], weights, 0)
     return jnp.einsum("btkgs,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
@@ -487,6 +508,73 @@ CASES = {
         ATTENTION,
         {"present=1"},
     ),
+    # Weights that are masked once more: those of queries without any key are 0.
+    "where": (
+        weighted(lambda s, m: jax.nn.softmax(s, where=m)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2", "bool[2,1,16,16]"},
+    ),
+    "where, bias and causal": (
+        weighted(lambda s, m: jax.nn.softmax(s + BIAS, where=CAUSAL & m)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=3", "is_causal=1", "bool[2,1,1,16]"},
+    ),
+    "where causal": (
+        weighted(lambda s: jax.nn.softmax(s, where=CAUSAL)),
+        BTNH,
+        ATTENTION,
+        {"present=0", "is_causal=1"},
+    ),
+    "where and groups": (
+        gemma_masked_again,
+        (*GROUPED, MASK[:, 0]),
+        ATTENTION,
+        {"f32[2,16,2,8]", "bool[2,1,16,16]"},
+    ),
+    "masked again": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(~m, LOWEST, s)), 0)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again, of -inf": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(m, s, -jnp.inf)), 0)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again by product": (  # as Keras
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * m.astype(s.dtype)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again by product, of -inf": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -jnp.inf)) * m),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked by two numbers, again in parts": (
+        weighted(
+            lambda s, m: (
+                jnp.where(CAUSAL, jax.nn.softmax(jnp.where(CAUSAL, s + added(m), -1e30)), 0) * m
+            )
+        ),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=2", "is_causal=1"},
+    ),
+    "masked again in part where each query has keys": (
+        weighted(
+            lambda s: CAUSAL * jax.nn.softmax(jnp.where(CAUSAL & jnp.triu(CAUSAL, -3), s, LOWEST))
+        ),
+        BTNH,
+        ATTENTION,
+        {"window_left=3", "window_right=0", "present=0"},
+    ),
     # Factors of the weights that do not depend on the key.
     "head mask": (head_mask, (*BTNH, jnp.array([1, 0, 1, 2])), ATTENTION, {"present=0"}),
     "head mask by product": (
@@ -573,6 +661,7 @@ CASES = {
 }
 # jax.nn masks these rows of -inf only with numbers that are finite.
 NAN = {
+    "masked again by product, of -inf",
     "mask of -inf",
     "causal and padding of -inf",
     "a constant mask without keys for one query",
@@ -659,6 +748,9 @@ def test_float32_softmax_of_16_bit_operands():
         "vmap over queries",
         "added mask by product",
         "learned temperature",
+        "where",
+        "where and groups",
+        "masked again by product",
     ],
 )
 def test_derivatives(name):
@@ -692,10 +784,6 @@ def test_a_bias_after_the_mask(bias):
         ]
         for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def added(mask, number=LOWEST):
-    return jnp.where(mask, 0.0, number)
 
 
 # Whether the logits of a query without any key have derivatives depends on how it is masked: those
@@ -840,6 +928,60 @@ def talking_heads(q, k, v):
 
 
 STAYING = {
+    "weights masked alone": (
+        weighted(lambda s, m: jax.nn.softmax(s) * m),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by more": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * (CAUSAL & m)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by less": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(CAUSAL & m, s, -1e9)) * m),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "logits masked before where": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(CAUSAL, s, -1e9), where=m)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by the opposite": (
+        weighted(lambda s, m: jnp.where(m, 0, jax.nn.softmax(jnp.where(m, s, -1e9)))),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked along queries": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * m.swapaxes(-1, -2)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked, but not by 0": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(m, s, -1e9)), 1e-9)),
+        (*BTNH, MASK),
+        "softmax and its values is select_n",
+    ),
+    "weights masked by other numbers than 0 and 1": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * jnp.where(m, 1.0, 2.0)),
+        (*BTNH, MASK),
+        "depends on the key",
+    ),
+    "masked by -inf and another number, again by product": (
+        weighted(
+            lambda s, m: (
+                jax.nn.softmax(jnp.where(CAUSAL, jnp.where(m, s, -1e30), -jnp.inf)) * (CAUSAL & m)
+            )
+        ),
+        (*BTNH, PADDING),
+        "may be NaN",
+    ),
+    "a bias after the mask, masked again": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9) + BIAS) * m),
+        (*BTNH, MASK),
+        "a bias is added after its mask",
+    ),
     "scores returned": (scores_too, BTNH, "its dot_general is a result"),
     "weights returned": (weights_too, BTNH, "its div is a result"),
     "softmax over queries": (over_queries, BTNH, None),
