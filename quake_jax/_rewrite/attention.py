@@ -183,7 +183,7 @@ def _weights(value: Value, depth: int = 16) -> Weights | None:
 def _steps(node: Node):
     """The ways to read a node as an array that is arranged or multiplied: the array, the step."""
     mapping = views.axes_of(node)
-    if mapping is None and views.is_cast(node):
+    if mapping is None and _keeps(node):
         mapping = tuple(range(node.output.ndim))
     if mapping is not None or views.merges_or_cuts(node):
         yield node.inputs[0], _Step(node, mapping)
@@ -195,6 +195,11 @@ def _steps(node: Node):
             is_mask = str(which.dtype) == "bool" and which.shape == inner.shape
             if is_mask and views.uniform(cases[1 - is_kept]) == 0:
                 yield inner, _Step(node, tuple(range(inner.ndim)), mask=(which, not is_kept))
+
+
+def _keeps(node: Node) -> bool:
+    """Whether a node's result is its operand, rounded at most."""
+    return views.is_cast(node) or views.is_name(node)
 
 
 def _products(node: Node):
@@ -393,7 +398,7 @@ def _all_logits(value: Value) -> Logits | None:
 
 def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | None:
     """What makes the logits `value`; None if they are not made from a matrix product."""
-    source, axes, sizes, between = views.followed(value, axes, sizes, views.is_cast, may_cut=True)
+    source, axes, sizes, between = views.followed(value, axes, sizes, _keeps, may_cut=True)
     node = source.node
     if node is None or depth == 0 or len(node.outputs) != 1:
         return None

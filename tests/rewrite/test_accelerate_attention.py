@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from support import on_device
 from test_accelerate import primitives, reasons, replacements
 
@@ -71,6 +72,14 @@ def weighted(weigh):
         return jnp.einsum("bhts,bshd->bthd", weights, v)
 
     return fun
+
+
+def named(q, k, v):
+    """With names for remat's policies: those of operands and result stay."""
+    s = checkpoint_name(jnp.einsum("bthd,bshd->bhts", checkpoint_name(q, "query"), k), "scores")
+    s = checkpoint_name(jnp.where(CAUSAL, s, LOWEST) * ROOT, "logits")
+    weights = checkpoint_name(jax.nn.softmax(s), "weights")
+    return checkpoint_name(jnp.einsum("bhts,bshd->bthd", weights, v), "out")
 
 
 def attend_heads_first(q, k, v, mask=None):
@@ -575,6 +584,7 @@ CASES = {
         ATTENTION,
         {"window_left=3", "window_right=0", "present=0"},
     ),
+    "named": (named, BTNH, ATTENTION, {"is_causal=1", "name=query", "name=out"}),
     # Factors of the weights that do not depend on the key.
     "head mask": (head_mask, (*BTNH, jnp.array([1, 0, 1, 2])), ATTENTION, {"present=0"}),
     "head mask by product": (
@@ -751,6 +761,7 @@ def test_float32_softmax_of_16_bit_operands():
         "where",
         "where and groups",
         "masked again by product",
+        "named",
     ],
 )
 def test_derivatives(name):
