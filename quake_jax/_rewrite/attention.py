@@ -68,6 +68,7 @@ class Weights:
       factors: arrays that the weights are multiplied by and that do not depend on the key, each
         with its axes. They can multiply the result instead.
       masks: that the weights are masked by, by 0.
+      division: by the sums of the exponentials, if these alone are the weights.
     """
 
     normalized: Match
@@ -75,10 +76,28 @@ class Weights:
     axes: Axes = dataclasses.field(default_factory=dict)
     factors: list[tuple[Value, Axes]] = dataclasses.field(default_factory=list)
     masks: list[Mask] = dataclasses.field(default_factory=list)
+    division: _Division | None = None
 
     @property
     def nodes(self) -> set[Node]:
-        return {step.node for step in self.steps}
+        nodes = {step.node for step in self.steps}
+        return nodes if self.division is None else nodes | self.division.nodes
+
+
+@dataclasses.dataclass
+class _Division:
+    """What divides the product with the values by the sums of exponentials.
+
+    Attributes:
+      root: the division; `mapping` says which axis of the product each axis of its result is.
+      nodes: between the product and the root.
+      axes: of the root's result along which the sums differ, as `Weights.axes`.
+    """
+
+    root: Node
+    mapping: tuple[int | None, ...]
+    nodes: set[Node]
+    axes: Axes
 
 
 @dataclasses.dataclass
@@ -98,11 +117,14 @@ class _Step:
 
 
 def find(root: Node) -> Match | None:
-    """The attention whose last equation is `root`, the product with the values.
+    """The attention whose last equation is `root`: the product with the values or, where it divides
+    that, the division by the sums.
 
     Raises:
       Reject: if there is one that must stay.
     """
+    if root.primitive in ("div", "mul"):
+        return _divided(root)
     if root.primitive != "dot_general" or not root.params["dimension_numbers"][0][0]:
         return None
     reason = None
@@ -122,7 +144,31 @@ def find(root: Node) -> Match | None:
     return None
 
 
-def _attention(root: Node, side: int, weights: Weights) -> Match | None:
+def _divided(root: Node) -> Match | None:
+    """The attention that `root` divides by the sums of its exponentials, at last."""
+    shape = root.output.shape
+    for dividend, divisor, prefix, nodes in softmax.quotients(root):
+        view = views.view(dividend, views.is_cast)
+        product = view.source.node
+        if product is None or product.primitive != "dot_general" or dividend.shape != shape:
+            continue
+        if any(a is None and n != 1 for a, n in zip(view.axes, shape, strict=True)):
+            continue
+        found = softmax.divisor_of_rows(divisor, prefix, root)
+        if found is None:
+            continue
+        normalized, exponentials, places = found
+        axes = {(a,): d for d, a in enumerate(places) if a is not None}
+        division = _Division(root, view.axes, nodes | set(view.nodes), axes)
+        for side, value in enumerate(product.inputs):
+            weights = _weights(value, {exponentials.node: normalized}.get)
+            if weights is not None:
+                weights.division = division
+                return _attention(product, side, weights)
+    return None
+
+
+def _attention(product: Node, side: int, weights: Weights) -> Match | None:
     logits_value, *where = weights.normalized.inputs
     reduced = dict(weights.normalized.static)["axis"]
     logits = _all_logits(logits_value)
@@ -139,8 +185,9 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
         logits.masks.append(Mask(mask, labels, False, -math.inf))
         weights.masks.append(Mask(mask, labels, False, 0.0))
     keys = _label(weights, logits, labels, reduced[0])
-    operands = _operands(root, side, weights, logits, keys)
-    nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
+    operands = _operands(product, side, weights, logits, keys)
+    root = product if weights.division is None else weights.division.root
+    nodes = {*logits.nodes, logits.product, *weights.normalized.nodes, *weights.nodes, product}
     _check_alone(nodes | {root}, root)
     query, key, value, result = operands
     for array in (query, key):
@@ -160,20 +207,26 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
 _SOFTMAX_ENDS = ("div", "mul", "select_n")
 
 
-def _weights(value: Value, depth: int = 16) -> Weights | None:
-    """The softmax that `value` is, but for its arrangement and factors; or None."""
+def _softmax_or_reject(node: Node) -> Match | None:
+    try:
+        return softmax.find(node) if node.primitive in _SOFTMAX_ENDS else None
+    except Reject as reason:
+        raise Reject(str(reason), "attention") from None
+
+
+def _weights(value: Value, end: Callable = _softmax_or_reject, depth: int = 16) -> Weights | None:
+    """The softmax that `value` is, but for its arrangement and factors; or None.
+
+    `end` gives the match of the softmax whose last equation is a node.
+    """
     node = value.node
     if node is None or depth == 0:
         return None
-    if node.primitive in _SOFTMAX_ENDS:
-        try:
-            found = softmax.find(node)
-        except Reject as reason:
-            raise Reject(str(reason), "attention") from None
-        if found is not None:
-            return Weights(found) if found.name == "softmax" else None
+    found = end(node)
+    if found is not None:
+        return Weights(found)
     for inner, step in _steps(node):
-        weights = _weights(inner, depth - 1)
+        weights = _weights(inner, end, depth - 1)
         if weights is not None:
             weights.steps.append(step)
             return weights
@@ -331,7 +384,9 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
                 weights.masks.append(_mask_of_factor(step.factor, factor_axes, sizes, known))
         if step.mask is not None:
             which, is_negated = step.mask
-            weights.masks.append(Mask(which, dict(own), is_negated, 0.0))
+            # A sum that is NaN divides later.
+            keeps_nan = weights.division is not None
+            weights.masks.append(Mask(which, dict(own), is_negated, 0.0, keeps_nan=keeps_nan))
         if step.mapping is not None:
             places = {a: d for d, a in enumerate(step.mapping) if a is not None}
             own = {label: places[a] for label, a in own.items()}
@@ -351,6 +406,8 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
 
     weights.axes, logits.axes = numbered(own), numbered(logits.axes)
     weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
+    if weights.division is not None:
+        weights.division.axes = numbered(weights.division.axes)
     biases = logits.all_biases
     masks_of_biases = [b.mask for b in biases if b.mask is not None]
     for part in (*logits.masks, *weights.masks, *biases, *masks_of_biases):
@@ -364,7 +421,7 @@ def _mask_of_factor(factor: Value, axes: Axes, sizes: dict, is_known: bool) -> M
     two = masks.two_valued(factor, axes, sizes) if is_known else None
     if two is None or {two.if_false, two.if_true} != {0, 1}:
         raise Reject("its weights are multiplied by what depends on the key", "attention")
-    return Mask(two.value, two.axes, two.if_true == 0, 0.0, is_product=True)
+    return Mask(two.value, two.axes, two.if_true == 0, 0.0, keeps_nan=True)
 
 
 def _cut_up(axes: Axes, sizes: dict) -> Axes:
@@ -679,7 +736,23 @@ def _operands(root: Node, side: int, weights: Weights, logits: Logits, keys: int
     rows = [on.get(a, ()) for a in free[side]]
     columns = [(SIZE,) if a in sizes else () for a in free[value_side]]
     result += rows + columns if side == 0 else columns + rows
+    if weights.division is not None:
+        result = _result_of_division(weights.division, result)
     return query, key, Operand(value, axes), result
+
+
+def _result_of_division(division: _Division, labels: list) -> list:
+    """The labels of each axis of the result from those of the product with the values.
+
+    Raises:
+      Reject: unless each row is divided by its own sum.
+    """
+    result = [() if a is None else labels[a] for a in division.mapping]
+    for d, here in enumerate(result):
+        of_sums = sorted(label for label, a in division.axes.items() if a == d)
+        if of_sums != sorted(label for label in here if label != SIZE):
+            raise Reject("it is divided by the sums of other rows than its own", "attention")
+    return result
 
 
 def _query_and_key(logits: Logits, keys: int) -> tuple[Operand, Operand]:

@@ -31,7 +31,7 @@ class Mask:
     number: float
     is_added: bool = False
     is_float16: bool = False  # where the number is put in
-    is_product: bool = False  # a number that is not 0 is multiplied by 0
+    keeps_nan: bool = False  # where it masks, as a product with 0 does
 
     def becomes(self, number: float, dtype) -> None:
         """Note that a later step makes this of the number, and rounds it to a dtype."""
@@ -84,9 +84,9 @@ def number_without_keys(
         raise Reject("its weights are masked by others than its logits", "attention")
     if is_full:
         return None
-    if is_nan and all(mask.is_product for mask in of_weights):  # 0 times NaN
+    if is_nan and all(mask.keeps_nan for mask in of_weights):
         if not is_one_selection(masks):
-            raise Reject("its weights are multiplied by a mask and may be NaN", "attention")
+            raise Reject("a query without any key may get NaN, or 0", "attention")
         return np.nan
     return 0.0
 

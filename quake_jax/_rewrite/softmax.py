@@ -325,7 +325,7 @@ def _masked(value: Value):
 
 
 def _softmax(root: Node) -> Match | None:
-    for exponentials, total, prefix, nodes in _quotients(root):
+    for exponentials, total, prefix, nodes in quotients(root):
         if exponentials.shape != root.output.shape or not views.is_float(root.output):
             continue
         found = _sum_of(exponentials, total, prefix)
@@ -339,7 +339,35 @@ def _softmax(root: Node) -> Match | None:
     return None
 
 
-def _quotients(root: Node):
+def divisor_of_rows(
+    total: Value, prefix: views.View | None, root: Node
+) -> tuple[Match, Value, tuple[int | None, ...]] | None:
+    """The softmax that exponentials make when they are divided by `total`, if that is their sum.
+
+    For those that are multiplied by something else first. `prefix` is as in `quotients`.
+
+    Returns:
+      A match of which logits, axis, scale and nodes count, the root apart; the exponentials; and
+      which axis of them each axis of what is divided is.
+    """
+    found = _normalizer(total, prefix)
+    if found is None:
+        return None
+    operand, axes, nodes, view = found
+    summed = views.view(operand, _no_rounding)
+    reduced = tuple(summed.axes[a] for a in axes if summed.axes[a] is not None)
+    row = _row(summed.source, reduced) if reduced else None
+    if row is None:
+        return None
+    kept = [d for d in range(operand.ndim) if d not in axes]
+    places = tuple(None if a is None else summed.axes[kept[a]] for a in view.axes)
+    nodes = frozenset(nodes | set(summed.nodes) | row.nodes)
+    static = (("axis", reduced), ("scale", row.scale))
+    match = Match("softmax", "quake_jax.softmax", root, nodes, (row.logits,), _call, static)
+    return match, summed.source, places
+
+
+def quotients(root: Node):
     """The ways to read `root` as a quotient: dividend, divisor, a view of it or None, nodes."""
     if root.primitive == "div":
         yield *root.inputs, None, set()

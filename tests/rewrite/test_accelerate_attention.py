@@ -74,6 +74,34 @@ def weighted(weigh):
     return fun
 
 
+def divided(divide, change=lambda s: s, values="bhts,bshd->bthd"):
+    """Attention that a function of exponentials and their product with the values divides."""
+
+    def fun(q, k, v, *x):
+        s = change(jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, *x)
+        e = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
+        return divide(e, jnp.einsum(values, e, v))
+
+    return fun
+
+
+def divided_at_last(e, y):
+    return y / e.sum(-1).swapaxes(1, 2)[..., None]
+
+
+def divided_and_masked_again(q, k, v, mask):
+    s = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, -jnp.inf)
+    e = jnp.exp(s - s.max(-1, keepdims=True))
+    return divided_at_last(e, jnp.einsum("bhts,bshd->bthd", jnp.where(mask, e, 0), v))
+
+
+def divided_groups(q, k, v, mask):
+    s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, 2, 2, H), k) + added(mask)
+    e = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
+    y = jnp.einsum("bkgts,bskd->btkgd", e, v)
+    return (y * (1 / e.sum(-1)).transpose(0, 3, 1, 2)[..., None]).reshape(B, T, N, H)
+
+
 def named(q, k, v):
     """With names for remat's policies: those of operands and result stay."""
     s = checkpoint_name(jnp.einsum("bthd,bshd->bhts", checkpoint_name(q, "query"), k), "scores")
@@ -584,6 +612,31 @@ CASES = {
         ATTENTION,
         {"window_left=3", "window_right=0", "present=0"},
     ),
+    # Divided by the sums after the product with the values.
+    "divided at last": (divided(divided_at_last), BTNH, ATTENTION, {"present=0"}),
+    "divided at last, heads first": (
+        divided(
+            lambda e, y: y / e.sum(-1, keepdims=True),
+            lambda s, b, m: jnp.where(m, s + b, LOWEST),
+            "bhts,bshd->bhtd",
+        ),
+        (*BTNH, BIAS, MASK),
+        ATTENTION,
+        {"present=3"},
+    ),
+    "divided at last, masked by -inf": (
+        divided(divided_at_last, lambda s, m: jnp.where(m, s, -jnp.inf)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "divided at last, masked again": (
+        divided_and_masked_again,
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "divided groups": (divided_groups, (*GROUPED, MASK[:, :, None]), ATTENTION, {"f32[2,16,2,8]"}),
     "named": (named, BTNH, ATTENTION, {"is_causal=1", "name=query", "name=out"}),
     # Factors of the weights that do not depend on the key.
     "head mask": (head_mask, (*BTNH, jnp.array([1, 0, 1, 2])), ATTENTION, {"present=0"}),
@@ -671,6 +724,8 @@ CASES = {
 }
 # jax.nn masks these rows of -inf only with numbers that are finite.
 NAN = {
+    "divided at last, masked by -inf",
+    "divided at last, masked again",
     "masked again by product, of -inf",
     "mask of -inf",
     "causal and padding of -inf",
@@ -762,6 +817,8 @@ def test_float32_softmax_of_16_bit_operands():
         "where and groups",
         "masked again by product",
         "named",
+        "divided at last, heads first",
+        "divided groups",
     ],
 )
 def test_derivatives(name):
@@ -986,7 +1043,7 @@ STAYING = {
             )
         ),
         (*BTNH, PADDING),
-        "may be NaN",
+        "may get NaN, or 0",
     ),
     "a bias after the mask, masked again": (
         weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9) + BIAS) * m),
@@ -1059,6 +1116,33 @@ def test_what_only_looks_like_attention(name):
     actual, expected = quake_jax.accelerate(fun)(*args), jax.jit(fun)(*args)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+# name: (what divides the product, why it stays if that is said)
+DIVIDED_OTHERWISE = {
+    "by more": (lambda e, y: y / (e.sum(-1).swapaxes(1, 2)[..., None] + 1e-3), None),
+    "by a maximum": (lambda e, y: y / e.max(-1).swapaxes(1, 2)[..., None], None),
+    "by sums of other rows": (lambda e, y: y / e.sum(-1)[..., None], "of other rows"),
+    "by sums of all rows": (lambda e, y: y / e.sum((2, 3))[:, None, :, None], "more than one axis"),
+    "by sums over queries": (lambda e, y: y / e.sum(2).swapaxes(1, 2)[..., None], "another axis"),
+    "twice": (lambda e, y: divided_at_last(e, y) / e.sum(-1)[..., None], "is used elsewhere"),
+    "with the sums returned": (
+        lambda e, y: (divided_at_last(e, y), e.sum(-1)),
+        "is used elsewhere",
+    ),
+    "with the product returned": (lambda e, y: (divided_at_last(e, y), y), "is a result"),
+    "by sums in the values' place": (lambda e, y: e.sum(-1).swapaxes(1, 2)[..., None] / y, None),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED_OTHERWISE)
+def test_what_is_divided_otherwise_stays(name):
+    divide, reason = DIVIDED_OTHERWISE[name]
+    args = qkv(B, T, T, H)  # as many heads as queries, whose axes then look alike
+    fun = divided(divide)
+    assert replacements(fun, *args) == []
+    if reason is not None:
+        assert reason in reasons(fun, *args)["attention"]
 
 
 def test_a_bias_after_a_mask_that_is_rounded_stays():
