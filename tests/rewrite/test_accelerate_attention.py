@@ -47,6 +47,8 @@ MASK = (normal(B, 1, T, T, seed=5) > -0.5).at[0, 0, 0].set(False)
 PADDING = (jnp.arange(T) >= jnp.array([[0], [5]]))[:, None, None, :]
 COUNTS = PADDING[:, 0, 0].astype(jnp.int32)
 BIAS = normal(1, N, T, T, seed=7)
+# Two images of three windows; the first query of the first window has no key.
+WINDOWS = (*qkv(6, T, N, H), (normal(3, T, T, seed=6) > -0.5).at[0, 0].set(False), BIAS)
 
 
 def attend(q, k, v, change=lambda s: s, scale=ROOT):
@@ -192,6 +194,26 @@ def groups_around_softmax_alone(q, k, v, mask):
     return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(s), v).reshape(B, T, N, H)
 
 
+def windows(q, k, v, mask, bias):
+    """As Swin: images and windows in one axis, but for the mask of windows."""
+    s = jnp.einsum("bthd,bshd->bhts", q * ROOT, k) + bias
+    s = jnp.where(mask[:, None], s.reshape(2, 3, N, T, T), -1e9).reshape(-1, N, T, T)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v)
+
+
+def windows_and_heads_in_batch(q, k, v, mask, bias):
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, T, H) for x in (q, k, v))
+    s = (q @ k.swapaxes(1, 2)).reshape(2, 3, N, T, T) + bias + added(mask[:, None], -100.0)
+    return (jax.nn.softmax(s.reshape(-1, T, T)) @ v).reshape(6, N, T, H)
+
+
+def windows_masked_again(q, k, v, mask):
+    s = jnp.einsum("bthd,bshd->bhts", q * ROOT, k).reshape(2, 3, N, T, T)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], s, -1e9).reshape(-1, T))
+    weights = jnp.where(mask[:, None], weights.reshape(2, 3, N, T, T), 0)
+    return jnp.einsum("bhts,bshd->bthd", weights.reshape(-1, N, T, T), v)
+
+
 def heads_in_batch(q, k, v, mask):
     """As bmm code: batch and heads in one axis in both products."""
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * N, T, H) for x in (q, k, v))
@@ -330,6 +352,9 @@ CASES = {
         ATTENTION,
         {"f32[2,16,2,8]", "present=2"},
     ),
+    "windows": (windows, WINDOWS, ATTENTION, {"f32[6,16,4,8]", "present=3"}),
+    "windows and heads in batch": (windows_and_heads_in_batch, WINDOWS, ATTENTION, {"present=1"}),
+    "windows masked again": (windows_masked_again, WINDOWS[:-1], ATTENTION, {"present=2"}),
     "heads in batch": (heads_in_batch, (*BTNH, MASK), ATTENTION, {"f32[2,16,4,8]", "present=2"}),
     "heads in batch everywhere": (
         heads_in_batch_everywhere,
@@ -564,6 +589,12 @@ CASES = {
         ATTENTION,
         {"present=0", "is_causal=1"},
     ),
+    "where lengths": (
+        weighted(lambda s, n: jax.nn.softmax(s, where=jnp.arange(T) < n[:, None, None, None])),
+        (*BTNH, jnp.array([0, 5])),
+        ATTENTION,
+        {"present=8"},
+    ),
     "where and groups": (
         gemma_masked_again,
         (*GROUPED, MASK[:, 0]),
@@ -758,8 +789,15 @@ def in_16_bits(x, dtype):
 
 
 # In float16 the others do not run, mask by what is -inf there, or stay (ROUNDING).
-IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat"]
-IN_BFLOAT16 = [*IN_FLOAT16, "huggingface", "jax.nn causal", "haiku", "heads first, mask"]
+IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat", "where", "divided at last"]
+IN_BFLOAT16 = [
+    *IN_FLOAT16,
+    "huggingface",
+    "jax.nn causal",
+    "haiku",
+    "heads first, mask",
+    "masked again by product",
+]
 
 
 @pytest.mark.parametrize(
@@ -1052,6 +1090,11 @@ STAYING = {
     ),
     "scores returned": (scores_too, BTNH, "its dot_general is a result"),
     "weights returned": (weights_too, BTNH, "its div is a result"),
+    "softmax over parts of the keys": (
+        weighted(lambda s: jax.nn.softmax(s.reshape(B, N, T, 2, -1)).reshape(s.shape)),
+        BTNH,
+        "another axis",
+    ),
     "softmax over queries": (over_queries, BTNH, None),
     "softmax over heads": (over_heads, BTNH, "query and key share"),
     "weights transposed": (transposed_weights, BTNH, "another axis"),
