@@ -22,7 +22,7 @@ SMALLEST = 256
 LARGEST_HEAD = 512
 
 
-def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Match:
+def match(root: Node, nodes, operands, logits, weights, keys: int, shape) -> Match:
     """The match of an attention whose parts have been found.
 
     Args:
@@ -30,7 +30,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
       nodes: what is replaced.
       operands: query, key, value, and the labels of each axis of the result.
       logits: what makes the logits of query and key.
-      factors: arrays that multiply the result, with their axes by label.
+      weights: what they are multiplied and masked by, after the softmax.
       keys: the label of the keys' axis.
       shape: of the logits, by label.
 
@@ -53,7 +53,11 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
     sizes = dict(labels.sizes)
     conditions, lengths, window, is_full = masks.conditions(logits.masks, labels)
     _check_sums(logits, labels)
-    as_bias = not (is_full or masks.is_one_selection(logits.masks))
+    keyless = masks.number_without_keys(logits.masks, weights.masks, is_full, sizes)
+    if weights.masks and logits.late_biases:
+        raise Reject("its weights are masked and a bias is added after its mask", "attention")
+    # Which tells apart what else such queries get.
+    as_bias = keyless != 0 and not (is_full or masks.is_one_selection(logits.masks))
     if as_bias:
         masks.check_as_bias(logits.masks)
         window, lengths = None, []
@@ -70,16 +74,16 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
             (None if x.value is None else tuple(x.axes.items()), x.offset) for x in lengths
         ),
         numbers=numbers if as_bias else (),
-        masking=Masking(Constant.WHOLE if is_full else _constant(logits), as_bias),
+        masking=Masking(Constant.WHOLE if is_full or keyless == 0 else _constant(logits), as_bias),
         biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.biases),
         late_biases=tuple((tuple(b.axes.items()), b.factor) for b in logits.late_biases),
         late_mask=numbers[0] if logits.late_biases else None,
-        factors=tuple(tuple(axes.items()) for _, axes in factors),
+        factors=tuple(tuple(axes.items()) for _, axes in weights.factors),
         scale=logits.scale,
         is_scale_traced=logits.traced_scale is not None,
         soft_cap=logits.soft_cap,
         window=window,
-        nan_rows=not (is_full or as_bias) and any(m.number == -np.inf for m in logits.masks),
+        keyless=None if as_bias else keyless,
         dtype=dtype,
         result=tuple(result),
         shape=tuple(root.output.shape),
@@ -90,7 +94,7 @@ def match(root: Node, nodes, operands, logits, factors, keys: int, shape) -> Mat
         *(mask for mask, _, _ in conditions),
         *(x.value for x in lengths if x.value is not None),
         *(bias.value for bias in logits.all_biases),
-        *(factor for factor, _ in factors),
+        *(factor for factor, _ in weights.factors),
         *((logits.traced_scale,) if plan.is_scale_traced else ()),
     ]
     name = "dot_product_attention" if together is None else "packed_dot_product_attention"

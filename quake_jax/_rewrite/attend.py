@@ -49,7 +49,7 @@ class Plan:
       factors: the axes of arrays that multiply the result.
       scale, is_scale_traced, soft_cap: of the logits.
       window: (left, right) as in `quake_jax.dot_product_attention`, or None.
-      nan_rows: whether queries without any key get NaN.
+      keyless: what queries without any key get, or None if it is what the kernel gives them.
       dtype: that the kernel computes in.
       result, shape, result_dtype: the labels of the result's axes, its shape and dtype.
     """
@@ -70,7 +70,7 @@ class Plan:
     is_scale_traced: bool
     soft_cap: float | None
     window: tuple[int, int] | None
-    nan_rows: bool
+    keyless: float | None
     dtype: np.dtype
     result: tuple[tuple[int | str, ...], ...]
     shape: tuple[int, ...]
@@ -122,9 +122,9 @@ def attend(*arrays, plan: Plan, order):
         is_plain = (jnp.abs(late) <= _LARGEST_LATE_BIAS).all() & kept.any(-1).all()
         arrays = (*operands, _sum(terms), late, kept, scale)
         out = jax.lax.cond(is_plain, kernel, lambda: _with_weights(plan, *arrays))
-    if plan.nan_rows:
+    if plan.keyless is not None:
         is_kept = _kept(plan, mask, lengths).any(-1)  # (batch, heads, length)
-        out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, jnp.nan)
+        out = jnp.where(is_kept.swapaxes(1, 2)[..., None], out, plan.keyless)
     for axes, factor in zip(plan.factors, factors, strict=True):
         factor = _arranged(factor, dict(axes), plan.rows, plan.sizes, fill=False)
         out = (out.astype(jnp.float32) * factor[..., None]).astype(out.dtype)

@@ -67,38 +67,64 @@ class Weights:
       axes: of the product's operand; from `_label`, like the next.
       factors: arrays that the weights are multiplied by and that do not depend on the key, each
         with its axes. They can multiply the result instead.
+      masks: that the weights are masked by, by 0.
+      division: by the sums of the exponentials, if these alone are the weights.
     """
 
     normalized: Match
     steps: list[_Step] = dataclasses.field(default_factory=list)
     axes: Axes = dataclasses.field(default_factory=dict)
     factors: list[tuple[Value, Axes]] = dataclasses.field(default_factory=list)
+    masks: list[Mask] = dataclasses.field(default_factory=list)
+    division: _Division | None = None
 
     @property
     def nodes(self) -> set[Node]:
-        return {step.node for step in self.steps}
+        nodes = {step.node for step in self.steps}
+        return nodes if self.division is None else nodes | self.division.nodes
+
+
+@dataclasses.dataclass
+class _Division:
+    """What divides the product with the values by the sums of exponentials.
+
+    Attributes:
+      root: the division; `mapping` says which axis of the product each axis of its result is.
+      nodes: between the product and the root.
+      axes: of the root's result along which the sums differ, as `Weights.axes`.
+    """
+
+    root: Node
+    mapping: tuple[int | None, ...]
+    nodes: set[Node]
+    axes: Axes
 
 
 @dataclasses.dataclass
 class _Step:
-    """An equation that arranges the weights, or multiplies them by a factor.
+    """An equation that arranges the weights, multiplies them by a factor or masks them by 0.
 
     `mapping` says which axis of its operand each axis of its result is, and is None for one that
-    merges axes or cuts them up. `factor_axes` are by axis of the operand.
+    merges axes or cuts them up. `factor_axes` are by axis of the operand. `mask` is of its shape,
+    and whether it is negated.
     """
 
     node: Node
     mapping: tuple[int | None, ...] | None
     factor: Value | None = None
     factor_axes: dict[int, int] = dataclasses.field(default_factory=dict)
+    mask: tuple[Value, bool] | None = None
 
 
 def find(root: Node) -> Match | None:
-    """The attention whose last equation is `root`, the product with the values.
+    """The attention whose last equation is `root`: the product with the values or, where it divides
+    that, the division by the sums.
 
     Raises:
       Reject: if there is one that must stay.
     """
+    if root.primitive in ("div", "mul"):
+        return _divided(root)
     if root.primitive != "dot_general" or not root.params["dimension_numbers"][0][0]:
         return None
     reason = None
@@ -118,8 +144,32 @@ def find(root: Node) -> Match | None:
     return None
 
 
-def _attention(root: Node, side: int, weights: Weights) -> Match | None:
-    (logits_value,) = weights.normalized.inputs
+def _divided(root: Node) -> Match | None:
+    """The attention that `root` divides by the sums of its exponentials, at last."""
+    shape = root.output.shape
+    for dividend, divisor, prefix, nodes in softmax.quotients(root):
+        view = views.view(dividend, views.is_cast)
+        product = view.source.node
+        if product is None or product.primitive != "dot_general" or dividend.shape != shape:
+            continue
+        if any(a is None and n != 1 for a, n in zip(view.axes, shape, strict=True)):
+            continue
+        found = softmax.divisor_of_rows(divisor, prefix, root)
+        if found is None:
+            continue
+        normalized, exponentials, places = found
+        axes = {(a,): d for d, a in enumerate(places) if a is not None}
+        division = _Division(root, view.axes, nodes | set(view.nodes), axes)
+        for side, value in enumerate(product.inputs):
+            weights = _weights(value, {exponentials.node: normalized}.get)
+            if weights is not None:
+                weights.division = division
+                return _attention(product, side, weights)
+    return None
+
+
+def _attention(product: Node, side: int, weights: Weights) -> Match | None:
+    logits_value, *where = weights.normalized.inputs
     reduced = dict(weights.normalized.static)["axis"]
     logits = _all_logits(logits_value)
     if logits is None:
@@ -131,9 +181,13 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
     scale = dict(weights.normalized.static)["scale"]
     if not (scale == 1 or _times(logits, scale, logits_value.dtype)):
         raise Reject(f"the factor {scale:g} of its softmax's logits", "attention")
+    for mask in where:  # jax.nn.softmax's: of the logits and, last, of the result
+        logits.masks.append(Mask(mask, labels, False, -math.inf))
+        weights.masks.append(Mask(mask, labels, False, 0.0))
     keys = _label(weights, logits, labels, reduced[0])
-    operands = _operands(root, side, weights, logits, keys)
-    nodes = logits.nodes | {logits.product} | weights.normalized.nodes | weights.nodes
+    operands = _operands(product, side, weights, logits, keys)
+    root = product if weights.division is None else weights.division.root
+    nodes = {*logits.nodes, logits.product, *weights.normalized.nodes, *weights.nodes, product}
     _check_alone(nodes | {root}, root)
     query, key, value, result = operands
     for array in (query, key):
@@ -143,28 +197,36 @@ def _attention(root: Node, side: int, weights: Weights) -> Match | None:
         nodes | {root},
         (query, key, value, result),
         logits,
-        weights.factors,
+        weights,
         keys,
         tuple(logits.sizes.values()),
     )
 
 
-def _weights(value: Value, depth: int = 16) -> Weights | None:
-    """The softmax that `value` is, but for its arrangement and factors; or None."""
+# The last equations of a softmax.
+_SOFTMAX_ENDS = ("div", "mul", "select_n")
+
+
+def _softmax_or_reject(node: Node) -> Match | None:
+    try:
+        return softmax.find(node) if node.primitive in _SOFTMAX_ENDS else None
+    except Reject as reason:
+        raise Reject(str(reason), "attention") from None
+
+
+def _weights(value: Value, end: Callable = _softmax_or_reject, depth: int = 16) -> Weights | None:
+    """The softmax that `value` is, but for its arrangement and factors; or None.
+
+    `end` gives the match of the softmax whose last equation is a node.
+    """
     node = value.node
     if node is None or depth == 0:
         return None
-    if node.primitive in ("div", "mul"):
-        try:
-            found = softmax.find(node)
-        except Reject as reason:
-            raise Reject(str(reason), "attention") from None
-        if found is not None:
-            if found.name != "softmax" or len(found.inputs) != 1:
-                return None
-            return Weights(found)
+    found = end(node)
+    if found is not None:
+        return Weights(found)
     for inner, step in _steps(node):
-        weights = _weights(inner, depth - 1)
+        weights = _weights(inner, end, depth - 1)
         if weights is not None:
             weights.steps.append(step)
             return weights
@@ -174,12 +236,23 @@ def _weights(value: Value, depth: int = 16) -> Weights | None:
 def _steps(node: Node):
     """The ways to read a node as an array that is arranged or multiplied: the array, the step."""
     mapping = views.axes_of(node)
-    if mapping is None and views.is_cast(node):
+    if mapping is None and _keeps(node):
         mapping = tuple(range(node.output.ndim))
     if mapping is not None or views.merges_or_cuts(node):
         yield node.inputs[0], _Step(node, mapping)
     for inner, mapping, factor, factor_axes in _products(node):
         yield inner, _Step(node, mapping, factor, factor_axes)
+    if node.primitive == "select_n" and len(node.inputs) == 3:
+        which, *cases = node.inputs
+        for is_kept, inner in enumerate(cases):
+            is_mask = str(which.dtype) == "bool" and which.shape == inner.shape
+            if is_mask and views.uniform(cases[1 - is_kept]) == 0:
+                yield inner, _Step(node, tuple(range(inner.ndim)), mask=(which, not is_kept))
+
+
+def _keeps(node: Node) -> bool:
+    """Whether a node's result is its operand, rounded at most."""
+    return views.is_cast(node) or views.is_name(node)
 
 
 def _products(node: Node):
@@ -256,7 +329,7 @@ def _is_product(node: Node) -> bool:
 
 def _softmax_at(node: Node) -> Match | None:
     try:
-        found = softmax.find(node) if node.primitive in ("div", "mul", "select_n") else None
+        found = softmax.find(node) if node.primitive in _SOFTMAX_ENDS else None
     except Reject:
         return None
     return found if found is not None and found.name == "softmax" else None
@@ -304,9 +377,16 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
         if step.factor is not None and views.uniform(step.factor) != 1:
             factor_axes = {i: step.factor_axes[a] for i, a in own.items() if a in step.factor_axes}
             unknown = set(step.factor_axes.values()) - set(factor_axes.values())
-            if (reduced,) in factor_axes or any(step.factor.shape[f] != 1 for f in unknown):
-                raise Reject("its weights are multiplied by what depends on the key", "attention")
-            weights.factors.append((step.factor, factor_axes))
+            known = not any(step.factor.shape[f] != 1 for f in unknown)
+            if known and not any(label[0] == reduced for label in factor_axes):
+                weights.factors.append((step.factor, factor_axes))
+            else:
+                weights.masks.append(_mask_of_factor(step.factor, factor_axes, sizes, known))
+        if step.mask is not None:
+            which, is_negated = step.mask
+            # A sum that is NaN divides later.
+            keeps_nan = weights.division is not None
+            weights.masks.append(Mask(which, dict(own), is_negated, 0.0, keeps_nan=keeps_nan))
         if step.mapping is not None:
             places = {a: d for d, a in enumerate(step.mapping) if a is not None}
             own = {label: places[a] for label, a in own.items()}
@@ -326,11 +406,22 @@ def _label(weights: Weights, logits: Logits, axes: Axes, reduced: int) -> int:
 
     weights.axes, logits.axes = numbered(own), numbered(logits.axes)
     weights.factors = [(factor, numbered(axes)) for factor, axes in weights.factors]
+    if weights.division is not None:
+        weights.division.axes = numbered(weights.division.axes)
     biases = logits.all_biases
-    for part in (*logits.masks, *biases, *(b.mask for b in biases if b.mask is not None)):
+    masks_of_biases = [b.mask for b in biases if b.mask is not None]
+    for part in (*logits.masks, *weights.masks, *biases, *masks_of_biases):
         part.axes = numbered(part.axes)
     logits.sizes = {i: sizes[label] for label, i in numbers.items()}
     return numbers[reduced,]
+
+
+def _mask_of_factor(factor: Value, axes: Axes, sizes: dict, is_known: bool) -> Mask:
+    """The mask that weights are multiplied by."""
+    two = masks.two_valued(factor, axes, sizes) if is_known else None
+    if two is None or {two.if_false, two.if_true} != {0, 1}:
+        raise Reject("its weights are multiplied by what depends on the key", "attention")
+    return Mask(two.value, two.axes, two.if_true == 0, 0.0, keeps_nan=True)
 
 
 def _cut_up(axes: Axes, sizes: dict) -> Axes:
@@ -364,7 +455,7 @@ def _all_logits(value: Value) -> Logits | None:
 
 def _logits(value: Value, axes: Axes, sizes: dict, depth: int = 24) -> Logits | None:
     """What makes the logits `value`; None if they are not made from a matrix product."""
-    source, axes, sizes, between = views.followed(value, axes, sizes, views.is_cast, may_cut=True)
+    source, axes, sizes, between = views.followed(value, axes, sizes, _keeps, may_cut=True)
     node = source.node
     if node is None or depth == 0 or len(node.outputs) != 1:
         return None
@@ -645,7 +736,23 @@ def _operands(root: Node, side: int, weights: Weights, logits: Logits, keys: int
     rows = [on.get(a, ()) for a in free[side]]
     columns = [(SIZE,) if a in sizes else () for a in free[value_side]]
     result += rows + columns if side == 0 else columns + rows
+    if weights.division is not None:
+        result = _result_of_division(weights.division, result)
     return query, key, Operand(value, axes), result
+
+
+def _result_of_division(division: _Division, labels: list) -> list:
+    """The labels of each axis of the result from those of the product with the values.
+
+    Raises:
+      Reject: unless each row is divided by its own sum.
+    """
+    result = [() if a is None else labels[a] for a in division.mapping]
+    for d, here in enumerate(result):
+        of_sums = sorted(label for label, a in division.axes.items() if a == d)
+        if of_sums != sorted(label for label in here if label != SIZE):
+            raise Reject("it is divided by the sums of other rows than its own", "attention")
+    return result
 
 
 def _query_and_key(logits: Logits, keys: int) -> tuple[Operand, Operand]:

@@ -31,6 +31,7 @@ class Mask:
     number: float
     is_added: bool = False
     is_float16: bool = False  # where the number is put in
+    keeps_nan: bool = False  # where it masks, as a product with 0 does
 
     def becomes(self, number: float, dtype) -> None:
         """Note that a later step makes this of the number, and rounds it to a dtype."""
@@ -56,6 +57,47 @@ def check_as_bias(masks: list[Mask]) -> None:
     """Raise Reject unless the masks can be taken together as one bias."""
     if any(mask.number > MASKED_BY_SUM for mask in masks):
         raise Reject("it is masked by different numbers", "attention")
+
+
+def number_without_keys(
+    masks: list[Mask], of_weights: list[Mask], is_full: bool, sizes: dict
+) -> float | None:
+    """What queries without any key get, or None if that is an average of the values.
+
+    Args:
+      masks: of the logits.
+      of_weights: masks that the weights are masked by again.
+      is_full: whether every query keeps some key for sure.
+      sizes: of the labels.
+
+    Raises:
+      Reject: if `of_weights` do more than to make weights of such queries 0.
+    """
+    inner, outer = (
+        [part for m in some for part in _conjuncts(m.value, m.axes, m.is_negated, sizes)]
+        for some in (masks, of_weights)
+    )
+    is_nan = any(mask.number == -np.inf for mask in masks)
+    if not of_weights:
+        return np.nan if is_nan and not is_full else None
+    if not _are_among(outer, inner) or not (is_full or _are_among(inner, outer)):
+        raise Reject("its weights are masked by others than its logits", "attention")
+    if is_full:
+        return None
+    if is_nan and all(mask.keeps_nan for mask in of_weights):
+        if not is_one_selection(masks):
+            raise Reject("a query without any key may get NaN, or 0", "attention")
+        return np.nan
+    return 0.0
+
+
+def _are_among(some, others) -> bool:
+    """Whether all conjuncts of one mask are conjuncts of another."""
+
+    def is_same(a, b):
+        return a[1:] == b[1:] and views.same(a[0], b[0])
+
+    return all(any(is_same(a, b) for b in others) for a in some)
 
 
 def conditions(masks, labels: Labels):

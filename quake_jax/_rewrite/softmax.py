@@ -251,13 +251,16 @@ def without_maximum(shifted: Value, axes) -> tuple[Value, set[Node]] | None:
     base, compared = views.view(logits, _no_rounding), views.view(operand, _no_rounding)
     select = _masked(compared.source)
     if base.source is not compared.source and not views.same(base.source, compared.source):
-        # where(mask, x, -inf) for the maximum alone
-        if select is None or not views.same(select[1], base.source):
-            return None
-        if not (select[2] is not None and select[2] <= -1e30):
+        # where(mask, x, -inf) for the maximum alone, or once more for the logits
+        if select is None or not select[2] <= -1e30:
             return None
         nodes |= {compared.source.node}
-        compared = views.view(select[1])
+        own = _masked(base.source)
+        is_again = own is not None and own[2] <= -1e30 and all(map(views.same, own[:2], select[:2]))
+        if not is_again:
+            if not views.same(select[1], base.source):
+                return None
+            compared = views.view(select[1])
     to_operand = {a: d for d, a in enumerate(compared.axes) if a is not None}
     as_operand = views.View(
         operand, tuple(None if a is None else to_operand.get(a) for a in base.axes)
@@ -322,7 +325,7 @@ def _masked(value: Value):
 
 
 def _softmax(root: Node) -> Match | None:
-    for exponentials, total, prefix, nodes in _quotients(root):
+    for exponentials, total, prefix, nodes in quotients(root):
         if exponentials.shape != root.output.shape or not views.is_float(root.output):
             continue
         found = _sum_of(exponentials, total, prefix)
@@ -336,7 +339,35 @@ def _softmax(root: Node) -> Match | None:
     return None
 
 
-def _quotients(root: Node):
+def divisor_of_rows(
+    total: Value, prefix: views.View | None, root: Node
+) -> tuple[Match, Value, tuple[int | None, ...]] | None:
+    """The softmax that exponentials make when they are divided by `total`, if that is their sum.
+
+    For those that are multiplied by something else first. `prefix` is as in `quotients`.
+
+    Returns:
+      A match of which logits, axis, scale and nodes count, the root apart; the exponentials; and
+      which axis of them each axis of what is divided is.
+    """
+    found = _normalizer(total, prefix)
+    if found is None:
+        return None
+    operand, axes, nodes, view = found
+    summed = views.view(operand, _no_rounding)
+    reduced = tuple(summed.axes[a] for a in axes if summed.axes[a] is not None)
+    row = _row(summed.source, reduced) if reduced else None
+    if row is None:
+        return None
+    kept = [d for d in range(operand.ndim) if d not in axes]
+    places = tuple(None if a is None else summed.axes[kept[a]] for a in view.axes)
+    nodes = frozenset(nodes | set(summed.nodes) | row.nodes)
+    static = (("axis", reduced), ("scale", row.scale))
+    match = Match("softmax", "quake_jax.softmax", root, nodes, (row.logits,), _call, static)
+    return match, summed.source, places
+
+
+def quotients(root: Node):
     """The ways to read `root` as a quotient: dividend, divisor, a view of it or None, nodes."""
     if root.primitive == "div":
         yield *root.inputs, None, set()

@@ -172,6 +172,15 @@ def is_cast(node: Node) -> bool:
     )
 
 
+def is_name(node: Node) -> bool:
+    """Whether a node only says what remat's policies call an array: jax.ad_checkpoint's.
+
+    It is none of IDENTITIES, whose operands may be read in their place: then it would be lost to
+    the policy.
+    """
+    return node.primitive == "name"
+
+
 def kind(value: Value) -> str:
     """NumPy's letter for the kind of dtype, "V" for the floating-point ones that NumPy lacks."""
     return getattr(getattr(value.aval, "dtype", None), "kind", "O")

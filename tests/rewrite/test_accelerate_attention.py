@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from support import on_device
 from test_accelerate import primitives, reasons, replacements
 
@@ -46,6 +47,8 @@ MASK = (normal(B, 1, T, T, seed=5) > -0.5).at[0, 0, 0].set(False)
 PADDING = (jnp.arange(T) >= jnp.array([[0], [5]]))[:, None, None, :]
 COUNTS = PADDING[:, 0, 0].astype(jnp.int32)
 BIAS = normal(1, N, T, T, seed=7)
+# Two images of three windows; the first query of the first window has no key.
+WINDOWS = (*qkv(6, T, N, H), (normal(3, T, T, seed=6) > -0.5).at[0, 0].set(False), BIAS)
 
 
 def attend(q, k, v, change=lambda s: s, scale=ROOT):
@@ -57,6 +60,56 @@ def attend(q, k, v, change=lambda s: s, scale=ROOT):
 def changed(change):
     """Attention whose scores are changed by a function of them and of a further argument."""
     return lambda q, k, v, *x: attend(q, k, v, lambda s: change(s, *x))
+
+
+def added(mask, number=LOWEST):
+    return jnp.where(mask, 0.0, number)
+
+
+def weighted(weigh):
+    """Attention whose weights are a function of the scores and of a further argument."""
+
+    def fun(q, k, v, *x):
+        weights = weigh(jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, *x)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    return fun
+
+
+def divided(divide, change=lambda s: s, values="bhts,bshd->bthd"):
+    """Attention that a function of exponentials and their product with the values divides."""
+
+    def fun(q, k, v, *x):
+        s = change(jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, *x)
+        e = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
+        return divide(e, jnp.einsum(values, e, v))
+
+    return fun
+
+
+def divided_at_last(e, y):
+    return y / e.sum(-1).swapaxes(1, 2)[..., None]
+
+
+def divided_and_masked_again(q, k, v, mask):
+    s = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) * ROOT, -jnp.inf)
+    e = jnp.exp(s - s.max(-1, keepdims=True))
+    return divided_at_last(e, jnp.einsum("bhts,bshd->bthd", jnp.where(mask, e, 0), v))
+
+
+def divided_groups(q, k, v, mask):
+    s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, 2, 2, H), k) + added(mask)
+    e = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
+    y = jnp.einsum("bkgts,bskd->btkgd", e, v)
+    return (y * (1 / e.sum(-1)).transpose(0, 3, 1, 2)[..., None]).reshape(B, T, N, H)
+
+
+def named(q, k, v):
+    """With names for remat's policies: those of operands and result stay."""
+    s = checkpoint_name(jnp.einsum("bthd,bshd->bhts", checkpoint_name(q, "query"), k), "scores")
+    s = checkpoint_name(jnp.where(CAUSAL, s, LOWEST) * ROOT, "logits")
+    weights = checkpoint_name(jax.nn.softmax(s), "weights")
+    return checkpoint_name(jnp.einsum("bhts,bshd->bthd", weights, v), "out")
 
 
 def attend_heads_first(q, k, v, mask=None):
@@ -119,6 +172,13 @@ def gemma(q, k, v, mask):
     return jnp.einsum("btkgs,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
+def gemma_masked_again(q, k, v, mask):
+    s = jnp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, 2, 2, H), k).reshape(B, T, N, -1)
+    weights = jax.nn.softmax(s, where=mask[:, :, None]).reshape(B, T, 2, 2, -1)
+    weights = jnp.where(mask[:, :, None, None], weights, 0)
+    return jnp.einsum("btkgs,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
 def groups_among_queries(q, k, v, bias):
     """The queries of a group one after another, in the order of the products alone."""
     q = q.transpose(0, 2, 1, 3).reshape(B, 2, 2 * T, H)
@@ -132,6 +192,26 @@ def groups_around_softmax_alone(q, k, v, mask):
     s = jnp.einsum("bkgth,bskh->bkgts", q.transpose(0, 2, 1, 3).reshape(B, 2, 2, T, H), k)
     s = jnp.where(mask, s.reshape(B, N, T, -1), LOWEST).reshape(B, 2, 2, T, -1)
     return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(s), v).reshape(B, T, N, H)
+
+
+def windows(q, k, v, mask, bias):
+    """As Swin: images and windows in one axis, but for the mask of windows."""
+    s = jnp.einsum("bthd,bshd->bhts", q * ROOT, k) + bias
+    s = jnp.where(mask[:, None], s.reshape(2, 3, N, T, T), -1e9).reshape(-1, N, T, T)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v)
+
+
+def windows_and_heads_in_batch(q, k, v, mask, bias):
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, T, H) for x in (q, k, v))
+    s = (q @ k.swapaxes(1, 2)).reshape(2, 3, N, T, T) + bias + added(mask[:, None], -100.0)
+    return (jax.nn.softmax(s.reshape(-1, T, T)) @ v).reshape(6, N, T, H)
+
+
+def windows_masked_again(q, k, v, mask):
+    s = jnp.einsum("bthd,bshd->bhts", q * ROOT, k).reshape(2, 3, N, T, T)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], s, -1e9).reshape(-1, T))
+    weights = jnp.where(mask[:, None], weights.reshape(2, 3, N, T, T), 0)
+    return jnp.einsum("bhts,bshd->bthd", weights.reshape(-1, N, T, T), v)
 
 
 def heads_in_batch(q, k, v, mask):
@@ -272,6 +352,9 @@ CASES = {
         ATTENTION,
         {"f32[2,16,2,8]", "present=2"},
     ),
+    "windows": (windows, WINDOWS, ATTENTION, {"f32[6,16,4,8]", "present=3"}),
+    "windows and heads in batch": (windows_and_heads_in_batch, WINDOWS, ATTENTION, {"present=1"}),
+    "windows masked again": (windows_masked_again, WINDOWS[:-1], ATTENTION, {"present=2"}),
     "heads in batch": (heads_in_batch, (*BTNH, MASK), ATTENTION, {"f32[2,16,4,8]", "present=2"}),
     "heads in batch everywhere": (
         heads_in_batch_everywhere,
@@ -487,6 +570,105 @@ CASES = {
         ATTENTION,
         {"present=1"},
     ),
+    # Weights that are masked once more: those of queries without any key are 0.
+    "where": (
+        weighted(lambda s, m: jax.nn.softmax(s, where=m)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2", "bool[2,1,16,16]"},
+    ),
+    "where, bias and causal": (
+        weighted(lambda s, m: jax.nn.softmax(s + BIAS, where=CAUSAL & m)),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=3", "is_causal=1", "bool[2,1,1,16]"},
+    ),
+    "where causal": (
+        weighted(lambda s: jax.nn.softmax(s, where=CAUSAL)),
+        BTNH,
+        ATTENTION,
+        {"present=0", "is_causal=1"},
+    ),
+    "where lengths": (
+        weighted(lambda s, n: jax.nn.softmax(s, where=jnp.arange(T) < n[:, None, None, None])),
+        (*BTNH, jnp.array([0, 5])),
+        ATTENTION,
+        {"present=8"},
+    ),
+    "where and groups": (
+        gemma_masked_again,
+        (*GROUPED, MASK[:, 0]),
+        ATTENTION,
+        {"f32[2,16,2,8]", "bool[2,1,16,16]"},
+    ),
+    "masked again": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(~m, LOWEST, s)), 0)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again, of -inf": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(m, s, -jnp.inf)), 0)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again by product": (  # as Keras
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * m.astype(s.dtype)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked again by product, of -inf": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -jnp.inf)) * m),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "masked by two numbers, again in parts": (
+        weighted(
+            lambda s, m: (
+                jnp.where(CAUSAL, jax.nn.softmax(jnp.where(CAUSAL, s + added(m), -1e30)), 0) * m
+            )
+        ),
+        (*BTNH, PADDING),
+        ATTENTION,
+        {"present=2", "is_causal=1"},
+    ),
+    "masked again in part where each query has keys": (
+        weighted(
+            lambda s: CAUSAL * jax.nn.softmax(jnp.where(CAUSAL & jnp.triu(CAUSAL, -3), s, LOWEST))
+        ),
+        BTNH,
+        ATTENTION,
+        {"window_left=3", "window_right=0", "present=0"},
+    ),
+    # Divided by the sums after the product with the values.
+    "divided at last": (divided(divided_at_last), BTNH, ATTENTION, {"present=0"}),
+    "divided at last, heads first": (
+        divided(
+            lambda e, y: y / e.sum(-1, keepdims=True),
+            lambda s, b, m: jnp.where(m, s + b, LOWEST),
+            "bhts,bshd->bhtd",
+        ),
+        (*BTNH, BIAS, MASK),
+        ATTENTION,
+        {"present=3"},
+    ),
+    "divided at last, masked by -inf": (
+        divided(divided_at_last, lambda s, m: jnp.where(m, s, -jnp.inf)),
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "divided at last, masked again": (
+        divided_and_masked_again,
+        (*BTNH, MASK),
+        ATTENTION,
+        {"present=2"},
+    ),
+    "divided groups": (divided_groups, (*GROUPED, MASK[:, :, None]), ATTENTION, {"f32[2,16,2,8]"}),
+    "named": (named, BTNH, ATTENTION, {"is_causal=1", "name=query", "name=out"}),
     # Factors of the weights that do not depend on the key.
     "head mask": (head_mask, (*BTNH, jnp.array([1, 0, 1, 2])), ATTENTION, {"present=0"}),
     "head mask by product": (
@@ -573,6 +755,9 @@ CASES = {
 }
 # jax.nn masks these rows of -inf only with numbers that are finite.
 NAN = {
+    "divided at last, masked by -inf",
+    "divided at last, masked again",
+    "masked again by product, of -inf",
     "mask of -inf",
     "causal and padding of -inf",
     "a constant mask without keys for one query",
@@ -604,8 +789,15 @@ def in_16_bits(x, dtype):
 
 
 # In float16 the others do not run, mask by what is -inf there, or stay (ROUNDING).
-IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat"]
-IN_BFLOAT16 = [*IN_FLOAT16, "huggingface", "jax.nn causal", "haiku", "heads first, mask"]
+IN_FLOAT16 = ["flax", "equinox", "packed", "groups by repeat", "where", "divided at last"]
+IN_BFLOAT16 = [
+    *IN_FLOAT16,
+    "huggingface",
+    "jax.nn causal",
+    "haiku",
+    "heads first, mask",
+    "masked again by product",
+]
 
 
 @pytest.mark.parametrize(
@@ -659,6 +851,12 @@ def test_float32_softmax_of_16_bit_operands():
         "vmap over queries",
         "added mask by product",
         "learned temperature",
+        "where",
+        "where and groups",
+        "masked again by product",
+        "named",
+        "divided at last, heads first",
+        "divided groups",
     ],
 )
 def test_derivatives(name):
@@ -692,10 +890,6 @@ def test_a_bias_after_the_mask(bias):
         ]
         for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def added(mask, number=LOWEST):
-    return jnp.where(mask, 0.0, number)
 
 
 # Whether the logits of a query without any key have derivatives depends on how it is masked: those
@@ -840,8 +1034,67 @@ def talking_heads(q, k, v):
 
 
 STAYING = {
+    "weights masked alone": (
+        weighted(lambda s, m: jax.nn.softmax(s) * m),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by more": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * (CAUSAL & m)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by less": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(CAUSAL & m, s, -1e9)) * m),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "logits masked before where": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(CAUSAL, s, -1e9), where=m)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked by the opposite": (
+        weighted(lambda s, m: jnp.where(m, 0, jax.nn.softmax(jnp.where(m, s, -1e9)))),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked along queries": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * m.swapaxes(-1, -2)),
+        (*BTNH, MASK),
+        "masked by others than its logits",
+    ),
+    "weights masked, but not by 0": (
+        weighted(lambda s, m: jnp.where(m, jax.nn.softmax(jnp.where(m, s, -1e9)), 1e-9)),
+        (*BTNH, MASK),
+        "softmax and its values is select_n",
+    ),
+    "weights masked by other numbers than 0 and 1": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9)) * jnp.where(m, 1.0, 2.0)),
+        (*BTNH, MASK),
+        "depends on the key",
+    ),
+    "masked by -inf and another number, again by product": (
+        weighted(
+            lambda s, m: (
+                jax.nn.softmax(jnp.where(CAUSAL, jnp.where(m, s, -1e30), -jnp.inf)) * (CAUSAL & m)
+            )
+        ),
+        (*BTNH, PADDING),
+        "may get NaN, or 0",
+    ),
+    "a bias after the mask, masked again": (
+        weighted(lambda s, m: jax.nn.softmax(jnp.where(m, s, -1e9) + BIAS) * m),
+        (*BTNH, MASK),
+        "a bias is added after its mask",
+    ),
     "scores returned": (scores_too, BTNH, "its dot_general is a result"),
     "weights returned": (weights_too, BTNH, "its div is a result"),
+    "softmax over parts of the keys": (
+        weighted(lambda s: jax.nn.softmax(s.reshape(B, N, T, 2, -1)).reshape(s.shape)),
+        BTNH,
+        "another axis",
+    ),
     "softmax over queries": (over_queries, BTNH, None),
     "softmax over heads": (over_heads, BTNH, "query and key share"),
     "weights transposed": (transposed_weights, BTNH, "another axis"),
@@ -906,6 +1159,33 @@ def test_what_only_looks_like_attention(name):
     actual, expected = quake_jax.accelerate(fun)(*args), jax.jit(fun)(*args)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+# name: (what divides the product, why it stays if that is said)
+DIVIDED_OTHERWISE = {
+    "by more": (lambda e, y: y / (e.sum(-1).swapaxes(1, 2)[..., None] + 1e-3), None),
+    "by a maximum": (lambda e, y: y / e.max(-1).swapaxes(1, 2)[..., None], None),
+    "by sums of other rows": (lambda e, y: y / e.sum(-1)[..., None], "of other rows"),
+    "by sums of all rows": (lambda e, y: y / e.sum((2, 3))[:, None, :, None], "more than one axis"),
+    "by sums over queries": (lambda e, y: y / e.sum(2).swapaxes(1, 2)[..., None], "another axis"),
+    "twice": (lambda e, y: divided_at_last(e, y) / e.sum(-1)[..., None], "is used elsewhere"),
+    "with the sums returned": (
+        lambda e, y: (divided_at_last(e, y), e.sum(-1)),
+        "is used elsewhere",
+    ),
+    "with the product returned": (lambda e, y: (divided_at_last(e, y), y), "is a result"),
+    "by sums in the values' place": (lambda e, y: e.sum(-1).swapaxes(1, 2)[..., None] / y, None),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED_OTHERWISE)
+def test_what_is_divided_otherwise_stays(name):
+    divide, reason = DIVIDED_OTHERWISE[name]
+    args = qkv(B, T, T, H)  # as many heads as queries, whose axes then look alike
+    fun = divided(divide)
+    assert replacements(fun, *args) == []
+    if reason is not None:
+        assert reason in reasons(fun, *args)["attention"]
 
 
 def test_a_bias_after_a_mask_that_is_rounded_stays():
