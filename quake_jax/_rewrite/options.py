@@ -107,12 +107,13 @@ def checked_options(
 ) -> Options:
     """Return the Options that arguments mean; raise TypeError or ValueError for others."""
     check_format(function, "weights", weights, may_be_none=True)
+    argnums = _checked_argnums(function, params_argnums)
     return Options(
         config.checked_order(order),
         _checked_names(only, function),
         _checked_approximations(function, softmax, gelu),
         weights,
-        _checked_argnums(function, params_argnums) if weights is not None else (),
+        () if weights is None else argnums,
     )
 
 

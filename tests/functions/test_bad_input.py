@@ -428,6 +428,12 @@ def _models():
         ([3], TypeError),
     ):
         yield models, "only", bad, error, ONLY
+    for bad in ("int3", 8):
+        wanted = f"… must be one of None, 'float32', 'bfloat16', 'int8', 'int4'; got {bad!r}"
+        yield ["accelerate"], "weights", bad, ValueError, wanted
+    for bad in ("x", 1.0, True, (), ("x",), None):
+        wanted = "… must be the number of a positional argument, or a tuple of them"
+        yield ["accelerate"], "params_argnums", bad, TypeError, wanted
     for kind in ("softmax", "gelu"):
         for bad, error in (("softmix", ValueError), (3, TypeError)):
             wanted = "… must be None or the name of an approximation in quake_jax.approximations ("

@@ -626,19 +626,3 @@ def test_accelerate_derivatives():
     np.testing.assert_allclose(jax.grad(fast, 1)(SQUARE, X), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match="a packed weight is a constant"):
         jax.grad(fast)(SQUARE, X)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "error", "message"),
-    [
-        ({"weights": "int3"}, ValueError, "accelerate: weights must be one of None, 'float32'"),
-        ({"weights": 8}, ValueError, "accelerate: weights must be one of None, 'float32'"),
-        *(
-            ({"weights": "int8", "params_argnums": bad}, TypeError, "params_argnums must be the")
-            for bad in ("x", 1.0, True, (), ("x",))
-        ),
-    ],
-)
-def test_accelerate_with_bad_arguments(keywords, error, message):
-    with pytest.raises(error, match=message):
-        quake_jax.accelerate(jnp.dot, **keywords)
