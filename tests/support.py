@@ -23,7 +23,7 @@ from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 from quake_jax._elementwise import table
 
 # XLA's flags for processes that are to have one device.
-ONE_DEVICE = re.sub(r"\S*device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+ONE_DEVICE = re.sub(r"\S*device_count=\d+", "", os.environ.get("XLA_FLAGS", "")).strip()
 
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
