@@ -7,6 +7,7 @@ The normal suite makes 32,000 calls with each size of XLA's pool. The soak test 
 """
 
 import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -156,6 +157,7 @@ def test_the_measure_sees_every_kind_of_memory():
         pytest.skip("needs mallinfo2 of glibc")
     function = jax.jit(quake_jax.exp)
     function(inputs((1000, 1003))).block_until_ready()
+    gc.collect()  # what other tests have left would be freed in between
     before = memory.held()
     small = [ctypes.create_string_buffer(600) for _ in range(1000)]  # too large for Python's own
     large = [function(inputs((1000, 1003), seed=k)).block_until_ready() for k in range(3)]
