@@ -249,7 +249,9 @@ class Generator:
         (full, prefill, decode), params = _command.on_kernels(
             (full, prefill, decode),
             ((tokens,), (tokens, np.int32(1)), (cache, token)),
-            *(params, order, weights),
+            params,
+            order,
+            weights,
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._full = partial(jax.jit(full), params)

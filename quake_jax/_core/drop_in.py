@@ -18,6 +18,13 @@ _NUMERIC_KINDS = frozenset("biufc")  # of NumPy's own dtypes; bfloat16 is none o
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+def refusal(
+    function: str, argument: str, expected: str, given: str, kind: type = ValueError
+) -> Exception:
+    """The error of an argument that a function does not take."""
+    return kind(f"quake_jax.{function}: {argument} must be {expected}; got {given}")
+
+
 def differentiable(name: str, kernel: Callable, tangent: Callable) -> Callable:
     """Give a kernel(*operands, **parameters) a name and a derivative, in both modes, to any order.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order, resolved_order
-from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, unwrapped
+from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, refusal, unwrapped
 from quake_jax._core.exports import defined_in
 from quake_jax._core.norm import static_epsilon
 from quake_jax._dense import derivative, layout, packed, reference
@@ -140,8 +141,7 @@ def dense(
     return tuple(results) if several else results[0]
 
 
-def _refusal(argument: str, expected: str, given: str, kind: type = ValueError) -> Exception:
-    return kind(f"quake_jax.dense: {argument} must be {expected}; got {given}")
+_refusal = functools.partial(refusal, "dense")
 
 
 def _described(x) -> str:

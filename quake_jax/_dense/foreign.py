@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from quake_jax._core import jax_names
-from quake_jax._core.drop_in import as_array, optional_array
+from quake_jax._core.drop_in import as_array, optional_array, refusal
 from quake_jax._dense import layout
 
 FORMATS_OF_GPTQ = ("gptq", "gptq_v2")
@@ -152,10 +152,6 @@ def parts(name: str, codes, zeros, scales, *, four_bits: bool, exact: bool) -> d
             expected = "values of float16, in which scales of groups are kept (or exact=False)"
         raise refusal(name, "scales", expected, f"{scales[at]} at {at}")
     return made | {"scales": half}
-
-
-def refusal(function: str, argument: str, expected: str, given: str) -> ValueError:
-    return ValueError(f"quake_jax.{function}: {argument} must be {expected}; got {given}")
 
 
 def _known(function: str, argument: str, x) -> np.ndarray:

@@ -15,10 +15,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
-from quake_jax._core.drop_in import as_array, optional_array, static_bool
+from quake_jax._core.drop_in import as_array, optional_array, refusal, static_bool
 from quake_jax._core.exports import defined_in
 from quake_jax._dense import foreign, layout
-from quake_jax._dense.foreign import refusal
 from quake_jax._dense.trees import pytree
 
 ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table")

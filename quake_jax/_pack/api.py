@@ -11,9 +11,10 @@ import jax
 from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
+from quake_jax._core.drop_in import refusal
 from quake_jax._pack.plan import Plan
 from quake_jax._pack.report import PackReport
-from quake_jax._pack.rules import checked_rules, refusal
+from quake_jax._pack.rules import checked_rules
 from quake_jax._rewrite import calls, jaxprs
 from quake_jax._rewrite.lift import lifted
 
@@ -188,12 +189,14 @@ def pack(
 def _checked_pairs(fun, args) -> list[tuple[Callable, tuple]]:
     expected = "a function, or pairs of one and a tuple of its arguments after params"
     if not isinstance(fun, Sequence) or isinstance(fun, str) or not fun:
-        raise refusal("fun", expected, repr(fun), TypeError)
+        raise refusal("pack", "fun", expected, repr(fun), TypeError)
     for pair in fun:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[0])):
-            raise refusal("fun", expected, repr(pair), TypeError)
+            raise refusal("pack", "fun", expected, repr(pair), TypeError)
         if not isinstance(pair[1], tuple):
-            raise refusal("fun", expected, repr(pair), TypeError)
+            raise refusal("pack", "fun", expected, repr(pair), TypeError)
     if args:
-        raise refusal("args", "left out where fun is pairs", f"{len(args)} of them", TypeError)
+        raise refusal(
+            "pack", "args", "left out where fun is pairs", f"{len(args)} of them", TypeError
+        )
     return list(fun)

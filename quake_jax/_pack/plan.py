@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._core import jax_names
+from quake_jax._core.drop_in import refusal
 from quake_jax._dense import pack_primitive
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.trees import pytree
 from quake_jax._pack.report import Kept, Layer
-from quake_jax._pack.rules import Rules, refusal
+from quake_jax._pack.rules import Rules
 from quake_jax._rewrite.dense import origin
 
 
@@ -131,11 +132,11 @@ class Plan:
         """Packed parameters, and what there is to report of each weight."""
         leaves, tree = jax.tree.flatten(params)
         if tree != self._tree:
-            raise refusal("params", f"of the structure {self._tree}", str(tree))
+            raise refusal("pack", "params", f"of the structure {self._tree}", str(tree))
         for path, leaf, known in zip(self.paths, leaves, self._leaves, strict=True):
             if _is_array(known) and (leaf.shape, leaf.dtype) != (known.shape, known.dtype):
                 expected = f"of shape {known.shape} and dtype {known.dtype}"
-                raise refusal(f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
+                raise refusal("pack", f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
         weights: dict[int, list] = {}
         layers = []
         for slot in self.slots:
@@ -201,7 +202,10 @@ class Plan:
             return self._tree.flatten_up_to(packed)
         except (ValueError, TypeError) as error:
             raise refusal(
-                "packed", "the tree that quake_jax.pack returned", f"another structure: {error}"
+                "pack",
+                "packed",
+                "the tree that quake_jax.pack returned",
+                f"another structure: {error}",
             ) from None
 
     def array(self, entries, index: int):
@@ -224,7 +228,7 @@ class Plan:
         found = weights[slot.index] if slot.index < len(weights) else None
         wanted = jax.tree.structure(slot.static)
         if not isinstance(found, PackedWeight) or jax.tree.structure(found) != wanted:
-            raise refusal(f"packed {self.paths[slot.leaf]}", repr(slot.static), repr(found))
+            raise refusal("pack", f"packed {self.paths[slot.leaf]}", repr(slot.static), repr(found))
         return jax.tree.leaves(found)
 
 

@@ -7,15 +7,10 @@ import functools
 import re
 from collections.abc import Sequence
 
+from quake_jax._core.drop_in import refusal
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST
 from quake_jax._rewrite.dense import Format
 from quake_jax._rewrite.options import check_format
-
-
-def refusal(
-    argument: str, expected: str, given: str, kind: type = ValueError, function: str = "pack"
-) -> Exception:
-    return kind(f"quake_jax.{function}: {argument} must be {expected}; got {given}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +31,7 @@ def checked_rules(
     weights, activations, group_size, scale_method, rules, function: str = "pack"
 ) -> Rules:
     """Return the Rules that arguments mean; raise TypeError or ValueError for others."""
-    refused = functools.partial(refusal, function=function)
+    refused = functools.partial(refusal, function)
     check_format(function, "weights", weights, may_be_none=False)
     if activations not in ("auto", "int8", None):
         raise refused("activations", '"auto", "int8" or None', repr(activations))

@@ -15,6 +15,7 @@ import jax
 from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
+from quake_jax._core.drop_in import refusal
 from quake_jax._rewrite import Options, Report, calls, jaxprs
 from quake_jax._rewrite.dense import Format, origin
 from quake_jax._rewrite.lift import lifted
@@ -152,10 +153,9 @@ def _origins(static: calls.Static, arrays, options: Options):
         are_parameters = static.arrays_of(options.params_argnums)
     except IndexError:
         count = len(static.tree.children()[0].children())
-        raise ValueError(
-            f"quake_jax.accelerate: params_argnums must be numbers of positional arguments, of "
-            f"which the call has {count}; got {options.params_argnums}"
-        ) from None
+        expected = f"numbers of positional arguments, of which the call has {count}"
+        given = str(options.params_argnums)
+        raise refusal("accelerate", "params_argnums", expected, given) from None
     chosen = Format(options.weights, in_call=True)
     return tuple(
         origin(x, chosen) if is_parameter else None

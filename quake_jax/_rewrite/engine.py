@@ -258,7 +258,7 @@ class _Level:
         if approximation is not None:
             match, widenings = _approximated(match, *approximation), ()
         too_small = self._too_small(match)
-        if too_small and approximation is None and not self._packs:  # dense layers may take it in
+        if too_small and not self._packs:  # dense layers may take it in
             self._leave(match, too_small)
             return
         reason = "not in only"
@@ -284,10 +284,10 @@ class _Level:
 
     def _too_small(self, match: Match) -> str:
         """Why the call of a kernel would cost what it saves, or ""."""
-        elements = math.prod(match.inputs[0].shape)
-        is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
         of_its_own = match.name in ("attention", dense.NAME) or norms.is_norm(match)
-        return f"too small ({elements} elements)" if is_small and not of_its_own else ""
+        if of_its_own or self._options.approximation(match.name) is not None:
+            return ""
+        return _too_small(match.inputs[0])
 
     def _try_norm(self, node: Node) -> None:
         if self._is_taken(node) or len(node.outputs) != 1:
@@ -431,9 +431,8 @@ class _Level:
         value = node.output
         if value.dtype not in KERNEL_DTYPES:
             return f"dtype {value.dtype}"
-        elements = math.prod(value.shape)
-        if isinstance(elements, int) and elements < SMALLEST_ARRAY:
-            return f"too small ({elements} elements)"
+        if too_small := _too_small(value):
+            return too_small
         if node.primitive in _BARE and _is_fused_by_xla(node):
             return FUSED
         if node.primitive in _BARE:
@@ -457,6 +456,12 @@ class _Level:
 def _jaxprs(parameter) -> list:
     parameters = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
     return [p for p in parameters if hasattr(p, "eqns")]
+
+
+def _too_small(value: Value) -> str:
+    elements = math.prod(value.shape)
+    is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
+    return f"too small ({elements} elements)" if is_small else ""
 
 
 def _is_scalar(node: Node) -> bool:

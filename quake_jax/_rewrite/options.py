@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from quake_jax._core import config, switches
+from quake_jax._core.drop_in import refusal
 from quake_jax._dense.layout import CODES
 from quake_jax._elementwise.table import FUNCTIONS
 
@@ -122,19 +123,15 @@ def check_format(function: str, argument: str, dtype, *, may_be_none: bool) -> N
     if dtype is None and may_be_none:
         return
     if not isinstance(dtype, str) or dtype not in CODES:
-        expected = f"{'None, ' if may_be_none else ''}{', '.join(map(repr, CODES))}"
-        raise ValueError(
-            f"quake_jax.{function}: {argument} must be one of {expected}; got {dtype!r}"
-        )
+        allowed = ", ".join(map(repr, (None, *CODES) if may_be_none else CODES))
+        raise refusal(function, argument, f"one of {allowed}", repr(dtype))
 
 
 def _checked_argnums(function: str, argnums) -> tuple[int, ...]:
     given = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     if not given or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
-        raise TypeError(
-            f"quake_jax.{function}: params_argnums must be the number of a positional argument, or "
-            f"a tuple of them; got {argnums!r}"
-        )
+        expected = "the number of a positional argument, or a tuple of them"
+        raise refusal(function, "params_argnums", expected, repr(argnums), TypeError)
     return tuple(given)
 
 
