@@ -88,7 +88,7 @@ FUSED = Shape(1024, 768, 3072)
 SCALED = (Shape(128, 768, 768), FUSED)
 # The weights of GPT-2 small, 124 million: how many of which shape.
 GPT2 = {**dict.fromkeys(BASE, 12), (768, 50257): 1}
-PACKED = ("bfloat16", "int8", "int4/32")
+PACKED = ("float32", "bfloat16", "int8", "int4/32")
 # What norms are measured at fills the second-level cache of any core.
 NORM_SHAPE = (64, 768)
 NORMS = ("layer_norm", "rms_norm")

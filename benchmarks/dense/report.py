@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
+
 from benchmarks.dense import goals
-from benchmarks.dense.cases import FORMATS, MOST_COPIES, PEERS, XLA
+from benchmarks.dense.cases import FORMATS, GPT2, MOST_COPIES, PEERS, XLA
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table, number
 
 HEADING = "Dense layers"
+# What packing in each call is compared with: large layers of many rows.
+XLA_FLOAT32 = "XLA float32"
+COMPARED = {goals.Case(shape, "bias") for shape in goals.LARGE_MANY}
 CASE = "M, K→N and form"
 
 
@@ -35,11 +41,38 @@ def tables(result: dict) -> list[Table]:
     if result["packing"]:
         rows = [["model", "seconds"], *_stated(result["packing"], "seconds")]
         made.append(("Packing: median (quartiles)", rows))
+        rows = [["format", "rows (from the least to the most of the shapes)"], *_paying(result)]
+        made.append(("Rows from which packing in each call pays against XLA: median", rows))
     return made + bars.tables(result)
 
 
 def _stated(entries: list[dict], key: str) -> Rows:
     return [[f"{goals.case_of(e)}, {e['subject']}", pages.spread(e[key])] for e in entries]
+
+
+def _paying(result: dict) -> Rows:
+    """For each format from how many rows on a product saves the time of packing its weight."""
+    weights = sum(k * n * count for (k, n), count in GPT2.items())
+    rows = []
+    for entry in result["packing"]:
+        packing = pages.median(entry["seconds"]) / weights
+        found = []
+        for case in result["cases"]:
+            xla, ours = (
+                case["contestants"].get(name)
+                for name in (XLA_FLOAT32, goals.name_of(entry["subject"]))
+            )
+            if xla and ours and goals.case_of(case) in COMPARED:
+                saved = (pages.median(xla["ms"]) - pages.median(ours["ms"])) / 1e3
+                products = case["m"] * case["k"] * case["n"]
+                found.append(packing * products / saved if saved > 0 else math.inf)
+        if found:
+            middle, least, most = (
+                number(x, 0) if x < math.inf else "never"
+                for x in (median(found), min(found), max(found))
+            )
+            rows.append([entry["subject"], f"{middle} ({least}–{most})"])
+    return rows
 
 
 def _label(entry: dict) -> str:
