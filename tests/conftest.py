@@ -21,12 +21,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 # other process of pytest-xdist, and XLA, have.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from support import ONE_DEVICE, ROOT
 
 # `pytest -m quick`: at least one file of every family, of those that take seconds.
@@ -59,11 +62,33 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_collection_finish():
+    # What JAX caches is never garbage, and is most of what a collection walks through.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in QUICK_FILES and not LONG & {marker.name for marker in item.iter_markers()}:
             item.add_marker("quick")
 
+
+def _reuse_contexts(lowerings: int = 100):
+    """Lower so many programs in one MLIR context: making one takes most of a small lowering."""
+    make, contexts = mlir.make_ir_context, []
+
+    def reused():
+        if threading.current_thread() is not threading.main_thread():
+            return make()
+        contexts.extend([] if contexts else [make()] * lowerings)
+        return contexts.pop()
+
+    mlir.make_ir_context = reused
+
+
+_reuse_contexts()
 
 # benchmarks is not installed; at the end of the path, the folder hides nothing that is.
 sys.path.append(str(ROOT))
