@@ -17,6 +17,7 @@ from quake_jax._pack.report import PackReport
 from quake_jax._pack.rules import checked_rules
 from quake_jax._rewrite import calls, jaxprs
 from quake_jax._rewrite.lift import lifted
+from quake_jax._rewrite.weights import read_together
 
 
 class PackedFunction:
@@ -87,6 +88,10 @@ class _Program:
         self._plan, self._tree = plan, tree
         self._slots = [plan.slot(made, inputs) for made, inputs in found]
         program, consts = program.jaxpr, program.consts
+        leaves = [slot for slot in self._slots for _ in jax.tree.leaves(slot.static)]
+        labels = [*[None] * (len(program.invars) - len(leaves)), *leaves]
+        #: the packed weights that calls of dense read together
+        self.together = [*read_together(program, labels)]
         program, is_used = jax_names.without_dead_code(program)
         self._closed = jaxprs.closed(program, consts)
         self._is_used = is_used
@@ -180,7 +185,9 @@ def pack(
     plan.finish()
     packed, layers = plan.packed(params)
     reports = [report for _, report in programs]
-    report = PackReport(layers, plan.kept(), plan.dropped(), reports)
+    together = dict.fromkeys(slots for program, _ in programs for slots in program.together)
+    named = [tuple(plan.name(slot) for slot in slots) for slots in together]
+    report = PackReport(layers, plan.kept(), plan.dropped(), reports, named)
     for function in functions:
         function.report = report
     return (functions[0] if is_one else tuple(functions)), packed

@@ -588,6 +588,33 @@ def test_approximations_of_small_arrays():
     assert {a.name, b.name} == {"dense", "softmax"}
 
 
+@pytest.mark.parametrize(
+    "fun, params, together, text",
+    [
+        (_heads, HEADS, [("q", "k", "v")], "one call: {q, k, v}"),
+        (
+            lambda p, x: lax.scan(lambda h, p: (_heads(p["heads"], h), None), x, p)[0],
+            {"heads": jax.tree.map(lambda w: np.stack([w, w]), HEADS)},
+            [("heads/q", "heads/k", "heads/v")],
+            "one call: heads/{q, k, v}",
+        ),
+        (
+            lambda p, x: jax.nn.silu(x @ p["gate"]["w"]) * (x @ p["up"].T),
+            {"gate": {"w": SQUARE}, "up": SQUARE + 1},
+            [("up", "gate/w")],
+            "one call: up, gate/w",
+        ),
+        (lambda p, x: x @ p["a"] @ p["b"], PAIR, [], None),
+        (_decoder, FOUR, [("a", "b"), ("c", "d")], "one call: {a, b}\none call: {c, d}"),
+    ],
+    ids=["query, key and value", "in scan", "gate", "none", "two calls"],
+)
+def test_report_names_what_one_call_reads(fun, params, together, text):
+    report = quake_jax.pack(fun, params, X, weights="int8")[0].report
+    assert report.together == together
+    assert text in str(report) if text else "one call" not in str(report)
+
+
 def test_explain():
     fast, packed = quake_jax.pack(_scan, LAYERS, X, weights="int8")
     (program,) = fast.report.programs
