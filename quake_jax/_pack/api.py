@@ -129,8 +129,9 @@ def pack(
     `fun(params, *args, **kwargs)` is traced, as by `accelerate`, which also says what else is
     replaced. Where the program multiplies an activation by something that depends on the parameters
     alone, `dense` takes the product's place, with the bias, activation, gate and residual that
-    follow it. The weights of these are packed once, here; loops, branches, remat and vmap inside
-    are no obstacle, but what has a derivative rule of its own and shard_map are left as they are.
+    follow it; query, key and value of the same rows are one call. The weights of these are packed
+    once, here; loops, branches, remat and vmap inside are no obstacle, but what has a derivative
+    rule of its own and shard_map are left as they are.
 
     Args:
       fun: function of parameters and other arguments; or a sequence of (function, arguments), such

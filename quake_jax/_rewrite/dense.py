@@ -246,7 +246,7 @@ def of_same_rows(nodes: Sequence[Node], matches: Sequence[Match]) -> list[list[_
         if isinstance(match, _Layers):
             (chain,) = match.chains
             joins = chain.gate is None and chain.residual is None
-            key = (_identity(chain.x), chain.product.shared, chain.activation)
+            key = (chain.x, chain.product.shared, chain.activation)
             groups.setdefault(key if joins else match, []).append(match)
     found = []
     for group in groups.values():
@@ -254,16 +254,6 @@ def of_same_rows(nodes: Sequence[Node], matches: Sequence[Match]) -> list[list[_
             found.append(_near_first(nodes, group) if group[1:] else group)
             group = [m for m in group if m not in found[-1]]
     return found
-
-
-def _identity(value: Value):
-    """Equal for values that are the same array: each layer may have a cast of its own."""
-    node = value.node
-    if node is not None and norms.is_norm(node.match):
-        return node.match.name, node.match.static, *map(_identity, node.match.inputs)
-    if node is None or node.primitive not in ("convert_element_type", "reshape", "transpose"):
-        return id(value)
-    return node.primitive, *sorted(node.params.items()), _identity(node.inputs[0])
 
 
 def _near_first(nodes: Sequence[Node], group: list[_Layers]) -> list[_Layers]:
@@ -303,19 +293,12 @@ def _is_known_at(root: Node, value: Value) -> bool:
 def joined(matches: Sequence[_Layers]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
     """One call in the place of some, those that take more in first, as `candidates`."""
     chains = [chain for match in matches for chain in match.chains]
-    behind = frozenset().union(*(c.everything for c in chains))
-    before = {x.node.match: x for c in chains if (x := c.x).node is not None}
-    # Those that nothing else reads.
-    alone = [
-        norm
-        for norm, x in before.items()
-        if norms.is_norm(norm) and not x.is_output and all(use in behind for use in x.uses)
-    ]
-    if alone and len(alone) == len({id(c.x) for c in chains}):
-        yield _match(chains, alone), (*matches, *alone)
+    x, behind = chains[0].x, frozenset().union(*(c.everything for c in chains))
+    norm = None if x.node is None else x.node.match
+    if norms.is_norm(norm) and not x.is_output and all(use in behind for use in x.uses):
+        yield _match(chains, norm), (*matches, norm)
     if len(chains) > 1:
-        # The first one's rows are read by all.
-        yield _match(chains), (*matches, *(n for n in alone if n is not chains[0].x.node.match))
+        yield _match(chains), tuple(matches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,19 +410,17 @@ class _Chain:
         return None
 
 
-def _match(chains: Sequence[_Chain], equal_norms: Sequence[Match] = ()) -> _Layers:
+def _match(chains: Sequence[_Chain], norm: Match | None = None) -> _Layers:
     first = chains[0]
-    x, arrays, norm = first.x, (), None
-    if equal_norms:
-        (x, *arrays), norm = equal_norms[0].inputs, equal_norms[0].static
+    x, *arrays = (first.x,) if norm is None else norm.inputs
     parts = [
         first.product.format,
         f"{len(chains)} weights" if len(chains) > 1 else "",
-        equal_norms[0].name if equal_norms else "",
+        "" if norm is None else norm.name,
         first.activation,
         *dict.fromkeys(name for c in chains for name in c.extras),
     ]
-    nodes = [*(c.everything for c in chains), *(n.nodes for n in equal_norms)]
+    nodes = [c.everything for c in chains] + ([] if norm is None else [norm.nodes])
     extras = [value for c in chains for value in c.extras.values()]
     return _Layers(
         NAME,
@@ -452,7 +433,7 @@ def _match(chains: Sequence[_Chain], equal_norms: Sequence[Match] = ()) -> _Laye
             ("products", tuple(c.product for c in chains)),
             ("extras", tuple(tuple(c.extras) for c in chains)),
             ("activation", first.activation or None),
-            ("norm", norm),
+            ("norm", None if norm is None else norm.static),
         ),
         tuple(c.last for c in chains[1:]),
         chains=tuple(chains),

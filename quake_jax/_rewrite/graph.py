@@ -17,6 +17,8 @@ from quake_jax._rewrite import jaxprs
 # Calls with more equations are rewritten on their own, once for all places that call them.
 _LARGEST_OPENED = 64
 JIT = ("jit", "pjit")
+# Equal ones in a program are one: layers that read the same array may each cast it.
+_COPIES = ("convert_element_type", "reshape", "transpose")
 
 
 class Value:
@@ -210,10 +212,16 @@ class Graph:
         return environment[atom]
 
     def _read(self, jaxpr, environment, group: Group) -> None:
+        copies: dict[tuple, list[Value]] = {}
         for equation in jaxpr.eqns:
             inputs = [self._value(v, environment) for v in equation.invars]
             called = _called(equation)
-            if called is not None and _size(called) <= _LARGEST_OPENED:
+            name = equation.primitive.name
+            if name in _COPIES:
+                key = (name, *sorted(equation.params.items()), *map(id, inputs))
+                outputs = copies.get(key) or self._node(equation, inputs, group)
+                copies[key] = outputs
+            elif called is not None and _size(called) <= _LARGEST_OPENED:
                 outputs = self._open(equation, jaxprs.without_constants(called), inputs, group)
             else:
                 outputs = self._node(equation, inputs, group)

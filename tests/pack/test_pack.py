@@ -413,6 +413,13 @@ def test_finds_norms(name, products, dtype):
     [
         (lambda y, a, b, gate: (y @ a, y @ b, y), ["dense({}, 2 weights)"]),
         (
+            lambda y, a, b, gate: (
+                jax.nn.silu(y.astype("bfloat16") @ gate.astype("bfloat16"))
+                * (y.astype("bfloat16") @ b.astype("bfloat16"))
+            )[None],
+            ["dense({}, layer_norm, silu, gate)"],
+        ),
+        (
             lambda y, a, b, gate: (y @ a, jax.nn.silu(y @ gate) * (y @ b)),
             ["dense({})", "dense({}, silu, gate)"],
         ),
@@ -422,7 +429,7 @@ def test_finds_norms(name, products, dtype):
             ["dense({}, 2 weights, layer_norm)"],
         ),
     ],
-    ids=["it is a result", "something else reads it", "casts"],
+    ids=["it is a result", "casts before a gate", "something else reads it", "casts"],
 )
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_a_norm_is_computed_once(results, calls, weights):
