@@ -197,9 +197,15 @@ class Graph:
     def _forget_unused(self) -> None:
         """Drop the nodes whose results nothing needs, so that they do not count as uses."""
         used = []
+        # A call that stays reads all of its inputs, whatever of it is needed.
+        read: set[int] = set()
         for node in reversed(self.nodes):
-            if node.acts or any(v.uses or v.is_output for v in node.outputs):
+            if node.acts or any(v.uses or v.is_output or id(v) in read for v in node.outputs):
                 used.append(node)
+                group = node.group
+                while group is not None:
+                    read.update(map(id, group.inputs))
+                    group = group.parent
             else:
                 node.removed = True
                 for value in node.inputs:

@@ -285,6 +285,14 @@ CASES = {
     "query, key and value in remat": Case(
         jax.checkpoint(_heads), HEADS, (X,), OF_HEADS, THREE, ("b",)
     ),
+    "query, key and value in a call made twice": Case(
+        lambda p, x: (lambda layer: layer(p["b"], layer(p["a"], x)))(jax.jit(_heads)),
+        {"a": HEADS, "b": HEADS},
+        (X,),
+        {f"{layer}/{name}": (K, K) for layer in "ab" for name in "qkv"},
+        THREE * 2,
+        ("a/b", "b/b"),
+    ),
     "query, key and value, vmap": Case(
         lambda p, x: jax.vmap(lambda x: _heads(p, x))(x.reshape(2, -1, K)),
         HEADS,
