@@ -17,6 +17,7 @@ from quake_jax._pack.report import PackReport
 from quake_jax._pack.rules import checked_rules
 from quake_jax._rewrite import calls, jaxprs
 from quake_jax._rewrite.lift import lifted
+from quake_jax._rewrite.weights import read_together
 
 
 class PackedFunction:
@@ -87,6 +88,10 @@ class _Program:
         self._plan, self._tree = plan, tree
         self._slots = [plan.slot(made, inputs) for made, inputs in found]
         program, consts = program.jaxpr, program.consts
+        leaves = [slot for slot in self._slots for _ in jax.tree.leaves(slot.static)]
+        labels = [*[None] * (len(program.invars) - len(leaves)), *leaves]
+        #: the packed weights that calls of dense read together
+        self.together = [*read_together(program, labels)]
         program, is_used = jax_names.without_dead_code(program)
         self._closed = jaxprs.closed(program, consts)
         self._is_used = is_used
@@ -124,8 +129,9 @@ def pack(
     `fun(params, *args, **kwargs)` is traced, as by `accelerate`, which also says what else is
     replaced. Where the program multiplies an activation by something that depends on the parameters
     alone, `dense` takes the product's place, with the bias, activation, gate and residual that
-    follow it. The weights of these are packed once, here; loops, branches, remat and vmap inside
-    are no obstacle, but what has a derivative rule of its own and shard_map are left as they are.
+    follow it; query, key and value of the same rows are one call. The weights of these are packed
+    once, here; loops, branches, remat and vmap inside are no obstacle, but what has a derivative
+    rule of its own and shard_map are left as they are.
 
     Args:
       fun: function of parameters and other arguments; or a sequence of (function, arguments), such
@@ -180,7 +186,9 @@ def pack(
     plan.finish()
     packed, layers = plan.packed(params)
     reports = [report for _, report in programs]
-    report = PackReport(layers, plan.kept(), plan.dropped(), reports)
+    together = dict.fromkeys(slots for program, _ in programs for slots in program.together)
+    named = [tuple(plan.name(slot) for slot in slots) for slots in together]
+    report = PackReport(layers, plan.kept(), plan.dropped(), reports, named)
     for function in functions:
         function.report = report
     return (functions[0] if is_one else tuple(functions)), packed

@@ -19,7 +19,7 @@ from quake_jax._core.drop_in import refusal
 from quake_jax._dense import pack_primitive
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.trees import pytree
-from quake_jax._pack.report import Kept, Layer
+from quake_jax._pack.report import Kept, Layer, joined_paths
 from quake_jax._pack.rules import Rules
 from quake_jax._rewrite.dense import origin
 
@@ -47,7 +47,7 @@ class PackedLeaf:
     weights: tuple[PackedWeight, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Slot:
     """A packed weight: the `index`-th of those at the first parameter that it is made of."""
 
@@ -120,6 +120,9 @@ class Plan:
             self._by_key[key] = Slot(leaf, index, program, inputs, static)
             self.slots.append(self._by_key[key])
         return self._by_key[key]
+
+    def name(self, slot: Slot) -> str:
+        return joined_paths(self.paths[i] for i in slot.inputs)
 
     def keep(self, index: int) -> None:
         """Say that a program needs one of the arrays of the parameters as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from quake_jax._rewrite import Report
 
@@ -56,6 +56,8 @@ class PackReport:
       layers: list of `Layer`, the packed weights.
       kept: list of `Kept`, the parameters that stay as they are.
       dropped: paths of parameters that no function needs any more, nor any packed weight.
+      together: tuples of paths, the packed weights that one call reads together: of query, key and
+        value, or of a gate.
       programs: for each function what `quake_jax.explain` says: what was replaced in its program,
         with what is fused, and what was left and why. Of an NNX model: one, of its layers.
 
@@ -76,11 +78,13 @@ class PackReport:
         kept: Sequence[Kept],
         dropped: Sequence[str],
         programs: Sequence[Report],
+        together: Sequence[tuple[str, ...]] = (),
     ):
         self.layers = list(layers)
         self.kept = list(kept)
         self.dropped = list(dropped)
         self.programs = list(programs)
+        self.together = list(together)
 
     @property
     def bytes_before(self) -> int:
@@ -102,7 +106,7 @@ class PackReport:
         rows = [("parameter", "shape", "format", "MB before", "MB after", "error")]
         for x in self.layers:
             error = "" if x.error is None else f"{x.error:.1e}"
-            path = " + ".join(x.paths) + (" (kept too)" if x.is_kept else "")
+            path = joined_paths(x.paths) + (" (kept too)" if x.is_kept else "")
             sizes = _megabytes(x.bytes_before), _megabytes(x.bytes_after)
             rows.append((path, _shape(x.shape), x.format, *sizes, error))
         for x in self.kept:
@@ -111,9 +115,25 @@ class PackReport:
         totals = _megabytes(self.bytes_before), _megabytes(self.bytes_after)
         rows.append(("total", "", "", *totals, ""))
         parts = [_table(rows)]
+        if self.together:
+            parts.append("\n".join(f"one call: {_in_common(paths)}" for paths in self.together))
         if self.dropped:
             parts.append("dropped: " + ", ".join(self.dropped))
         return "\n\n".join([*parts, *map(str, self.programs)])
+
+
+def joined_paths(paths: Iterable[str]) -> str:
+    """The name of a weight that is made of some parameters."""
+    return " + ".join(paths)
+
+
+def _in_common(paths: tuple[str, ...]) -> str:
+    """Paths as one, if they differ in one name: "attention/{query, key, value}/kernel"."""
+    names = [*zip(*(path.split("/") for path in paths), strict=False)]
+    differ = [i for i, those in enumerate(names) if len(set(those)) > 1]
+    if len(differ) != 1 or len({path.count("/") for path in paths}) > 1:
+        return ", ".join(paths)
+    return "/".join("{" + ", ".join(n) + "}" if i in differ else n[0] for i, n in enumerate(names))
 
 
 def _megabytes(size: int) -> str:

@@ -3,14 +3,15 @@
 The graph knows what depends on parameters alone, and in which formats these are to be packed
 (`Value.origins`). A product is replaced by `dense` of a weight that the program packs itself;
 `quake_jax.pack` lifts the packing out. What stands behind a product is fused: a bias, an activation
-that was found before, a gate, a residual; and a norm before it that nothing else reads.
+that was found before, a gate, a residual. Products of the same rows become one call, which takes in
+a norm before them that nothing else reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from quake_jax._dense import pack_primitive
 from quake_jax._dense.api import LONGEST, dense
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
 from quake_jax._rewrite import activations, norms, views
-from quake_jax._rewrite.graph import Node, Value
+from quake_jax._rewrite.graph import Node, Value, has_jaxpr
 from quake_jax._rewrite.match import Match, Reject
 
 NAME = "dense"
@@ -134,6 +135,12 @@ class Product:
         return f"{dtype} packed in each call for {rows} rows: pays from about {PAYS_FROM[dtype]}"
 
     @property
+    def shared(self) -> tuple:
+        """What the products that one call computes agree in, but for the rows."""
+        call = {name: value for name, value in self.packing if name != "scale_method"}
+        return self.x_order, self.stack, self.k, tuple(call.items()), self.dtype
+
+    @property
     def is_plain(self) -> bool:
         """Whether the axes of the result are those of dense's, so that more can be fused."""
         return self.rows_first and not self.stack
@@ -217,11 +224,81 @@ def candidates(node: Node, matches: list[Match]) -> Iterator[tuple[Match, tuple[
     chain = [step]
     while product.is_plain and (step := step.widened(matches)) is not None:
         chain.append(step)
-    before = x.node.match if x.node is not None and norms.is_norm(x.node.match) else None
     for step in reversed(chain):
-        if before is not None and not x.is_output and all(u in step.everything for u in x.uses):
-            yield step.match(before), (*step.absorbed, before)
-        yield step.match(), step.absorbed
+        yield _match([step]), step.absorbed
+
+
+@dataclasses.dataclass(eq=False)
+class _Layers(Match):
+    """A call of `dense`."""
+
+    chains: tuple[_Chain, ...] = ()
+
+
+def of_same_rows(nodes: Sequence[Node], matches: Sequence[Match]) -> list[list[_Layers]]:
+    """The calls of dense that may become one each, in the order of the program; also lone ones.
+
+    Products move to where the first of them is, but not from behind what multiplies their results
+    twice, as attention does: a decoder would hold the keys and values of all its layers at once.
+    """
+    groups: dict = {}
+    for match in sorted(matches, key=lambda m: m.root.index):
+        if isinstance(match, _Layers):
+            (chain,) = match.chains
+            joins = chain.gate is None and chain.residual is None
+            key = (chain.x, chain.product.shared, chain.activation)
+            groups.setdefault(key if joins else match, []).append(match)
+    found = []
+    for group in groups.values():
+        while group:
+            found.append(_near_first(nodes, group) if group[1:] else group)
+            group = [m for m in group if m not in found[-1]]
+    return found
+
+
+def _near_first(nodes: Sequence[Node], group: list[_Layers]) -> list[_Layers]:
+    root = group[0].root
+    # How many products, one behind the other, have made a value of the results.
+    joined, products = [group[0]], {id(root.output): 0}
+    for node in nodes:
+        if node.removed or node.index <= root.index:
+            continue
+        if node.match in group and all(_is_known_at(root, v) for v in node.match.inputs[1:]):
+            joined.append(node.match)
+            count = 0
+        else:
+            count = max((products.get(id(v), -1) for v in node.needs), default=-1)
+            if count < 0:
+                continue
+            count += _products(node)
+        if count > 1:
+            break
+        products.update((id(v), count) for v in node.outputs)
+    return joined
+
+
+def _products(node: Node) -> int:
+    """How many products, one behind the other, a node of the new program is at least."""
+    if node.match is not None:
+        return {NAME: 1, "attention": 2}.get(node.match.name, 0)
+    return 2 * any(map(has_jaxpr, node.params.values())) or node.primitive == "dot_general"
+
+
+def _is_known_at(root: Node, value: Value) -> bool:
+    """Whether a value can be computed before a node."""
+    is_before = value.node is None or value.node.index < root.index
+    return is_before or value.origins is not None
+
+
+def joined(matches: Sequence[_Layers]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
+    """One call in the place of some, those that take more in first, as `candidates`."""
+    chains = [chain for match in matches for chain in match.chains]
+    x, behind = chains[0].x, frozenset().union(*(c.everything for c in chains))
+    norm = None if x.node is None else x.node.match
+    if norms.is_norm(norm) and not x.is_output and all(use in behind for use in x.uses):
+        yield _match(chains, norm), (*matches, norm)
+    if len(chains) > 1:
+        yield _match(chains), tuple(matches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,31 +321,10 @@ class _Chain:
     def everything(self) -> frozenset[Node]:
         return self.nodes | {self.last}
 
-    def match(self, norm: Match | None = None) -> Match:
-        extras = {
-            name: value
-            for name in ("bias", "gate", "gate_bias", "residual")
-            if (value := getattr(self, name)) is not None
-        }
-        x, arrays, static = self.x, (), None
-        if norm is not None:
-            (x, *arrays), static = norm.inputs, norm.static
-        parts = [norm and norm.name, self.activation, *extras]
-        parts = [p for p in parts if p]
-        return Match(
-            NAME,
-            f"quake_jax.dense({', '.join((self.product.format, *parts))})",
-            self.last,
-            self.everything | (frozenset() if norm is None else norm.nodes),
-            (x, self.w, *extras.values(), *arrays),
-            _call,
-            (
-                ("product", self.product),
-                ("extras", tuple(extras)),
-                ("activation", self.activation or None),
-                ("norm", static),
-            ),
-        )
+    @property
+    def extras(self) -> dict[str, Value]:
+        names = ("bias", "gate", "gate_bias", "residual")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _with(self, last: Node, more=(), **changes) -> _Chain:
         nodes = self.nodes | {self.last, *more}
@@ -330,7 +386,7 @@ class _Chain:
         gate, main = (_linear(v) for v in match.inputs)
         if any(v.is_output or any(u not in match.nodes for u in v.uses) for v in match.inputs):
             return None
-        return _joined(gate, main, match.root, nodes=match.nodes, **changes)
+        return _with_gate(gate, main, match.root, nodes=match.nodes, **changes)
 
     def _multiplied(self, product: Node, matches: list[Match]) -> _Chain | None:
         """activation(x·gate) · (x·weight), if this is one of the factors."""
@@ -341,7 +397,7 @@ class _Chain:
             return None
         if self.activation:
             changes = {"activation": self.activation, "absorbed": self.absorbed}
-            return _joined(self, _linear(other), product, **changes)
+            return _with_gate(self, _linear(other), product, **changes)
         for match in matches:
             row, kind = activations.row_and_kind(match)
             if match.root is other.node and kind in ("plain", "biased"):
@@ -350,11 +406,41 @@ class _Chain:
                     return None
                 gate = gate._activated(match.inputs[0], [match])
                 changes = {"activation": row, "absorbed": (match,)}
-                return _joined(gate, self, product, **changes)
+                return _with_gate(gate, self, product, **changes)
         return None
 
 
-def _joined(gate: _Chain | None, main: _Chain | None, root: Node, nodes=(), **changes):
+def _match(chains: Sequence[_Chain], norm: Match | None = None) -> _Layers:
+    first = chains[0]
+    x, *arrays = (first.x,) if norm is None else norm.inputs
+    parts = [
+        first.product.format,
+        f"{len(chains)} weights" if len(chains) > 1 else "",
+        "" if norm is None else norm.name,
+        first.activation,
+        *dict.fromkeys(name for c in chains for name in c.extras),
+    ]
+    nodes = [c.everything for c in chains] + ([] if norm is None else [norm.nodes])
+    extras = [value for c in chains for value in c.extras.values()]
+    return _Layers(
+        NAME,
+        f"quake_jax.dense({', '.join(filter(None, parts))})",
+        first.last,
+        frozenset().union(*nodes),
+        (x, *(c.w for c in chains), *extras, *arrays),
+        _call,
+        (
+            ("products", tuple(c.product for c in chains)),
+            ("extras", tuple(tuple(c.extras) for c in chains)),
+            ("activation", first.activation or None),
+            ("norm", None if norm is None else norm.static),
+        ),
+        tuple(c.last for c in chains[1:]),
+        chains=tuple(chains),
+    )
+
+
+def _with_gate(gate: _Chain | None, main: _Chain | None, root: Node, nodes=(), **changes):
     """activation(x·gate) · (x·weight), if both are products of the same rows."""
     if gate is None or main is None or gate.product != main.product:
         return None
@@ -389,28 +475,35 @@ def _linear(value: Value) -> _Chain | None:
     return None
 
 
-def _call(x, w, *more, product, extras, activation, norm, order):
-    given = dict(zip(extras, more, strict=False))
-    if norm is not None:
-        norm = norms.of_dense(more[len(extras) :], **dict(norm))
-    weight, x = product.packed(w), product.operand(x)
-    given = {
-        name: product.packed(value) if name == "gate" else value for name, value in given.items()
+def _call(x, *arrays, products, extras, activation, norm, order):
+    rest = iter(arrays)
+    weights = [product.packed(next(rest)) for product in products]
+    given = [
+        {name: _operand(name, next(rest), product) for name in names}
+        for names, product in zip(extras, products, strict=True)
+    ]
+    keywords = {
+        "activation": activation,
+        "norm": None if norm is None else norms.of_dense(rest, **dict(norm)),
+        "order": order,
+        "preferred_element_type": products[0].dtype,
     }
-    lead = (*product.rows, math.prod(product.columns))
-    flat = {"bias": (-1,), "gate_bias": (-1,), "residual": lead}
-    given = {name: v.reshape(flat[name]) if name in flat else v for name, v in given.items()}
 
-    def layer(x, weight):
-        return dense(
-            x,
-            weight,
-            activation=activation,
-            norm=norm,
-            order=order,
-            preferred_element_type=product.dtype,
-            **given,
-        )
+    def layer(x, weights):
+        if len(weights) == 1:
+            return [dense(x, weights[0], **given[0], **keywords)]
+        return dense(x, weights, [names.get("bias") for names in given], **keywords)
 
-    y = jax.vmap(layer)(x, weight) if product.stack else layer(x, weight)
-    return product.result(y)
+    x = products[0].operand(x)
+    results = jax.vmap(layer)(x, weights) if products[0].stack else layer(x, weights)
+    results = [product.result(y) for product, y in zip(products, results, strict=True)]
+    return results if len(results) > 1 else results[0]
+
+
+def _operand(name: str, value, product: Product):
+    """Something beside the product as dense takes it."""
+    if name == "gate":
+        return product.packed(value)
+    if name == "residual":
+        return value.reshape(*product.rows, math.prod(product.columns))
+    return value.reshape(-1)

@@ -142,28 +142,32 @@ class Rewriter:
                 match.function,
                 match.static,
                 avals,
-                match.root.output.aval,
+                tuple(root.output.aval for root in match.roots),
                 self._options.order,
                 jax_names.trace_context(),
             )
 
 
 @functools.lru_cache(maxsize=1024)
-def _traced(function, static, avals, result, order, context):
+def _traced(function, static, avals, results, order, context):
     """The jaxpr of a function, as `Rewriter.trace`; `context` is that of JAX, for the cache."""
     function = functools.partial(function, order=order, **dict(static))
 
-    def typed(*arrays):
-        y = jax_names.with_weak_type(function(*arrays), result.weak_type)
+    def typed(y, result):
+        y = jax_names.with_weak_type(y, result.weak_type)
         # Under jax.set_mesh an array of no mesh becomes one of it where it meets a constant.
         is_of_no_mesh = jax.typeof(y).sharding.mesh.empty and not result.sharding.mesh.empty
         return jax.sharding.reshard(y, result.sharding.spec) if is_of_no_mesh else y
 
-    closed = jax.make_jaxpr(typed)(*avals)
+    def flat(*arrays):
+        y = function(*arrays)
+        return [*map(typed, y if len(results) > 1 else (y,), results)]
+
+    closed = jax.make_jaxpr(flat)(*avals)
     inner = jaxprs.without_constants(closed)
-    if inner is None or inner.effects or len(inner.outvars) != 1:
+    if inner is None or inner.effects:
         return None
-    return inner if inner.outvars[0].aval == result else None
+    return inner if tuple(v.aval for v in inner.outvars) == results else None
 
 
 class _Level:
@@ -218,6 +222,7 @@ class _Level:
                 self._try_norm(node)
             for node in self._graph.nodes:
                 self._try_dense(node)
+            self._join_dense()
             for match in [*self._matches]:
                 if norms.is_slow_alone(match):
                     self._put_back(match)
@@ -304,31 +309,41 @@ class _Level:
         if self._is_taken(node) or len(node.outputs) != 1:
             return
         with self._failures(node):
-            obstacle = None
-            for candidate, absorbed in dense.candidates(node, self._matches):
-                own = {n for match in absorbed for n in match.nodes}
-                if any(self._is_taken(n) for n in candidate.nodes - own):
-                    continue
-                obstacle = self._obstacle(candidate)
-                if obstacle is None and _without_shared(candidate).nodes == candidate.nodes:
-                    for match in absorbed:
-                        self._matches.remove(match)
-                        match.root.match = None
-                    self._replace(candidate)
-                    return
-            if obstacle is not None:
-                raise Reject(obstacle, dense.NAME)
+            self._take_first(dense.candidates(node, self._matches))
 
-    def _replace(self, match: Match) -> None:
+    def _join_dense(self) -> None:
+        """Make one call of the products of the same rows, and of the norm before them."""
+        for matches in dense.of_same_rows(self._graph.nodes, self._matches):
+            with self._failures(matches[0].root):
+                self._take_first(dense.joined(matches))
+
+    def _take_first(self, candidates: Iterator[tuple[Match, Sequence[Match]]]) -> None:
+        """Replace the first of some matches that can be, and what it takes the place of."""
+        obstacle = None
+        for candidate, absorbed in candidates:
+            own = {n for match in absorbed for n in match.nodes}
+            if any(self._is_taken(n) for n in candidate.nodes - own):
+                continue
+            obstacle = self._obstacle(candidate)
+            if obstacle is None and _without_shared(candidate).nodes == candidate.nodes:
+                self._replace(candidate, absorbed)
+                return
+        if obstacle is not None:
+            raise Reject(obstacle, dense.NAME)
+
+    def _replace(self, match: Match, absorbed: Sequence[Match] = ()) -> None:
+        for other in absorbed:
+            self._put_back(other)
         self._matches.append(match)
-        match.root.match = match
-        match.root.removed = False
-        for node in match.nodes - {match.root}:
-            node.removed = True
+        for node in match.nodes:
+            node.removed = node not in match.roots
+        for root in match.roots:
+            root.match = match
 
     def _put_back(self, match: Match) -> None:
         self._matches.remove(match)
-        match.root.match = None
+        for root in match.roots:
+            root.match = None
         for node in match.nodes:
             node.removed = False
 
@@ -503,7 +518,7 @@ def _without_shared(match: Match) -> Match:
     shared: set[Node] = set()
     while True:
         nodes -= shared
-        made = [(n, v) for n in nodes - {match.root} for v in n.outputs]
+        made = [(n, v) for n in nodes.difference(match.roots) for v in n.outputs]
         shared = {n for n, v in made if v.is_output or any(use not in nodes for use in v.uses)}
         if not shared:
             return dataclasses.replace(match, nodes=frozenset(nodes))
@@ -531,7 +546,9 @@ def _hiding(match: Match) -> set[Group]:
     """The calls that have yet to be opened so that a match has its inputs."""
     if not all(g.is_open for g in _around(match.root)):
         return set()  # it is replaced where the call's own program is rewritten
-    return {g for v in match.inputs for g in _inside(v) if not g.is_open}
+    groups = {g for v in match.inputs for g in _inside(v)}
+    groups.update(g for n in match.moved() for g in _around(n))
+    return {g for g in groups if not g.is_open}
 
 
 def _check_bound(jaxpr, equations, outputs) -> None:

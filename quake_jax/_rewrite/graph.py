@@ -17,6 +17,8 @@ from quake_jax._rewrite import jaxprs
 # Calls with more equations are rewritten on their own, once for all places that call them.
 _LARGEST_OPENED = 64
 JIT = ("jit", "pjit")
+# Equal ones in a program are one: layers that read the same array may each cast it.
+_COPIES = ("convert_element_type", "reshape", "transpose")
 
 
 class Value:
@@ -71,7 +73,7 @@ class Node:
         self.outputs: list[Value] = []
         self.group: Group = group
         self.index = index
-        self.match = None  # if it is replaced: the Match, whose root it is
+        self.match = None  # if it is replaced: the Match, one of whose roots it is
         self.removed = False
 
     @property
@@ -81,6 +83,11 @@ class Node:
     @property
     def output(self) -> Value:
         return self.outputs[0]
+
+    @property
+    def needs(self) -> Sequence[Value]:
+        """What it reads in the rewritten program."""
+        return self.inputs if self.match is None else self.match.inputs
 
     @property
     def acts(self) -> bool:
@@ -127,12 +134,12 @@ def _size(jaxpr) -> int:
         called = _called(equation)
         if called is not None:
             size += _size(called)
-        elif any(_has_jaxpr(p) for p in equation.params.values()):
+        elif any(has_jaxpr(p) for p in equation.params.values()):
             return 1 << 30  # a loop and the like is rewritten where it stands
     return size
 
 
-def _has_jaxpr(parameter) -> bool:
+def has_jaxpr(parameter) -> bool:
     parameters = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
     return any(hasattr(p, "eqns") for p in parameters)
 
@@ -190,9 +197,15 @@ class Graph:
     def _forget_unused(self) -> None:
         """Drop the nodes whose results nothing needs, so that they do not count as uses."""
         used = []
+        # A call that stays reads all of its inputs, whatever of it is needed.
+        read: set[int] = set()
         for node in reversed(self.nodes):
-            if node.acts or any(v.uses or v.is_output for v in node.outputs):
+            if node.acts or any(v.uses or v.is_output or id(v) in read for v in node.outputs):
                 used.append(node)
+                group = node.group
+                while group is not None:
+                    read.update(map(id, group.inputs))
+                    group = group.parent
             else:
                 node.removed = True
                 for value in node.inputs:
@@ -205,10 +218,16 @@ class Graph:
         return environment[atom]
 
     def _read(self, jaxpr, environment, group: Group) -> None:
+        copies: dict[tuple, list[Value]] = {}
         for equation in jaxpr.eqns:
             inputs = [self._value(v, environment) for v in equation.invars]
             called = _called(equation)
-            if called is not None and _size(called) <= _LARGEST_OPENED:
+            name = equation.primitive.name
+            if name in _COPIES:
+                key = (name, *sorted(equation.params.items()), *map(id, inputs))
+                outputs = copies.get(key) or self._node(equation, inputs, group)
+                copies[key] = outputs
+            elif called is not None and _size(called) <= _LARGEST_OPENED:
                 outputs = self._open(equation, jaxprs.without_constants(called), inputs, group)
             else:
                 outputs = self._node(equation, inputs, group)
@@ -267,6 +286,7 @@ class Writer:
         self._replacement = replacement
         self._inner = inner
         self._equations: list = []
+        self._written: set[int] = set()  # indices of nodes
         # Equations of the program that stay, calls among them, and what they read.
         self.kept: list = []
 
@@ -279,15 +299,16 @@ class Writer:
     def _find_used(self) -> set[int]:
         """The indices of nodes whose results are used, or that act otherwise."""
         used = set()
-        wanted = {id(v) for v in self._graph.outputs}
-        for node in reversed(self._graph.nodes):
-            if node.removed:
+        front = [v.node for v in self._graph.outputs]
+        front += [node for node in self._graph.nodes if node.acts]
+        while front:
+            node = front.pop()
+            if node is None or node.removed or node.index in used:
                 continue
-            if node.acts or any(id(v) in wanted for v in node.outputs):
-                used.add(node.index)
-                inputs = node.inputs if node.match is None else node.match.inputs
-                wanted.update(map(id, inputs))
-                wanted.update(id(v) for group in _closed_around(node) for v in group.inputs)
+            roots = (node,) if node.match is None else node.match.roots
+            used.update(root.index for root in roots)
+            front += [v.node for v in node.needs]
+            front += [v.node for group in _closed_around(node) for v in group.inputs]
         return used
 
     def variable(self, value: Value):
@@ -303,11 +324,20 @@ class Writer:
                     self._write(item)
                 elif any(node.index in self._used for node in item.nodes()):
                     self._write_call(item)
-            elif item.index in self._used:
-                if item.match is not None:
-                    self._write_replacement(item)
-                else:
-                    self._write_node(item)
+            else:
+                self._write_item(item)
+
+    def _write_item(self, node: Node) -> None:
+        if node.index not in self._used or node.index in self._written:
+            return
+        if node.match is None:
+            self._written.add(node.index)
+            self._write_node(node)
+            return
+        self._written.update(root.index for root in node.match.roots)
+        for moved in sorted(node.match.moved(), key=lambda n: n.index):
+            self._write_item(moved)
+        self._write_replacement(node.match)
 
     def _bound(self, equation, values) -> list:
         """The variables that an equation binds: one for each value that is its own."""
@@ -340,10 +370,9 @@ class Writer:
             )
         )
 
-    def _write_replacement(self, node: Node) -> None:
-        jaxpr = self._replacement(node.match)
-        names = dict(zip(jaxpr.invars, (self.variable(v) for v in node.match.inputs), strict=True))
-        result = jaxpr.outvars[0]
+    def _write_replacement(self, match) -> None:
+        jaxpr = self._replacement(match)
+        names = dict(zip(jaxpr.invars, (self.variable(v) for v in match.inputs), strict=True))
 
         def variable(atom):
             if hasattr(atom, "val"):
@@ -352,12 +381,13 @@ class Writer:
                 names[atom] = jax_names.Var(atom.aval)
             return names[atom]
 
-        names[result] = self.variable(node.output)
+        for result, root in zip(jaxpr.outvars, match.roots, strict=True):
+            names[result] = self.variable(root.output)
         for equation in jaxpr.eqns:
             self._equations.append(
                 equation.replace(
                     invars=[variable(v) for v in equation.invars],
                     outvars=[variable(v) for v in equation.outvars],
-                    source_info=node.equation.source_info,
+                    source_info=match.root.equation.source_info,
                 )
             )

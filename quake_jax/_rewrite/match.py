@@ -30,9 +30,10 @@ class Match:
       root: the node whose result is replaced.
       nodes: what is no longer needed, the root among it.
       inputs: the arguments of `function`.
-      function: of arrays, with `static` and `order` as keywords; gives the array that replaces the
-        root's result.
+      function: of arrays, with `static` and `order` as keywords; gives the arrays that replace the
+        results of the roots, or for a root alone the one that replaces its result.
       static: hashable.
+      others: further nodes behind the root whose results are replaced, from where the root is on.
     """
 
     name: str
@@ -42,6 +43,22 @@ class Match:
     inputs: tuple[Value, ...]
     function: Callable
     static: tuple[tuple[str, object], ...] = ()
+    others: tuple[Node, ...] = ()
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        return (self.root, *self.others)
+
+    def moved(self) -> set[Node]:
+        """What stands behind the root though the inputs need it: it has to come before it."""
+        found: set[Node] = set()
+        front = [v.node for v in self.inputs]
+        while front:
+            node = front.pop()
+            if node is not None and node.index > self.root.index and node not in found:
+                found.add(node)
+                front += [v.node for v in node.needs]
+        return found
 
 
 def check_unused(nodes: Iterable[Node], root: Node) -> None:

@@ -1,8 +1,11 @@
 """Where values that depend on parameters alone go in a program: into the programs inside
-equations, and, by `lifted`, the packing of weights out of these again.
+equations, and, by `lifted`, the packing of weights out of these again; and which of these one call
+reads together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
 
 from quake_jax._core import jax_names
 
@@ -30,3 +33,25 @@ def origins_inside(equation, name: str, origins: Origins | None) -> Origins | No
         return origins[1:]
     # A derivative rule, or a mesh, has a word in what else the inputs are: nothing is packed.
     return None
+
+
+def read_together(jaxpr, labels: Sequence[Hashable | None]) -> Iterator[tuple]:
+    """For each call of dense in a program with several packed weights: their labels, in order.
+
+    `labels` are those of the inputs: of the packed weight that one is a leaf of, or None.
+    """
+    known = dict(zip(jaxpr.invars, labels, strict=True))
+    for equation in jaxpr.eqns:
+        read = tuple(None if hasattr(v, "val") else known.get(v) for v in equation.invars)
+        found = tuple(dict.fromkeys(label for label in read if label is not None))
+        if equation.primitive.name == "quake_dense" and len(found) > 1:
+            yield found
+        if len(found) == 1 and None not in read:  # a leaf that is arranged
+            known.update((v, *found) for v in equation.outvars)
+        is_rule = equation.primitive.name == "custom_jvp_call"
+        for name, parameter in equation.params.items():
+            inside = read if is_rule else origins_inside(equation, name, read)
+            several = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
+            for inner in several if inside and found else ():
+                if hasattr(inner, "eqns"):
+                    yield from read_together(getattr(inner, "jaxpr", inner), inside)

@@ -1065,6 +1065,17 @@ def compilations(caplog, call) -> int:
     return sum("Finished XLA compilation" in r.getMessage() for r in caplog.records)
 
 
+def test_a_call_part_of_which_is_unused():
+    def fun(x):
+        _, y = jax.jit(lambda a, b: (a + 1, jnp.cos(b)))(2 * x, x)
+        return jax.nn.gelu(x) + y
+
+    x = inputs()
+    assert replacements(fun, x) == ["gelu"]
+    got = quake_jax.accelerate(fun, order=5)(x)
+    np.testing.assert_allclose(got, fun(x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_program_calls_is_compiled_once(caplog):
     """Where the program itself is run equation by equation, traced anew in each call."""
     inner = jax.jit(lambda x: jnp.sin(jax.nn.gelu(x)))
