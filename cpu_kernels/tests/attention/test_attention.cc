@@ -214,6 +214,25 @@ double get(const Storage& storage, const void* data, ptrdiff_t i) {
   return storage.get(static_cast<const char*>(data), static_cast<size_t>(i));
 }
 
+// The vectors of a head in a batch element, one behind the other.
+std::vector<double> decoded(const Case& c, const AttentionProblem::Operand& o, size_t b, size_t times,
+                            size_t head, size_t size) {
+  std::vector<double> result;
+  result.reserve(times * size);
+  for (size_t t = 0; t < times; ++t) {
+    const ptrdiff_t first = static_cast<ptrdiff_t>(b) * o.batch + static_cast<ptrdiff_t>(t) * o.time +
+                            static_cast<ptrdiff_t>(head) * o.head;
+    for (size_t i = 0; i < size; ++i) {
+      result.push_back(get(kStorage[c.dtype], o.data, first + static_cast<ptrdiff_t>(i)));
+    }
+  }
+  return result;
+}
+
+struct Head {
+  std::vector<double> queries, keys, values;
+};
+
 struct Logits {
   std::vector<double> values;
   double rounding = 0;  // largest error of one
@@ -233,21 +252,16 @@ bool is_kept(const AttentionProblem& p, size_t b, size_t n, size_t t, size_t s) 
   return !(p.key_lengths && si >= p.key_lengths[b]);
 }
 
-Logits exact_logits(const Case& c, const AttentionProblem& p, size_t b, size_t n, size_t t) {
-  const Storage& storage = kStorage[c.dtype];
-  const auto at = [](const AttentionProblem::Operand& o, size_t batch, size_t time, size_t head) {
-    return static_cast<ptrdiff_t>(batch) * o.batch + static_cast<ptrdiff_t>(time) * o.time +
-           static_cast<ptrdiff_t>(head) * o.head;
-  };
+Logits exact_logits(const Case& c, const AttentionProblem& p, const Head& head, size_t b, size_t n, size_t t) {
   Logits logits;
-  const ptrdiff_t query = at(p.query, b, t, n);
+  std::vector<double> query(head.queries.begin() + static_cast<ptrdiff_t>(t * p.head_size),
+                            head.queries.begin() + static_cast<ptrdiff_t>((t + 1) * p.head_size));
+  for (double& q : query) q = flushed(static_cast<float>(q)) * static_cast<double>(p.scale);
   for (size_t s = 0; s < p.key_length; ++s) {
-    const ptrdiff_t key = at(p.key, b, s, n / c.groups);
+    const double* key = &head.keys[s * p.head_size];
     double dot = 0, magnitude = 0;
     for (size_t i = 0; i < p.head_size; ++i) {
-      const ptrdiff_t d = static_cast<ptrdiff_t>(i);
-      const double product = flushed(static_cast<float>(get(storage, p.query.data, query + d))) *
-                             static_cast<double>(get(storage, p.key.data, key + d)) * p.scale;
+      const double product = query[i] * key[i];
       dot += product;
       magnitude += std::fabs(product);
     }
@@ -274,10 +288,10 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, size_t b, size_t n
 // Whether the weights of a dtype are rounded to it.
 bool rounds_weights(const KernelTable& table, int dtype) { return table.attention.layout[dtype].per_word > 1; }
 
-void check_row(const KernelTable& table, const Case& c, const AttentionProblem& p, size_t b, size_t n, size_t t,
-               const std::string& what) {
+void check_row(const KernelTable& table, const Case& c, const AttentionProblem& p, const Head& head, size_t b,
+               size_t n, size_t t, const std::string& what) {
   const Storage& storage = kStorage[c.dtype];
-  const Logits logits = exact_logits(c, p, b, n, t);
+  const Logits logits = exact_logits(c, p, head, b, n, t);
   const bool valid = !p.query_lengths || static_cast<ptrdiff_t>(t) < p.query_lengths[b];
   double maximum = -kInfinity, sum = 0, largest = 0;
   for (const double x : logits.values) maximum = std::fmax(maximum, x);
@@ -288,12 +302,7 @@ void check_row(const KernelTable& table, const Case& c, const AttentionProblem& 
   const auto for_each_value = [&](const auto& visit) {
     for (size_t s = 0; s < p.key_length; ++s) {
       const double weight = std::exp(logits.values[s] - base) / sum;
-      for (size_t j = 0; j < p.value_size; ++j) {
-        visit(weight, j,
-              get(storage, p.value.data,
-                  static_cast<ptrdiff_t>(b) * p.value.batch + static_cast<ptrdiff_t>(s) * p.value.time +
-                      static_cast<ptrdiff_t>(n / c.groups) * p.value.head + static_cast<ptrdiff_t>(j)));
-      }
+      for (size_t j = 0; j < p.value_size; ++j) visit(weight, j, head.values[s * p.value_size + j]);
     }
   };
   for_each_value([&](double weight, size_t j, double v) {
@@ -342,7 +351,11 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
   }
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
-      for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, b, n, t, what);
+      const size_t shared = n / c.groups;
+      const Head head = {decoded(c, p.query, b, p.query_length, n, p.head_size),
+                         decoded(c, p.key, b, p.key_length, shared, p.head_size),
+                         decoded(c, p.value, b, p.key_length, shared, p.value_size)};
+      for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, head, b, n, t, what);
     }
   }
 }

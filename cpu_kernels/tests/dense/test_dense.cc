@@ -142,7 +142,8 @@ void test_deep(const KernelTable& table) {
     const std::string what = std::string(table.isa) + " " + describe(s);
     const std::vector<std::vector<char>> results = results_of(s, table, arrays, in_order);
     const DensePointers operands = dense_pointers(s, pointers(arrays));
-    for (const size_t row : {0, 5, 6, 11, 12, 191, 192, 197, 198, 250, 251, 252, 257, 258, 259}) {
+    for (const size_t row : {0, 5, 192, 259, 6, 11, 12, 191, 197, 198, 250, 251, 252, 257, 258}) {
+      if (thin && row == 6) break;
       check_dense_row(s, operands, {results[0].data()}, row, what, 7);
     }
   }
