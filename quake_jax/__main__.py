@@ -24,6 +24,7 @@ import quake_jax
 from quake_jax._core.config import ORDERS
 from quake_jax._core.constants import MAX_ABS_ERROR, MAX_REL_ERROR
 from quake_jax._core.switches import DISABLED
+from quake_jax._core.tables import Table
 from quake_jax._elementwise.table import FUNCTIONS, FUSED, Fused
 
 _SHAPE = (128, 1024)
@@ -134,27 +135,15 @@ def _speed_ratios(name: str, x) -> list[tuple[float, float]]:
     ]
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+def _print(table: Table) -> None:
     """Print a table, with rich where it is installed."""
+    print()
     try:
         from rich.console import Console
-        from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        print(f"\n{title}")
-        for row in [header, *rows]:
-            cells = [row[0].ljust(widths[0])]
-            cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-            print("  ".join(cells).rstrip())
-        return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for k, column in enumerate(header):
-        table.add_column(column, justify="left" if k == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print()
-    console.print(table)
+        print(table)
+    else:
+        Console().print(table)
 
 
 def _facts() -> list[tuple[str, str]]:
@@ -201,17 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
         speeds.append(
             [name, *(f"{1e9 * t / x.size:.2f} ({r:.1f}x)" for t, r in _speed_ratios(name, x))]
         )
-    _table(
-        "Largest relative error, inputs from -8 to 8",
-        ["function", *(f"order {n}" for n in ORDERS)],
-        errors,
-    )
+    numbers = range(1, 1 + len(ORDERS))
+    title = "Largest relative error, inputs from -8 to 8"
+    _print(Table(["function", *(f"order {n}" for n in ORDERS)], errors, numbers, title=title))
     print(f"(absolute: {', '.join(name for name in _FUNCTIONS if name in MAX_ABS_ERROR)})")
     rows, columns = _SHAPE
-    _table(
-        f"ns per element, {rows} x {columns} (times jax.nn's speed)",
-        ["function", *(f"order {n}" for n in _TIMED_ORDERS)],
-        speeds,
+    title = f"ns per element, {rows} x {columns} (times jax.nn's speed)"
+    _print(
+        Table(["function", *(f"order {n}" for n in _TIMED_ORDERS)], speeds, numbers, title=title)
     )
     print("\naccuracy: " + ("ok" if accurate else "FAILED: errors marked ! exceed their bound"))
     return 0 if accurate else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from quake_jax._core.tables import Table, rich_group
 from quake_jax._rewrite import Report
 
 
@@ -50,7 +51,7 @@ class Kept:
 
 
 class PackReport:
-    """What `quake_jax.pack` or `quake_jax.nnx.pack` did; `str` gives tables.
+    """What `quake_jax.pack` or `quake_jax.nnx.pack` did; `print` and `rich.print` give tables.
 
     Attributes:
       layers: list of `Layer`, the packed weights.
@@ -102,8 +103,8 @@ class PackReport:
             "print it for the tables>"
         )
 
-    def __str__(self) -> str:
-        rows = [("parameter", "shape", "format", "MB before", "MB after", "error")]
+    def _parts(self) -> list[Table | Report | str]:
+        rows = []
         for x in self.layers:
             error = "" if x.error is None else f"{x.error:.1e}"
             path = joined_paths(x.paths) + (" (kept too)" if x.is_kept else "")
@@ -114,12 +115,19 @@ class PackReport:
             rows.append((x.path, _shape(x.shape), x.dtype, size, size, ""))
         totals = _megabytes(self.bytes_before), _megabytes(self.bytes_after)
         rows.append(("total", "", "", *totals, ""))
-        parts = [_table(rows)]
+        header = ("parameter", "shape", "format", "MB before", "MB after", "error")
+        parts = [Table(header, rows, numbers=(3, 4, 5), has_total=True)]
         if self.together:
             parts.append("\n".join(f"one call: {_in_common(paths)}" for paths in self.together))
         if self.dropped:
             parts.append("dropped: " + ", ".join(self.dropped))
-        return "\n\n".join([*parts, *map(str, self.programs)])
+        return [*parts, *self.programs]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._parts()))
+
+    def __rich__(self):
+        return rich_group(self._parts())
 
 
 def joined_paths(paths: Iterable[str]) -> str:
@@ -142,17 +150,3 @@ def _megabytes(size: int) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    is_number = (False, False, False, True, True, True)
-    lines = [
-        "  ".join(
-            x.rjust(w) if number else x.ljust(w)
-            for x, w, number in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

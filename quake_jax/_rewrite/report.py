@@ -10,6 +10,7 @@ import sysconfig
 from collections import Counter
 
 from quake_jax._core import jax_names
+from quake_jax._core.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Record:
 
 
 class Report:
-    """What was replaced and what was left; `str` gives a table.
+    """What was replaced and what was left; `print` and `rich.print` give a table.
 
     Attributes:
       replaced: list of `Record`, in the order of the program.
@@ -70,21 +71,20 @@ class Report:
         replaced, left = (sum(r.count for r in x) for x in (self.replaced, self.left))
         return f"<quake_jax report: {replaced} replaced, {left} left; print it for the table>"
 
-    def __str__(self) -> str:
-        rows = [("", "found", "count", "replaced by / why left", "where")]
-        rows += [
+    def _table(self) -> Table | str:
+        rows = [
             ("replaced", r.name, str(r.count), r.replacement or "", r.where) for r in self.replaced
         ]
         rows += [("left", r.name, str(r.count), r.reason, r.where) for r in self.left]
-        if len(rows) == 1:
+        if not rows:
             return "nothing to replace was found"
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join([*(x.ljust(w) for x, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join(lines)
+        return Table(("", "found", "count", "replaced by / why left", "where"), rows)
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def __rich__(self):
+        return self._table()
 
 
 _LIBRARIES = tuple(

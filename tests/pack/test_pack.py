@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
+from rich.console import Console
 
 import quake_jax
 from quake_jax._rewrite import engine
@@ -628,6 +630,16 @@ def test_report_names_what_one_call_reads(fun, params, together, text):
     report = quake_jax.pack(fun, params, X, weights="int8")[0].report
     assert report.together == together
     assert text in str(report) if text else "one call" not in str(report)
+
+
+def test_rich_draws_the_report():
+    params = {"w[0]": SQUARE, "v": SQUARE}  # no markup
+    fast, _ = quake_jax.pack(lambda p, x: x @ p["w[0]"], params, X, weights="int8")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(fast.report)
+    drawn = console.export_text()
+    for text in ("w[0]", "total", "dropped: v", "quake_jax.dense(int8)", "test_pack.py"):
+        assert text in drawn and text in str(fast.report)
 
 
 def test_explain():
