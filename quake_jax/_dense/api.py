@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
@@ -17,7 +17,7 @@ from quake_jax._core.config import Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, refusal, unwrapped
 from quake_jax._core.exports import defined_in
 from quake_jax._core.norm import static_epsilon
-from quake_jax._dense import derivative, layout, packed, reference
+from quake_jax._dense import derivative, layout, packed, reference, sharding
 from quake_jax._dense.norms import LayerNorm, RMSNorm
 from quake_jax._dense.operands import Call, Operands, Weight
 from quake_jax._dense.packed import PackedWeight
@@ -152,7 +152,9 @@ def _described(x) -> str:
 
 def _as_weight(weight, argument: str):
     weight = unwrapped(weight)
-    return weight if isinstance(weight, PackedWeight) else as_array(weight, "dense", argument)
+    if isinstance(weight, PackedWeight):
+        return sharding.part_of(weight)
+    return as_array(weight, "dense", argument)
 
 
 def _checked_norm(norm):
@@ -426,13 +428,17 @@ def _in_one_stack(operands: Operands, columns: Sequence[int]) -> Operands:
     the last, and along columns as the panels of weights are, if these are full. Where x and weights
     want the same devices, x is moved.
     """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(operands)]
+    mesh = next((s.mesh for s in shardings if not s.mesh.empty), None)
 
     def spec(x):
         return jax.typeof(x).sharding.spec
 
     def split(x, *wanted):
         wanted = PartitionSpec(*wanted, *[None] * (x.ndim - len(wanted)))
-        return x if spec(x) == wanted else jax.sharding.reshard(x, wanted)
+        if spec(x) == wanted:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, wanted))
 
     is_full = all(n % layout.PANEL == 0 for n in columns)
     by_weight = [spec(w.codes)[0] if is_full else None for w in operands.weights]

@@ -28,11 +28,13 @@ def _shapes(*avals, **parameters):
     rows = x.sharding.spec[1:-1]
     stack = None if stack in rows else stack
     panels = [w.codes.sharding.spec[1] for w in call.by_name(avals).weights]
+    # Beside arrays of a mesh there may be some of none.
+    known = next((a.sharding for a in avals if not a.sharding.mesh.empty), x.sharding)
     return tuple(
         x.update(
             shape=(*x.shape[:-1], n),
             dtype=np.dtype(call.dtype),
-            sharding=x.sharding.update(spec=(stack, *rows, columns)),
+            sharding=known.update(spec=(stack, *rows, columns)),
             weak_type=False,
         )
         for n, columns in zip(call.columns, panels, strict=False)
