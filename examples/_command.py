@@ -68,12 +68,17 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: str, compare:
         default="float32",
         help="of parameters and arithmetic (default: %(default)s)",
     )
+    add_weights(parser)
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, help=compare)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds --weights."""
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
         help="pack the weights of dense layers in this format (default: they stay as they are)",
     )
-    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, help=compare)
 
 
 def models(make: Callable, args: argparse.Namespace) -> tuple[dict[Hashable, Any], Any]:

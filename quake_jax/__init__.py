@@ -35,6 +35,7 @@ from quake_jax._pack.files import load_packed as load_packed
 from quake_jax._pack.files import save_packed as save_packed
 from quake_jax._pack.plan import PackedLeaf as PackedLeaf
 from quake_jax._pack.report import PackReport as PackReport
+from quake_jax._pack.shardings import packed_shardings as packed_shardings
 from quake_jax._rewrite.api import accelerate as accelerate
 from quake_jax._rewrite.api import explain as explain
 from quake_jax._rows.api import *  # noqa: F403

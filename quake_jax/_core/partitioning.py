@@ -45,6 +45,7 @@ def lower_split_along_axes(
     inputs: Sequence[Sequence],
     results: Sequence[Sequence],
     description: str,
+    firm: Sequence[int] = (),
 ) -> list:
     """Lower a function to a call that XLA may split over devices: each runs it on parts of arrays.
 
@@ -55,6 +56,7 @@ def lower_split_along_axes(
         of one label are split alike. Where their sizes differ the smaller ones have fewer parts,
         and devices share these: one if the size is 1.
       description: of what `function` does, different for different ones.
+      firm: the inputs that stay split as they are, whatever the others are.
     """
     module = context.module_context
     axes = module.axis_context
@@ -63,7 +65,7 @@ def lower_split_along_axes(
     axes = ShardingContext(axes.num_devices, devices, axes.abstract_mesh)
     kept: list = []
     inner = context.replace(module_context=module.replace(axis_context=axes, keepalives=kept))
-    call = _split_along_axes(function, inputs, results)
+    call = _split_along_axes(function, inputs, results, firm)
     values = mlir.lower_fun(call, multiple_results=True)(inner, *operands)
     module.add_keepalive(_UntilCompiled(kept))
     # To JAX's cache of compiled programs the call is a number that may mean another function in
@@ -86,7 +88,9 @@ class _UntilCompiled:
         return _UntilCompiled, ()
 
 
-def _split_along_axes(function: Callable, inputs: Sequence, results: Sequence) -> Callable:
+def _split_along_axes(
+    function: Callable, inputs: Sequence, results: Sequence, firm: Sequence[int]
+) -> Callable:
     call = custom_partitioning(lambda *operands: tuple(function(*operands)))
     labels = (*inputs, *results)
 
@@ -96,7 +100,7 @@ def _split_along_axes(function: Callable, inputs: Sequence, results: Sequence) -
 
     def partition(mesh, arguments, outputs):
         arrays = (*arguments, *outputs)
-        tiles = _tiles(labels, arrays)
+        tiles = _tiles(labels, arrays, firm)
         devices = arrays[0].sharding._internal_device_list
         shardings = [
             GSPMDSharding(devices, _sharding_of_tiles(tiles, axes, x.shape))
@@ -131,10 +135,11 @@ def _rule_of_labels(labels: Sequence, shapes: Sequence, inputs: int) -> tuple[st
     return text, {"need_replication_factors": whole}
 
 
-def _tiles(labels: Sequence, arrays: Sequence) -> tuple[np.ndarray, list]:
+def _tiles(labels: Sequence, arrays: Sequence, firm: Sequence[int]) -> tuple[np.ndarray, list]:
     """The numbers of the devices, by part of each label that is split; and these labels.
 
-    The last axis has the devices that share a part. The array that is split most decides.
+    The last axis has the devices that share a part. Firm arrays come first, then those that are
+    split most; of the others counts what agrees with these.
     """
     sizes: dict = {}
     for axes, x in zip(labels, arrays, strict=True):
@@ -146,22 +151,41 @@ def _tiles(labels: Sequence, arrays: Sequence) -> tuple[np.ndarray, list]:
         # XLA fills up axes that it splits unevenly; those of one size alike.
         return len(larger) == 1 or all(n % parts == 0 or parts % n == 0 for n in larger)
 
-    best, split = np.zeros(1, int), []
-    for axes, x in zip(labels, arrays, strict=True):
-        devices = _devices_by_tile(x)
-        if devices is None:
-            continue
-        kept = [
-            k
-            for k, (label, size) in enumerate(zip(axes, x.shape, strict=True))
-            if label is not None and size > 1 < devices.shape[k] and fits(label, devices.shape[k])
-        ]
-        rest = [k for k in range(devices.ndim) if k not in kept]
-        parts = [devices.shape[k] for k in kept]
-        if math.prod(parts) > math.prod(best.shape[:-1]):
-            best = devices.transpose(*kept, *rest).reshape(*parts, -1)
-            split = [axes[k] for k in kept]
-    return best, split
+    grids = [_devices_by_tile(x) for x in arrays]
+    order = sorted(
+        (i for i, grid in enumerate(grids) if grid is not None),
+        key=lambda i: (i not in firm, -math.prod(grids[i].shape[:-1])),
+    )
+    found: dict = {}  # for each label the part that a device has
+    for i in order:
+        grid = grids[i]
+        place = np.empty((grid.ndim, grid.size), int)
+        place[:, grid.reshape(-1)] = np.indices(grid.shape).reshape(grid.ndim, -1)
+        for k, (label, size) in enumerate(zip(labels[i], arrays[i].shape, strict=True)):
+            if label is None or label in found or size == 1:
+                continue
+            parts = grid.shape[k]
+            for together in range(1, parts):
+                # So many neighbouring parts may have to become one.
+                part = place[k] // together
+                if (
+                    parts % together == 0
+                    and fits(label, parts // together)
+                    and _are_independent([*found.values(), part])
+                ):
+                    found[label] = part
+                    break
+    if not found:
+        return np.zeros(1, int), []
+    counts = [part.max() + 1 for part in found.values()]
+    return np.lexsort([*found.values()][::-1]).reshape(*counts, -1), [*found]
+
+
+def _are_independent(parts: Sequence[np.ndarray]) -> bool:
+    """Whether as many devices have any one combination of parts as any other."""
+    _, counts = np.unique(np.stack(parts), axis=1, return_counts=True)
+    every = math.prod(int(part.max()) + 1 for part in parts)
+    return len(counts) == every and counts.min() == counts.max()
 
 
 def _devices_by_tile(x) -> np.ndarray | None:

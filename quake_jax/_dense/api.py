@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
@@ -17,7 +17,7 @@ from quake_jax._core.config import Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, refusal, unwrapped
 from quake_jax._core.exports import defined_in
 from quake_jax._core.norm import static_epsilon
-from quake_jax._dense import derivative, layout, packed, reference
+from quake_jax._dense import derivative, layout, packed, reference, sharding
 from quake_jax._dense.norms import LayerNorm, RMSNorm
 from quake_jax._dense.operands import Call, Operands, Weight
 from quake_jax._dense.packed import PackedWeight
@@ -152,7 +152,9 @@ def _described(x) -> str:
 
 def _as_weight(weight, argument: str):
     weight = unwrapped(weight)
-    return weight if isinstance(weight, PackedWeight) else as_array(weight, "dense", argument)
+    if isinstance(weight, PackedWeight):
+        return sharding.part_of(weight)
+    return as_array(weight, "dense", argument)
 
 
 def _checked_norm(norm):
@@ -403,7 +405,7 @@ def _of_packed(x, weights, biases, gate, gate_bias, residual, norm, *, k, activa
         has_gate_bias=gate_bias is not None,
         has_residual=residual is not None,
     )
-    results = derivative.dense(call, _in_one_stack(operands))
+    results = derivative.dense(call, _in_one_stack(operands, call.columns))
     return [jnp.squeeze(y, 0).astype(out) for y in results]
 
 
@@ -419,26 +421,47 @@ def _norm_arrays(norm, k: int) -> tuple:
     return array(norm.scale, 1.0), offset
 
 
-def _in_one_stack(operands: Operands) -> Operands:
+def _in_one_stack(operands: Operands, columns: Sequence[int]) -> Operands:
     """The operands with an axis of stacked weights in front.
 
-    Those whose types say how they are split over a mesh are split as x is, along all of its axes
-    but the last.
+    Those whose types say how they are split over a mesh are split as x is along all of its axes but
+    the last, and along columns as the panels of weights are, if these are full. Where x and weights
+    want the same devices, x is moved.
     """
-    spec = jax.typeof(operands.x).sharding.spec
-    rows = PartitionSpec(*spec[:-1], None)
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(operands)]
+    mesh = next((s.mesh for s in shardings if not s.mesh.empty), None)
 
-    def split(x, wanted):
-        return x if jax.typeof(x).sharding.spec == wanted else jax.sharding.reshard(x, wanted)
+    def spec(x):
+        return jax.typeof(x).sharding.spec
 
-    whole = jax.tree.map(
-        lambda leaf: split(leaf, PartitionSpec(*[None] * leaf.ndim)),
-        operands._replace(x=None, residual=None),
+    def split(x, *wanted):
+        wanted = PartitionSpec(*wanted, *[None] * (x.ndim - len(wanted)))
+        if spec(x) == wanted:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, wanted))
+
+    is_full = all(n % layout.PANEL == 0 for n in columns)
+    by_weight = [spec(w.codes)[0] if is_full else None for w in operands.weights]
+    panels = next((names for names in by_weight if names is not None), None)
+    taken = panels if isinstance(panels, tuple) else (panels,)
+
+    def not_taken(names):
+        if isinstance(names, tuple):
+            return tuple(name for name in names if name not in taken) or None
+        return None if names in taken else names
+
+    rows = [not_taken(names) for names in spec(operands.x)[:-1]]
+    weights = tuple(
+        jax.tree.map(lambda leaf, names=names: split(leaf, names if names == panels else None), w)
+        for w, names in zip(operands.weights, by_weight, strict=True)
     )
-    x, residual = (
-        None if leaf is None else split(leaf, rows) for leaf in (operands.x, operands.residual)
+    shared = jax.tree.map(split, operands._replace(x=None, weights=None, residual=None))
+    moved = shared._replace(
+        x=split(operands.x, *rows),
+        weights=weights,
+        residual=jax.tree.map(lambda x: split(x, *rows, by_weight[0]), operands.residual),
     )
-    return jax.tree.map(lambda leaf: leaf[None], whole._replace(x=x, residual=residual))
+    return jax.tree.map(lambda leaf: leaf[None], moved)
 
 
 __all__ = defined_in(globals())

@@ -6,6 +6,7 @@ Columns lie in panels of 16, a panel in words of 32 bits: [panels][words][16]. A
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,7 +60,9 @@ def to_words(values, dtype: str):
     rows, panels = ROWS[dtype], -(-n // PANEL)
     words = -(-k // rows)
     x = _padded(_padded(values, -2, words * rows), -1, panels * PANEL)
-    x = x.astype(CODES[dtype]).reshape(*lead, words, rows, panels, PANEL)
+    # One axis after the other, which arrays can whose types say how they are split over a mesh.
+    x = x.astype(CODES[dtype]).reshape(*lead, words * rows, panels, PANEL)
+    x = x.reshape(*lead, words, rows, panels, PANEL)
     if dtype == "int4":
         x = x[..., :4, :, :] | x[..., 4:, :, :] << 4
     axes = len(lead)
@@ -76,6 +79,7 @@ def from_words(codes, dtype: str, k: int, n: int):
     *lead, panels, words, _, rows = codes.shape
     axes = len(lead)
     x = jnp.transpose(codes, (*range(axes), axes + 1, axes + 3, axes, axes + 2))
+    x = x.reshape(*lead, words * rows, panels, PANEL)
     return x.reshape(*lead, words * rows, panels * PANEL)[..., :k, :n]
 
 
@@ -98,8 +102,15 @@ def values_of(codes, table, dtype: str, k: int, n: int):
     if dtype != "int4" or table is None:
         values = values.astype(jnp.float32)
         return values - 8 if dtype == "int4" else values
-    flat = values.astype(jnp.int32).reshape(*values.shape[:-2], k * n)
-    return jnp.take_along_axis(table, flat, -1).reshape(values.shape)
+
+    def looked_up(table, values):
+        sharding = jax.typeof(values).sharding
+        to = sharding if any(sharding.spec) else None
+        return table.at[values].get(mode="promise_in_bounds", out_sharding=to)
+
+    for _ in table.shape[:-1]:
+        looked_up = jax.vmap(looked_up)
+    return looked_up(table, values)
 
 
 def unpacked(codes, scales, offsets, table, dtype: str, k: int, n: int, group_size: int | None):

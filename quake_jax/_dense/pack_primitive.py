@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from quake_jax._core import jax_names
 from quake_jax._core.jax_names import ad, batching, mlir
-from quake_jax._dense import layout
+from quake_jax._dense import layout, sharding
 from quake_jax._dense.packed import PackedWeight
 from quake_jax._dense.packed import _pack as packed_and_finite
 
@@ -23,7 +23,7 @@ _LEAVES = ("codes", "scales", "sums")
 
 def pack(weight: jax.Array, **parameters) -> PackedWeight:
     """`pack_weight` of a floating-point array (…, K, N), with its arguments checked already."""
-    leaves = primitive.bind(weight, **parameters)
+    leaves = primitive.bind(sharding.with_split_columns(weight), **parameters)
     return assembled(leaves, weight.shape, **parameters)
 
 
@@ -40,12 +40,12 @@ def assembled(leaves, shape, *, dtype, group_size, activations, scale_method) ->
 def _shapes(weight, *, dtype, group_size, activations, scale_method):
     *lead, k, n = weight.shape
     known = layout.shapes_of(dtype, k, n, group_size, activations)
-    spec = (*weight.sharding.spec[:-2],)
+    *spec, _, columns = weight.sharding.spec
     results = []
     for name in _LEAVES:
         if name in known:
             shape, leaf_dtype = known[name]
-            sharding = weight.sharding.update(spec=(*spec, *[None] * len(shape)))
+            sharding = weight.sharding.update(spec=(*spec, columns, *[None] * (len(shape) - 1)))
             results.append(
                 weight.update(
                     shape=(*lead, *shape),

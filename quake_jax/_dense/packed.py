@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import as_array, optional_array, refusal, static_bool
 from quake_jax._core.exports import defined_in
-from quake_jax._dense import foreign, layout
+from quake_jax._dense import foreign, layout, sharding
 from quake_jax._dense.trees import pytree
 
 ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table")
@@ -49,7 +49,8 @@ class PackedWeight:
       offsets: float16 by group and column, or None: a weight is scale · value + offset.
       permutation: int32 of shape (…, K), or None: row i here is row permutation[i] of the weight.
       table: float32 of shape (…, 16), the values of 4-bit codes; None is -8 to 7.
-      k, n: the shape of one weight. Static, as all that follows.
+      k, n: the shape of one weight. Static, as all that follows; in the body of a `jax.shard_map`
+        that splits panels, n still counts all columns, and `shape` those that are there.
       dtype: "float32", "bfloat16", "int8" or "int4".
       group_size: how many rows share a scale, or None.
       activations: "int8" if `dense` quantises the rows that it multiplies, or None.
@@ -76,7 +77,7 @@ class PackedWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what it stands for, (…, K, N)."""
-        return (*self._leading(), self.k, self.n)
+        return (*self._leading(), self.k, sharding.part_of(self).n)
 
     def _leading(self) -> tuple[int, ...]:
         known = layout.shapes_of(self.dtype, self.k, self.n, self.group_size, self.activations)
@@ -109,9 +110,10 @@ class PackedWeight:
 
     def unpack(self) -> jax.Array:
         """The array that it stands for: (…, K, N), float32."""
+        *_, k, n = self.shape
         weight = layout.unpacked(
             *(self.codes, self.scales, self.offsets, self.table),
-            *(self.dtype, self.k, self.n, self.group_size),
+            *(self.dtype, k, n, self.group_size),
         )
         if self.permutation is None:
             return weight
@@ -455,7 +457,8 @@ def pack_weight(
 ) -> PackedWeight:
     """Pack a weight for `dense`.
 
-    Packing is jax.numpy: it may be traced, and works on any platform.
+    Packing is jax.numpy: it may be traced, and works on any platform. An array that is split over a
+    mesh gives a packed weight that is split along panels, as by `packed_shardings`.
 
     Args:
       weight: floating-point array of shape (…, K, N). Leading axes, of stacked layers or experts,
@@ -504,7 +507,8 @@ def pack_weight(
     elif group_size is not None:
         raise refusal(name, "group_size", f'None for dtype "{dtype}"', repr(group_size))
     static = {"dtype": dtype, "group_size": group_size, "activations": activations}
-    packed, is_finite = _pack(jnp.asarray(weight), method=scale_method, **static)
+    split = sharding.with_split_columns(jnp.asarray(weight))
+    packed, is_finite = _pack(split, method=scale_method, **static)
     if not isinstance(is_finite, jax_names.Tracer) and not is_finite:
         _refuse_values(np.asarray(weight), dtype)
     return packed

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._core import partitioning
+from quake_jax._core import jax_names, partitioning
 from quake_jax._core.jax_names import mlir
 from quake_jax._core.primitive import custom_call_of_batch, make_primitive, merged, typed
 from quake_jax._dense import reference
-from quake_jax._dense.operands import Call
+from quake_jax._dense.layout import PANEL
+from quake_jax._dense.operands import Call, Operands
 
 
 def _shapes(*avals, **parameters):
@@ -24,15 +27,17 @@ def _shapes(*avals, **parameters):
     stack = next((a.sharding.spec[0] for a in avals if a.sharding.spec[0] is not None), None)
     rows = x.sharding.spec[1:-1]
     stack = None if stack in rows else stack
-    sharding = x.sharding.update(spec=(stack, *rows, None))
+    panels = [w.codes.sharding.spec[1] for w in call.by_name(avals).weights]
+    # Beside arrays of a mesh there may be some of none.
+    known = next((a.sharding for a in avals if not a.sharding.mesh.empty), x.sharding)
     return tuple(
         x.update(
             shape=(*x.shape[:-1], n),
             dtype=np.dtype(call.dtype),
-            sharding=sharding,
+            sharding=known.update(spec=(stack, *rows, columns)),
             weak_type=False,
         )
-        for n in call.columns
+        for n, columns in zip(call.columns, panels, strict=False)
     )
 
 
@@ -42,14 +47,74 @@ def _are_rows(operands, call: Call) -> list[bool]:
     return [i == 0 or (call.has_residual and i == last) for i in range(len(operands))]
 
 
-def _axes(avals, call: Call) -> tuple[list, list]:
-    """Along which axes a call may be split: stacked weights, and all axes of x but the last."""
-    of_rows = ["stack", *range(1, len(avals[0].shape) - 1), None]
-    inputs = [
-        of_rows if has_rows else ["stack", *[None] * (len(x.shape) - 1)]
-        for x, has_rows in zip(avals, _are_rows(avals, call), strict=True)
+def _axes(operands: Operands, results: Sequence, panels: str | None) -> tuple[list, list]:
+    """Along which axes a call may be split: stacked weights, and all axes of x but the last.
+
+    And `panels`, if columns have two axes, [panels][columns of a panel].
+    """
+    lead = ("stack", *range(1, len(operands.x.shape) - 1))
+
+    def of(x, *first):
+        return [*first, *[None] * (len(x.shape) - len(first))]
+
+    axes = jax.tree.map(lambda x: of(x, "stack"), operands)
+    axes = axes._replace(
+        x=of(operands.x, *lead),
+        weights=jax.tree.map(lambda x: of(x, "stack", panels), operands.weights),
+        residual=jax.tree.map(lambda x: of(x, *lead, panels), operands.residual),
+    )
+    inputs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, list))
+    return inputs, [of(y, *lead, panels) for y in results]
+
+
+def _with_columns(operands: Operands, change: Callable) -> Operands:
+    """The operands, with a change of those whose last axis is that of columns."""
+    weights = tuple(w._replace(bias=jax.tree.map(change, w.bias)) for w in operands.weights)
+    return operands._replace(weights=weights, residual=jax.tree.map(change, operands.residual))
+
+
+def _lower_split(context, *operands, target: str, **parameters):
+    """The call as one that XLA may split, columns too where all panels are full."""
+    call = Call(**parameters)
+    is_full = all(n % PANEL == 0 for n in call.columns)
+
+    def cut(aval):
+        if not is_full:
+            return aval
+        *lead, n = aval.shape
+        sharding = aval.sharding.update(spec=(*aval.sharding.spec, None))
+        return aval.update(shape=(*lead, n // PANEL, PANEL), sharding=sharding)
+
+    named = _with_columns(call.by_name(context.avals_in), cut)
+    avals, results = jax.tree.leaves(named), [*map(cut, context.avals_out)]
+    inputs, outputs = _axes(named, results, "panels" if is_full else None)
+    inner = context.replace(avals_in=avals, avals_out=results)
+    values = partitioning.lower_split_along_axes(
+        inner,
+        *(jax_names.reshape(inner, x, aval) for x, aval in zip(operands, avals, strict=True)),
+        function=functools.partial(_of_panels if is_full else dense, **parameters),
+        inputs=inputs,
+        results=outputs,
+        description=f"{target} {call}",
+        firm=[i for i, has_rows in enumerate(_are_rows(operands, call)) if not has_rows],
+    )
+    return [
+        jax_names.reshape(context, y, aval)
+        for y, aval in zip(values, context.avals_out, strict=True)
     ]
-    return inputs, [of_rows] * len(call.columns)
+
+
+def _of_panels(*operands, **parameters):
+    """`dense` of arrays whose columns have two axes, and of as many panels as there are."""
+    call = Call(**parameters)
+    named = _with_columns(
+        call.by_name(operands), lambda x: x.reshape(*x.shape[:-2], x.shape[-2] * PANEL)
+    )
+    columns = tuple(
+        w.codes.shape[1] * PANEL for w, _ in zip(named.weights, call.columns, strict=False)
+    )
+    results = dense(*jax.tree.leaves(named), **parameters | {"columns": columns})
+    return [y.reshape(*y.shape[:-1], y.shape[-1] // PANEL, PANEL) for y in results]
 
 
 def _lower(context, *operands, target: str, **parameters):
@@ -58,17 +123,8 @@ def _lower(context, *operands, target: str, **parameters):
     if any(isinstance(size, int) and size == 0 for size in sizes):
         # XLA calls no kernel for empty arrays, and a product over nothing is not empty.
         return mlir.lower_fun(_elsewhere, multiple_results=True)(context, *operands, **parameters)
-    inputs, results = _axes(avals, call)
     if partitioning.can_split_along_axes(context):
-        values = partitioning.lower_split_along_axes(
-            context,
-            *operands,
-            function=functools.partial(dense, **parameters),
-            inputs=inputs,
-            results=results,
-            description=f"{target} {call}",
-        )
-        return typed(context, values)
+        return typed(context, _lower_split(context, *operands, target=target, **parameters))
     if len(avals[0].shape) != 3:
         lowered = mlir.lower_fun(_of_one_axis_of_rows, multiple_results=True)
         return lowered(context, *operands, **parameters)

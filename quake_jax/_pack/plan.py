@@ -18,6 +18,7 @@ from quake_jax._core import jax_names
 from quake_jax._core.drop_in import refusal
 from quake_jax._dense import pack_primitive
 from quake_jax._dense.packed import PackedWeight, pack_weight
+from quake_jax._dense.sharding import with_split_columns
 from quake_jax._dense.trees import pytree
 from quake_jax._pack.report import Kept, Layer, joined_paths
 from quake_jax._pack.rules import Rules
@@ -222,6 +223,7 @@ class Plan:
                 "no function that was given to pack did; give pack the tuple of all (function, "
                 "arguments) that share the weights, or a rule that leaves it alone"
             )
+        _check_whole(self.paths[i], array, self._leaves[i])
         return array
 
     def weight(self, entries, slot: Slot) -> list:
@@ -232,7 +234,17 @@ class Plan:
         wanted = jax.tree.structure(slot.static)
         if not isinstance(found, PackedWeight) or jax.tree.structure(found) != wanted:
             raise refusal("pack", f"packed {self.paths[slot.leaf]}", repr(slot.static), repr(found))
-        return jax.tree.leaves(found)
+        leaves = jax.tree.leaves(found)
+        for leaf, whole in zip(leaves, jax.tree.leaves(slot.static), strict=True):
+            _check_whole(self.paths[slot.leaf], leaf, whole)
+        return leaves
+
+
+def _check_whole(path: str, array, known) -> None:
+    """Raise unless an array has the shape that it had when the functions were packed."""
+    if array.shape != known.shape:
+        expected = f"an array of shape {known.shape} (whole, in the body of jax.shard_map)"
+        raise refusal("pack", f"packed {path}", expected, f"shape {array.shape}")
 
 
 def bytes_of(x) -> int:
@@ -257,7 +269,7 @@ def _before_packing(program):
 
 @jax.jit
 def relative_error(weight, packed: PackedWeight):
-    weight = weight.astype(jnp.float32)
+    weight = with_split_columns(weight).astype(jnp.float32)
     size = jnp.sqrt(jnp.sum(weight**2))
     difference = jnp.sqrt(jnp.sum((packed.unpack() - weight) ** 2))
     return jnp.where(size > 0, difference / size, 0.0)

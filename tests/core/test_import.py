@@ -26,6 +26,7 @@ PUBLIC = {
     "pack_weight",
     "save_packed",
     "load_packed",
+    "packed_shardings",
     "PackedFunction",
     "PackedLeaf",
     "PackReport",

@@ -87,6 +87,14 @@ def test_processes_give_the_results_of_one(mode, parts, of_one_process):
     assert "The same tokens as in one process" in result.stdout
 
 
+def test_packed_weights_give_the_results_of_one_process():
+    result = run("--mode", "tensor", "--weights", "int8", *PROMPTS)
+    assert len(continuations(result)) == 2
+    assert "The same tokens as in one process" in result.stdout
+    local, whole = re.search(r"has ([\d.]+) of ([\d.]+) MB.* weights int8", result.stdout).groups()
+    assert float(local) < 0.8 * float(whole)
+
+
 @pytest.fixture
 def distributed_gpt(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)

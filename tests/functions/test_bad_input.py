@@ -79,7 +79,9 @@ VALID = {
     "nnx.substitute": {"model": _Model()},
 }
 # Of packed weights: tests/dense/test_dense_errors.py and tests/pack.
-OF_DENSE_LAYERS = {"dense", "pack_weight", "pack", "nnx.pack", "save_packed", "load_packed"}
+OF_DENSE_LAYERS = {"dense", "pack_weight", "pack", "nnx.pack", "save_packed", "load_packed"} | {
+    "packed_shardings"
+}
 ACTIVATIONS = [name for name, keywords in VALID.items() if list(keywords) == ["x"]]
 
 # What takes no arguments, or takes any: how products and dropout are computed is Flax's affair, and
