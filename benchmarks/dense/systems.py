@@ -18,17 +18,8 @@ import numpy as np
 from jax import lax
 from scipy import special
 
-from benchmarks.dense.cases import (
-    CONSTANT_ROWS,
-    FORMATS,
-    GPT2,
-    LONG_FLOPS,
-    MOST_COPIES,
-    NORM_SHAPE,
-    Shape,
-    bytes_of,
-    fits,
-)
+from benchmarks.dense import cases
+from benchmarks.dense.cases import FORMATS, GPT2, NORM_SHAPE, Shape
 from benchmarks.harness import buffers, peers, timing
 from benchmarks.harness.errors import BenchmarkError, quake_jax
 from benchmarks.harness.timing import Contestant
@@ -52,13 +43,10 @@ class Layer:
 
     A call of a contestant multiplies with every copy once; the last one is the weight that the
     result is checked with.
-
-    Attributes:
-        walked: Bytes that all copies of a format have, if the layer has few rows; 0 for no copies.
     """
 
     shape: Shape
-    walked: int = 0
+    walked: int = 0  # bytes that all copies of a format have, if there are few rows; 0 for none
     _buffers: dict[tuple[str, str], Buffers] = field(default_factory=dict)
     _copies: dict[str, list] = field(default_factory=dict)
 
@@ -74,7 +62,7 @@ class Layer:
         if not (self.shape.walks and self.walked):
             return 1
         wanted = self.walked / (bytes_of_weight * self.shape.k * self.shape.n)
-        return min(math.ceil(wanted), MOST_COPIES)
+        return min(math.ceil(wanted), cases.MOST_COPIES)
 
     def copies(self, name: str, bytes_of_weight: float, make: Callable[[], Any]) -> list:
         """The copies of a format by its name: pytrees of JAX arrays like the one made."""
@@ -103,9 +91,8 @@ class Layer:
         which GELU it has.
         """
         rows, wanted = self._exact[form, erf]
-        return float(
-            np.max(np.abs(result[rows].astype(np.float64) - wanted)) / np.abs(wanted).max()
-        )
+        difference = np.abs(result[rows].astype(np.float64) - wanted)
+        return float(difference.max() / np.abs(wanted).max())
 
     @functools.cached_property
     def _exact(self) -> dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]]:
@@ -116,8 +103,7 @@ class Layer:
         weight = self.weight.astype(np.float64)
         bare, all_ = (v @ weight + self.bias for v in (x, normed))
         found = {}
-        for erf in (False, True):
-            gelu = _exact_gelu_erf if erf else _exact_gelu_tanh
+        for erf, gelu in ((False, _exact_gelu_tanh), (True, lambda y: y * special.ndtr(y))):
             results = {"bias": bare, "gelu": gelu(bare), "all": gelu(all_) + self.residual[rows]}
             found |= {(form, erf): (rows, result) for form, result in results.items()}
         return found
@@ -134,10 +120,6 @@ def _of_layer(k: int, n: int) -> dict[str, Any]:
     come one after another.
     """
     return {"": _normal()(k, n) / math.sqrt(k)}
-
-
-def _exact_gelu_erf(y: np.ndarray) -> np.ndarray:
-    return y * special.ndtr(y)
 
 
 def _exact_gelu_tanh(y: np.ndarray) -> np.ndarray:
@@ -159,48 +141,30 @@ class Buffers(buffers.Buffers):
         The copies are arguments of the loop, which chooses between them without copying one.
         """
 
-        def loop(operands, weights, out, calls):
-            def body(i, carry):
-                (x, bias), weights, _ = lax.optimization_barrier(carry)
-                branches = [lambda x, w=w: operator(x, w, bias) for w in weights]
-                return (x, bias), weights, lax.switch(i % len(weights), branches, x)
+        def step(i, operands, weights):
+            x, bias = operands
+            branches = [lambda x, w=w: operator(x, w, bias) for w in weights]
+            return lax.switch(i % len(weights), branches, x)
 
-            return lax.fori_loop(0, calls, body, (operands, weights, out))[2]
-
-        compiled = jax.jit(loop, donate_argnums=2)
-        weights = tuple(copies)
-
-        def start(trips: int) -> None:
-            out = compiled(self._operands, weights, self._out, np.int32(trips))
-            self._out = out.block_until_ready()
-            if self._out.unsafe_buffer_pointer() != self._address:
-                raise RuntimeError("XLA did not reuse the donated output buffer")
+        products = self.looped(step, tuple(copies))
 
         def run(calls: int) -> None:
-            start(calls * len(weights))
+            products(calls * len(copies))
 
-        run.start = functools.partial(start, 0)
+        run.start = functools.partial(products, 0)
         return run
 
 
 @dataclass
 class Entry:
-    """A contestant of a form of a layer.
-
-    Attributes:
-        format: Which of ours has the same precision.
-        copies: How many products a call of it has.
-        weight_bytes: Bytes of one of its weights.
-        result: Gives its last result.
-        erf: Whether its GELU is the exact one, and not the tanh form.
-    """
+    """A contestant of a form of a layer."""
 
     contestant: Contestant
-    format: str
-    copies: int
+    format: str  # which of ours has the same precision
+    copies: int  # products of a call
     weight_bytes: float
-    result: Callable[[], np.ndarray]
-    erf: bool = False
+    result: Callable[[], np.ndarray]  # gives the last one
+    erf: bool = False  # its GELU is the exact one, and not the tanh form
 
 
 def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Entry]:
@@ -213,7 +177,7 @@ def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Ent
         run = held.walker(operator, copies)
         start = peers.call_seconds(peers.repeat(run.start, held), target, threads)
         calls = 1
-        if len(copies) * layer.shape.flops <= LONG_FLOPS * threads:
+        if len(copies) * layer.shape.flops <= cases.LONG_FLOPS * threads:
             calls = timing.calibrate(run, max(target, STARTS * start))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies[-1]))
         contestant = Contestant(name, run, overhead=start / calls, calls=calls)
@@ -232,9 +196,9 @@ def _ours(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entr
         extra["norm"] = module.LayerNorm(scale, offset, EPSILON)
         extra["residual"] = jnp.array(layer.residual)
     for name, arguments in FORMATS.items():
-        if fits(name, layer.shape):
+        if cases.fits(name, layer.shape):
             pack = functools.partial(module.pack_weight, layer.weight, **arguments)
-            copies = layer.copies(f"quake {name}", bytes_of(name), pack)
+            copies = layer.copies(f"quake {name}", cases.bytes_of(name), pack)
 
             def operator(x, w, bias):
                 return module.dense(x, w, bias, **extra)
@@ -254,7 +218,7 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
         copies = layer.copies(f"XLA {dtype}", size, make)
         name = f"XLA {dtype}" if dtype == out else f"XLA {dtype} → {out}"
         yield entry(name, dtype, copies, operator, (dtype, out))
-        if out == "float32" and layer.shape.m in CONSTANT_ROWS:
+        if out == "float32" and layer.shape.m in cases.CONSTANT_ROWS:
             yield _of_constants(name, dtype, copies, operator, (dtype, out), entry)
 
 

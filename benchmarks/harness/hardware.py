@@ -69,21 +69,6 @@ typedef long long words __attribute__((vector_size({bytes})));
 
 {chains}
 
-/* Eight loads are under way at a time; the result is stored so that nothing is left out. */
-void read_all(const char* from, long bytes, long calls) {{
-  static volatile long long sink;
-  for (long call = 0; call < calls; ++call) {{
-    words a[8] = {{{{0}}}};
-    const words* p = (const words*)from;
-    for (long n = bytes / (8 * sizeof(words)); n > 0; --n, p += 8) {{
-      __asm__ volatile("" : : : "memory");
-      a[0] ^= p[0]; a[1] ^= p[1]; a[2] ^= p[2]; a[3] ^= p[3];
-      a[4] ^= p[4]; a[5] ^= p[5]; a[6] ^= p[6]; a[7] ^= p[7];
-    }}
-    a[0] ^= a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-    sink = a[0][0] ^ a[0][1];
-  }}
-}}
 {streams}
 """
 
@@ -98,7 +83,8 @@ void {instruction}_chains(long calls) {{
 }}
 """
 
-# Each stream reads a part of the array; as above, eight loads are under way.
+# Each stream reads a part of the array. Eight loads are under way at a time; the result is stored
+# so that nothing is left out.
 _STREAMS_SOURCE = """
 void read_{streams}_{ahead}(const char* from, long bytes, long calls) {{
   static volatile long long sink;
@@ -121,8 +107,9 @@ class Ceilings:
 
     Attributes:
         left_out: Why there are none, or None.
-        flops_per_call: Additions and multiplications of one call of `fma`, all threads together.
-        peaks: The same of every instruction that there is, by the name of its contestant.
+        peaks: Additions and multiplications of one call of every instruction that there is, all
+            threads together, by the name of its contestant.
+        flops_per_call: Those of `fma`.
     """
 
     def __init__(self, isa: str | None, threads: int):
@@ -151,17 +138,14 @@ class Ceilings:
 
     def read(self, name: str, arrays: Sequence) -> Contestant:
         """Reading NumPy arrays once per call, each divided among the threads."""
-        return self._reading(name, self._library.read_all, arrays)
+        return self._reading(name, self._library.read_1_0, arrays)
 
     def reads(self, arrays: Sequence) -> list[Contestant]:
         """Reading them in one to eight streams, with and without prefetching."""
+        loops = {way: getattr(self._library, "read_{}_{}".format(*way)) for way in _READS}
         return [
-            self._reading(
-                f"{READ}, streams {streams}, ahead {ahead}",
-                getattr(self._library, f"read_{streams}_{ahead}"),
-                arrays,
-            )
-            for streams, ahead in _READS
+            self._reading(f"{READ}, streams {streams}, ahead {ahead}", loop, arrays)
+            for (streams, ahead), loop in loops.items()
         ]
 
     def _reading(self, name: str, loop: Callable, arrays: Sequence) -> Contestant:
@@ -224,8 +208,8 @@ def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
         for instruction in known:
             loop = getattr(library, f"{instruction}_chains")
             loop.argtypes, loop.restype = [ctypes.c_long], None
-        for name in ["read_all", *(f"read_{streams}_{ahead}" for streams, ahead in _READS)]:
-            loop = getattr(library, name)
+        for way in _READS:
+            loop = getattr(library, "read_{}_{}".format(*way))
             loop.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
             loop.restype = None
     return library

@@ -28,12 +28,9 @@ class Buffers(buffers.Buffers):
     def __init__(self, case: Case):
         self.case = case
         random = np.random.default_rng(0)
-        drawn = []
-        for shape in case.operand_shapes:
-            values = random.standard_normal(shape, dtype=np.float32)
-            values *= 2
-            drawn.append(jnp.array(values.astype(jnp.dtype(case.dtype))))
-        super().__init__(drawn, case.out_shape, case.dtype)
+        drawn = (2 * random.standard_normal(s, dtype=np.float32) for s in case.operand_shapes)
+        operands = [jnp.array(values.astype(jnp.dtype(case.dtype))) for values in drawn]
+        super().__init__(operands, case.out_shape, case.dtype)
 
     def error(self) -> float:
         """Largest relative error of what the last contestant wrote, on the first rows."""
