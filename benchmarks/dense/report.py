@@ -88,9 +88,8 @@ def _dtype(format_: str) -> str:
 def _speeds(cases: list[dict], dtype: str) -> Table:
     """A row for each case, with the speed of each contestant whose weights have that dtype."""
     formats = {goals.name_of(format_): format_ for format_ in FORMATS} | XLA | PEERS
-    named = pages.names_in(case["contestants"] for case in cases)
-    names = [name for name in named if _dtype(formats[name]) == dtype]
-    speeds = pages.of_contestants(cases, lambda e: f"{e['gflops']:.3g}{pages.doubt(e)}", names)
+    names = [name for name in pages.contestants(cases) if _dtype(formats[name]) == dtype]
+    speeds = pages.of_contestants(names, lambda e: f"{e['gflops']:.3g}{pages.doubt(e)}")
     return f"Speed, {dtype}: GFLOP/s (median)", pages.rows_of(cases, (CASE, _label), *speeds)
 
 
@@ -104,8 +103,7 @@ def _errors(cases: list[dict]) -> Rows:
         entries = (case["contestants"].get(name) for case in cases)
         return f"{max(entry['error'] for entry in entries if entry):.0e}"
 
-    names = pages.names_in(case["contestants"] for case in cases)
-    return pages.rows_of(names, ("contestant", str), ("error", largest))
+    return pages.rows_of(pages.contestants(cases), ("contestant", str), ("error", largest))
 
 
 def _ours(cases: list[dict], figure: goals.Figure, digits: int = 2, unit: str = "") -> Rows:

@@ -150,22 +150,29 @@ def rows_of(entries: Iterable[Any], *columns: Column) -> Rows:
 
 
 def named_columns(
-    names: Iterable[str], cell: Callable[[Any], str], of: Callable[[dict], dict]
+    names: Iterable[str],
+    cell: Callable[[Any], str],
+    of: Callable[[dict], dict],
+    heading: Callable[[str], str] = str,
 ) -> list[Column]:
     """A column for each name with what an entry has of it: in `contestants`, its ratios, …"""
 
     def column(name: str) -> Column:
-        return name, lambda entry: cell(of(entry)[name]) if name in of(entry) else NONE
+        return heading(name), lambda entry: cell(of(entry)[name]) if name in of(entry) else NONE
 
     return [column(name) for name in names]
 
 
 def of_contestants(
-    cases: list[dict], cell: Callable[[dict], str], names: Iterable[str] | None = None
+    names: Iterable[str], cell: Callable[[dict], str], heading: Callable[[str], str] = str
 ) -> list[Column]:
-    """The columns of those names, or of all contestants of the cases."""
-    found = names_in(case["contestants"] for case in cases) if names is None else names
-    return named_columns(found, cell, lambda case: case["contestants"])
+    """Those of contestants."""
+    return named_columns(names, cell, lambda case: case["contestants"], heading)
+
+
+def contestants(cases: list[dict]) -> list[str]:
+    """The names of all contestants of the cases."""
+    return names_in(case["contestants"] for case in cases)
 
 
 def by_dtype(cases: list[dict]) -> dict[str, list[dict]]:

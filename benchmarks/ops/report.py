@@ -44,7 +44,7 @@ def _times(cases: list[dict]) -> Rows:
         if name != "order 4" or all(name in case["contestants"] for case in cases)
     ]
     copy = ("copy", lambda case: _nanoseconds(case["contestants"][case["copy"]]))
-    columns = pages.of_contestants(cases, _nanoseconds, names)
+    columns = pages.of_contestants(names, _nanoseconds)
     return pages.rows_of(cases, ("operator", _label), *columns, copy)
 
 
