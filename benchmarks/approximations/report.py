@@ -88,13 +88,10 @@ def _time(row: dict) -> str:
 
 
 def _sources(result: dict) -> Rows:
-    papers: dict[str, list[str]] = {}
-    for of_kind in result["kinds"].values():
-        for row in of_kind:
-            if "paper" in row["description"]:
-                names = papers.setdefault(row["description"]["paper"], [])
-                if row["description"]["name"] not in names:
-                    names.append(row["description"]["name"])
+    papers: dict[str, dict[str, None]] = {}  # and the names, each once
+    for row in (row["description"] for of_kind in result["kinds"].values() for row in of_kind):
+        if "paper" in row:
+            papers.setdefault(row["paper"], {})[row["name"]] = None
     return [["names", "source"], *([", ".join(names), paper] for paper, names in papers.items())]
 
 

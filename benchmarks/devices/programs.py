@@ -92,9 +92,7 @@ def _prefill(quick: bool):
     def spec(path, _):
         """Heads and hidden units: outputs of what makes them, inputs of what reads them."""
         module, leaf = path[-2].key, path[-1].key
-        if module in ("query", "key", "value"):
-            return P(None, "model") if leaf == "kernel" else P("model")
-        if module == "Dense_0":
+        if module in ("query", "key", "value", "Dense_0"):
             return P(None, "model") if leaf == "kernel" else P("model")
         return P("model") if module in ("out", "Dense_1") and leaf == "kernel" else P()
 

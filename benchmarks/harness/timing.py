@@ -6,6 +6,7 @@ and repeated; contestants are compared only within a round, so that slow drifts 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import random
@@ -43,23 +44,15 @@ class Reading:
 
 @dataclass
 class Contestant:
-    """Something to time.
+    """Something to time."""
 
-    Attributes:
-        name: Its name in tables, or another key among those of a round.
-        run: Runs the operation the given number of times and returns when all are done.
-        overhead: Seconds per call that belong to the caller and not to the operation; `measure`
-            subtracts them.
-        settle: Seconds during which its idle threads still spin after a run. They would take a
-            core from whoever is next, so the stopwatch waits that long.
-        calls: Calls of a reading; None to find out how many make one long enough.
-    """
-
-    name: Hashable
-    run: Callable[[int], None]
-    overhead: float = 0.0
+    name: Hashable  # in tables, or another key among those of a round
+    run: Callable[[int], None]  # returns when the operation was done so many times
+    overhead: float = 0.0  # seconds per call that are the caller's: subtracted
+    # Seconds during which its idle threads still spin after a run. They would take a core from
+    # whoever is next, so the stopwatch waits that long.
     settle: float = 0.0
-    calls: int | None = None
+    calls: int | None = None  # of a reading; None to find out how many make one long enough
 
 
 @dataclass
@@ -127,10 +120,6 @@ class Quartiles:
 def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
     """How many times as long `other` took as `subject`, in seconds of the same rounds: median and
     quartiles of the rounds' ratios. Above 1 the subject is faster.
-
-    Example:
-        >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
-        2.0
     """
     return Quartiles.of([a / b for a, b in zip(other, subject, strict=True)])
 
@@ -157,12 +146,9 @@ def _thread_times() -> ThreadTimes:
     """CPU seconds and seconds without a core of each thread of the process (empty off Linux)."""
     times = {}
     for path in glob.glob("/proc/self/task/*/schedstat"):
-        try:
-            with open(path) as file:
-                on_core, waited, _ = file.read().split()
-        except OSError:  # a thread that has just ended
-            continue
-        times[int(path.split("/")[4])] = (1e-9 * int(on_core), 1e-9 * int(waited))
+        with contextlib.suppress(OSError), open(path) as file:  # of a thread that has just ended
+            on_core, waited, _ = file.read().split()
+            times[int(path.split("/")[4])] = (1e-9 * int(on_core), 1e-9 * int(waited))
     return times
 
 
