@@ -98,15 +98,11 @@ def _quantized(layer: Layer, steps: int = 127) -> tuple[np.ndarray, np.ndarray]:
 # --- torch
 
 
-def _torch_engine() -> str:
-    """The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
-    without VNNI, and many rows as fast.
-    """
-    return "fbgemm" if _saturates() else "onednn"
-
-
 def _torch(threads: int) -> dict[str, Make]:
     torch = peers.torch(threads)
+    # The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
+    # without VNNI, and many rows as fast.
+    engine = "fbgemm" if _saturates() else "onednn"
 
     def make(name: str, layer: Layer, form: str) -> Made:
         dtype = torch.bfloat16 if name == "torch bfloat16" else torch.float32
@@ -114,7 +110,7 @@ def _torch(threads: int) -> dict[str, Make]:
         count = layer.count(_bytes(name))
         if name == "torch int8":
             _, scales = _quantized(layer)
-            torch.backends.quantized.engine = _torch_engine()
+            torch.backends.quantized.engine = engine
             with warnings.catch_warnings():  # deprecated, and there is nothing else in torch
                 warnings.simplefilter("ignore")
                 quantized = torch.quantize_per_channel(
@@ -146,7 +142,7 @@ def _torch(threads: int) -> dict[str, Make]:
         return call, lambda: call.out.float().numpy(), count
 
     names = ["torch float32", "torch bfloat16"]
-    if _torch_engine() in torch.backends.quantized.supported_engines:
+    if engine in torch.backends.quantized.supported_engines:
         names.append("torch int8")
     return {name: partial(make, name) for name in names}
 

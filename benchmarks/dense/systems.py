@@ -74,9 +74,9 @@ class Layer:
             self._copies[name] = [*more, made]
         return self._copies[name]
 
-    def known(self, name: str) -> list:
-        """Copies that were made before."""
-        return self._copies[name]
+    def codes(self, name: str) -> list[np.ndarray]:
+        """The memory of copies that were made before."""
+        return [np.from_dlpack(copy.codes) for copy in self._copies[name]]
 
     def buffers(self, dtype: str, out_dtype: str) -> Buffers:
         """x in one dtype, bias and output in another."""
@@ -126,11 +126,6 @@ def _exact_gelu_tanh(y: np.ndarray) -> np.ndarray:
     return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
-def view(array: jax.Array) -> np.ndarray:
-    """The same memory in NumPy."""
-    return np.from_dlpack(array)
-
-
 class Buffers(buffers.Buffers):
     """x, bias and output; weights come to it."""
 
@@ -176,9 +171,8 @@ def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Ent
         held = layer.buffers(*dtypes)
         run = held.walker(operator, copies)
         start = peers.call_seconds(peers.repeat(run.start, held), target, threads)
-        calls = 1
-        if len(copies) * layer.shape.flops <= cases.LONG_FLOPS * threads:
-            calls = timing.calibrate(run, max(target, STARTS * start))
+        short = len(copies) * layer.shape.flops <= cases.LONG_FLOPS * threads
+        calls = timing.calibrate(run, max(target, STARTS * start)) if short else 1
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies[-1]))
         contestant = Contestant(name, run, overhead=start / calls, calls=calls)
         return Entry(contestant, format_, len(copies), size, lambda: held.target)
@@ -192,9 +186,10 @@ def _ours(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entr
     module = quake_jax("pack_weight")
     extra = {} if form == "bias" else {"activation": "gelu"}
     if form == "all":
-        scale, offset = jnp.array(layer.scale), jnp.array(layer.offset)
+        scale, offset, extra["residual"] = map(
+            jnp.array, (layer.scale, layer.offset, layer.residual)
+        )
         extra["norm"] = module.LayerNorm(scale, offset, EPSILON)
-        extra["residual"] = jnp.array(layer.residual)
     for name, arguments in FORMATS.items():
         if cases.fits(name, layer.shape):
             pack = functools.partial(module.pack_weight, layer.weight, **arguments)
@@ -211,6 +206,7 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
     for dtype, out in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
 
         def operator(x, w, bias, out=out):
+            w = w.array if isinstance(w, _Constant) else w
             return activation(jnp.dot(x, w, preferred_element_type=out) + bias)
 
         size = 4 if dtype == "float32" else 2
@@ -219,28 +215,18 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
         name = f"XLA {dtype}" if dtype == out else f"XLA {dtype} → {out}"
         yield entry(name, dtype, copies, operator, (dtype, out))
         if out == "float32" and layer.shape.m in cases.CONSTANT_ROWS:
-            yield _of_constants(name, dtype, copies, operator, (dtype, out), entry)
-
-
-def _of_constants(name, dtype, copies, operator, dtypes, entry) -> Entry:
-    constants = [np.asarray(w) for w in distinct(copies[-1], len(copies))]
-
-    def of_number(x, number, bias):
-        # The number is that of the copy, known when the program is made: see `walker`.
-        return operator(x, constants[number.index], bias)
-
-    numbers = [_Number(i) for i in range(len(copies))]
-    made = entry(f"{name} constants", dtype, numbers, of_number, dtypes)
-    made.weight_bytes = constants[0].nbytes
-    return made
+            constants = [_Constant(w) for w in distinct(copies[-1], len(copies))]
+            made = entry(f"{name} constants", dtype, constants, operator, (dtype, out))
+            made.weight_bytes = constants[0].array.nbytes
+            yield made
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Number:
-    """Stands for a weight that is a constant: an argument without arrays."""
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """A weight that is known when the program is made: an argument without arrays of JAX."""
 
-    index: int
+    array: np.ndarray
 
 
 def distinct(array: np.ndarray | jax.Array, count: int) -> Iterator[np.ndarray]:
@@ -272,14 +258,15 @@ def norm(name: str, dtype: str) -> tuple[Contestant, Contestant]:
 
     ours = functools.partial(getattr(module, name), epsilon=EPSILON)
     held = buffers.Buffers(operands, NORM_SHAPE, dtype)
-    contestants, results = [], []
-    for system, operator in (("quake", ours), ("XLA", flax)):
-        contestants.append(Contestant(f"{system} {name} {dtype}", held.runner(operator)))
-        contestants[-1].run(1)
+    runs = [held.runner(operator) for operator in (ours, flax)]
+    results = []
+    for run in runs:
+        run(1)
         results.append(held.target.astype(np.float32))
     if not np.allclose(*results, rtol=0.02, atol=0.02):
         raise BenchmarkError(f"{name} is wrong in {dtype}")
-    return tuple(contestants)
+    systems = zip(("quake", "XLA"), runs, strict=True)
+    return tuple(Contestant(f"{system} {name} {dtype}", run) for system, run in systems)
 
 
 def packing(format_: str) -> Contestant:
@@ -288,9 +275,8 @@ def packing(format_: str) -> Contestant:
     normal = _normal()
     weights = [w for (k, n), count in GPT2.items() for w in [normal(k, n)] * count]
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            for weight in weights:
-                jax.block_until_ready(pack(weight))
+    def call() -> None:
+        for weight in weights:
+            jax.block_until_ready(pack(weight))
 
-    return Contestant(f"packing {format_}", run, calls=1)
+    return Contestant(f"packing {format_}", peers.repeat(call, weights), calls=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.harness import peers
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,12 +44,8 @@ def make(case: Case, quick: bool) -> Callable[[int], None]:
     operands = jax.tree.map(place, operands, specs)
     compiled = jax.jit(f, out_shardings=NamedSharding(mesh, result))
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            # Each: calls on several devices need not end in the order in which they began.
-            compiled(*operands).block_until_ready()
-
-    return run
+    # Each: calls on several devices need not end in the order in which they began.
+    return peers.repeat(lambda: compiled(*operands).block_until_ready(), operands)
 
 
 def function(name: str, quick: bool):

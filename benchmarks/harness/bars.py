@@ -29,22 +29,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit for one figure of one case.
-
-    Attributes:
-        kind: What the figure is.
-        case: The case of the subject; as text it is what the bar is called.
-        threshold: The least figure, or the largest where the kind says so.
-        subject: Whose figure it is, such as "order 3".
-        isa: The instruction set for which it holds, and for the extensions of it that begin
-            with its name: avx512bf16 is avx512 with other bfloat16 kernels.
-        threads: The number of threads for which it holds.
-    """
+    """A limit for one figure of one case, for one instruction set and number of threads."""
 
     kind: Kind
-    case: Any
-    threshold: float
-    subject: str
+    case: Any  # of the subject; as text it is what the bar is called
+    threshold: float  # the least figure, or the largest where the kind says so
+    subject: str  # whose figure it is, such as "order 3"
+    # Those that begin with its name extend it: avx512bf16 is avx512 with other bfloat16 kernels.
     isa: str = "avx512"
     threads: int = 1
 

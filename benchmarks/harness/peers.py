@@ -6,8 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from benchmarks.harness import timing
 from benchmarks.harness.errors import missing
 from benchmarks.harness.timing import Contestant
@@ -21,11 +19,8 @@ _SETTLE_SECONDS = {TORCH: 0.01, ONNXRUNTIME: 0.05}
 
 
 class Libraries:
-    """Makes the contestants of the libraries that are installed.
-
-    Attributes:
-        names: Of those that are.
-        left_out: Why others take no part: text by name.
+    """Makes the contestants of the libraries that are installed, the `names`; `left_out` says why
+    others take no part.
     """
 
     def __init__(self, threads: int, wanted: Sequence[str]):
@@ -138,7 +133,7 @@ def onnx_type(dtype: str) -> int:
 
 
 def onnxruntime_call(
-    model: bytes, threads: int, arrays: dict[str, np.ndarray], dtype: str
+    model: bytes, threads: int, arrays: dict[str, Any], dtype: str
 ) -> Callable[[], None]:
     """A call of a model in onnxruntime on these arrays, the outputs' names beginning with "out"."""
     import onnxruntime

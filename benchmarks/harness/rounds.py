@@ -14,12 +14,8 @@ from benchmarks.harness.timing import Contestant, Quartiles, Series, paired_rati
 
 @dataclass
 class Rounds:
-    """The contestants, each of which is a case and a name, and the limits of the hardware.
-
-    Attributes:
-        errors: Of the contestants' results.
-        contestants: They and the limits, whose keys are names alone.
-        series: Their readings.
+    """The contestants, each of which is a case and a name, and the limits of the hardware, whose
+    keys are names alone.
     """
 
     settings: Settings

@@ -19,10 +19,8 @@ OVERHEAD_SHAPE = (1, 16)
 
 
 class Peers(peers.Libraries):
-    """Makes the contestants of the libraries that are installed.
-
-    Attributes:
-        lacking: Labels `function dtype` of what the others do not have, by name.
+    """Makes the contestants of the libraries that are installed; `lacking` has by their names the
+    labels `function dtype` of what they do not have.
     """
 
     def __init__(self, threads: int, wanted: Sequence[str] = PEERS):

@@ -78,11 +78,9 @@ def quake(buffers: Buffers, order: int) -> Contestant:
 def copies(buffers: Buffers) -> list[Contestant]:
     """Copies of the operand to the output; the fastest one is the limit for the operators."""
 
-    def numpy_copy(calls: int) -> None:
+    def in_numpy(calls: int) -> None:
         for _ in range(calls):
             np.copyto(buffers.target, buffers.sources[0])
 
-    return [
-        Contestant("copy (XLA)", buffers.runner(lambda x, *_: x)),
-        Contestant("copy (NumPy)", numpy_copy),
-    ]
+    in_xla = buffers.runner(lambda x, *_: x)
+    return [Contestant("copy (XLA)", in_xla), Contestant("copy (NumPy)", in_numpy)]
