@@ -54,16 +54,8 @@ def measure(args: argparse.Namespace) -> dict:
         speedups = processes.two_threads(
             settings, compared, _quake, Case.described, all_cases.ROUNDS, bar.advance
         )
-    result = {
-        "benchmark": settings.section("attention"),
-        "environment": environment.describe(args.threads),
-        "settings": {"orders": run.orders, **settings.as_dict()},
-        "left_out": left_out | torch.left_out,
-        "cases": measured,
-        "scaling": speedups,
-    }
-    result["bars"] = [] if args.quick else goals.judge(result)
-    return result
+    parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
+    return settings.result("attention", {"orders": run.orders}, goals.judge, **parts)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

@@ -75,17 +75,16 @@ def measure(args: argparse.Namespace) -> dict:
             bar.show("norms, and packing a model")
             norms, packing = _norms(settings), _packing(settings)
             bar.advance()
-    result = {
-        "benchmark": settings.section("dense"),
-        "environment": environment.describe(args.threads),
-        "settings": {"walked_bytes": run.walked, **settings.as_dict()},
-        "left_out": left_out,
-        "cases": sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
-        "scaling": scaling,
-        "norms": norms,
-        "packing": packing,
-    }
-    result["bars"] = [] if args.quick else goals.judge(result)
+    result = settings.result(
+        "dense",
+        {"walked_bytes": run.walked},
+        goals.judge,
+        left_out=left_out,
+        cases=sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
+        scaling=scaling,
+        norms=norms,
+        packing=packing,
+    )
     result["bars_not_judged"] = goals.not_judged(result)
     result["bars_not_measured"] = goals.not_measured(result)
     return result

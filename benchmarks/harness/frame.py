@@ -150,9 +150,19 @@ class Settings:
         """What the result of a run says of them; threads stand in the environment."""
         return {name: value for name, value in asdict(self).items() if name != "threads"}
 
-    def section(self, name: str) -> str:
-        """What a result is called: either allocator has a section of its own in a Markdown file."""
-        return name if self.allocator == "keep" else f"{name}, system allocator"
+    def result(
+        self, name: str, settings: dict, judge: Callable[[dict], list[dict]], **parts
+    ) -> dict:
+        """A result, judged unless it is a try; either allocator has a name, and so a section of a
+        Markdown file, of its own.
+        """
+        result = {
+            "benchmark": name if self.allocator == "keep" else f"{name}, system allocator",
+            "environment": environment.describe(self.threads),
+            "settings": {**settings, **self.as_dict()},
+            **parts,
+        }
+        return result | {"bars": [] if self.quick else judge(result)}
 
     def read(
         self,

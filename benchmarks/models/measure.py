@@ -7,11 +7,12 @@ systems of a model are timed in the same rounds, and their results compared firs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import environment, peers, timing
+from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import TORCH
@@ -31,6 +32,7 @@ def measure(args: argparse.Namespace) -> dict:
     left_out = {TORCH: "not installed"} if TORCH in asked and missing("torch") else {}
     wanted = [name for name in SYSTEMS if name in asked - left_out.keys()]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
+    settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
     chosen = cases.choose(args.model or CASES, args.dtype, args.quick)
     measured = []
     with progress(len(chosen)) as bar:
@@ -39,16 +41,9 @@ def measure(args: argparse.Namespace) -> dict:
         for case in bar.over(chosen, lambda case: case.label):
             measured.append(measure_case(case, wanted, settings, bar.advance))
             gc.collect()  # the weights of one model at a time
-    described = {"systems": wanted, "dtype": args.dtype, **settings.as_dict()}
-    result = {
-        "benchmark": settings.section(f"models, {args.dtype}"),
-        "environment": environment.describe(args.threads),
-        "settings": described | {"rounds": settings.rounds or ROUNDS},
-        "left_out": left_out,
-        "cases": measured,
-    }
-    result["bars"] = [] if args.quick else goals.judge(result)
-    return result
+    described = {"systems": wanted, "dtype": args.dtype}
+    parts = {"left_out": left_out, "cases": measured}
+    return settings.result(f"models, {args.dtype}", described, goals.judge, **parts)
 
 
 def measure_case(

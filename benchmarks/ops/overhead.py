@@ -22,8 +22,8 @@ from benchmarks.ops.operators import OPERATORS
 
 ELEMENTS = 16
 # tanh is one instruction to XLA, softmax several; both stay bounded when chained. XLA would fuse a
-# whole chain of tanh into one kernel, barriers or not: fusion is off there. A softmax it cannot fuse
-# with the next one, and there its fusion of the steps is its due.
+# whole chain of tanh into one kernel, barriers or not: fusion is off there. A softmax it cannot
+# fuse with the next one, and there its fusion of the steps is its due.
 COMPILER_OPTIONS = {"tanh": {"xla_disable_hlo_passes": "fusion"}, "softmax": {}}
 
 
