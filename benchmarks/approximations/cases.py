@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.ops.operators import OPERATORS
 
-EXACT_NAME = "exact"
 LAYERNORM_EPSILON = 1e-6
 
 
@@ -32,21 +31,13 @@ OPERATOR_OF = {"softmax": "softmax", "gelu": "gelu_erf", "exp": "exp", "sigmoid"
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One of those compared.
+    """One of those compared."""
 
-    Attributes:
-        kind: A kind of `quake_jax.approximations`.
-        name: Of the row: "exact", "QuAKE 1" to "QuAKE 5", or the registered name.
-        function: f(x) of a float32 array, over the last axis where there is one.
-        order: QuAKE's, or None.
-        entry: The `quake_jax.approximations.Approximation`, or None.
-    """
-
-    kind: str
-    name: str
-    function: Callable[[jax.Array], jax.Array]
-    order: int | None = None
-    entry: Any = None
+    kind: str  # of `quake_jax.approximations`
+    name: str  # of the row: "exact", "QuAKE 1" to "QuAKE 5", or the registered name
+    function: Callable[[jax.Array], jax.Array]  # of float32, over the last axis if there is one
+    order: int | None = None  # QuAKE's
+    entry: Any = None  # the `quake_jax.approximations.Approximation`
 
     @property
     def is_exact(self) -> bool:
@@ -83,36 +74,20 @@ def choose(
     for name in names or ():
         if name not in known:
             raise BenchmarkError(f"argument --name: {name!r} is none of {', '.join(known)}")
-    return {
-        kind: [
-            Candidate(kind, EXACT_NAME, exact(kind)),
-            *_ours(kind, orders),
-            *(
-                Candidate(kind, entry.name, _float_call(entry), entry=entry)
-                for entry in entries[kind]
-                if names is None or entry.name in names
-            ),
-        ]
-        for kind in kinds
-    }
+    chosen = {}
+    for kind, of_kind in entries.items():
+        chosen[kind] = [Candidate(kind, "exact", exact(kind))]
+        if kind in OPERATOR_OF:
+            of_order = OPERATORS[OPERATOR_OF[kind]].of_quake_jax
+            chosen[kind] += [Candidate(kind, f"QuAKE {n}", of_order(n), order=n) for n in orders]
+        for entry in of_kind:
+            options = {"epsilon": LAYERNORM_EPSILON} if kind == "layernorm" else {}
+            if names is None or entry.name in names:
+                function = partial(entry.function, **options)
+                chosen[kind].append(Candidate(kind, entry.name, function, entry=entry))
+    return chosen
 
 
 def exact(kind: str) -> Callable[[jax.Array], jax.Array]:
     """The exact function in jax.numpy; GELU is the one with erf."""
     return layer_norm if kind == "layernorm" else OPERATORS[OPERATOR_OF[kind]].jax_nn
-
-
-def _ours(kind: str, orders: Sequence[int]) -> list[Candidate]:
-    if kind not in OPERATOR_OF:
-        return []
-    operator = OPERATORS[OPERATOR_OF[kind]]
-    return [
-        Candidate(kind, f"QuAKE {order}", operator.of_quake_jax(order), order=order)
-        for order in orders
-    ]
-
-
-def _float_call(entry) -> Callable[[jax.Array], jax.Array]:
-    if entry.kind == "layernorm":
-        return partial(entry.function, epsilon=LAYERNORM_EPSILON)
-    return entry.function

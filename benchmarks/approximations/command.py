@@ -9,17 +9,14 @@ from benchmarks.quality.command import ORDERS
 
 HELP = "published approximations of softmax, GELU, LayerNorm, exp and sigmoid beside QuAKE"
 KINDS = ("softmax", "gelu", "layernorm", "exp", "sigmoid")
-OPTIONS = ("embedding-checkpoint", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
     frame.add_repeatable(parser, "--kind", KINDS)
-    parser.add_argument(
-        "--name",
-        action="append",
-        help="of an approximation, as quake_jax.approximations lists them; repeatable; all by "
-        "default",
+    names = (
+        "of an approximation, as quake_jax.approximations lists them; repeatable; all by default"
     )
+    parser.add_argument("--name", action="append", help=names)
     frame.add_repeatable(parser, "--order", ORDERS)
-    frame.add_options(parser, *OPTIONS)
+    frame.add_options(parser, "embedding-checkpoint", "quick", "json", "markdown", "plot")

@@ -18,14 +18,14 @@ RANGES = {"gelu": (-6.0, 6.0), "exp": (-10.0, 0.0), "sigmoid": (-10.0, 10.0)}
 POINTS = 1 << 16
 # Rows and channels of the numbers that are normalised.
 NORMALISED = (256, 384)
-# Results of less than this share of the largest have no relative error: GELU passes zero.
-FLOOR = ERROR_FLOOR
+# `ERROR_FLOOR`: results of less than this share of the largest have no relative error, for GELU
+# passes zero.
 SETS = {
     "logits": {name: list(shape) for name, shape in LOGITS.items()},
     "ranges": {kind: list(ends) for kind, ends in RANGES.items()},
     "points": POINTS,
     "normalised": list(NORMALISED),
-    "floor": FLOOR,
+    "floor": ERROR_FLOOR,
 }
 
 
@@ -43,12 +43,9 @@ def of(candidate: Candidate) -> dict[str, float]:
         return np.asarray(function(x), np.float64)
 
     if candidate.kind == "softmax":
-        figures, sums = {}, []
-        for name in LOGITS:
-            x, wanted = _logits(name)
-            y = result(x)
-            figures[name] = float(0.5 * np.abs(y - wanted).sum(-1).mean())
-            sums.append(np.abs(y.sum(-1) - 1).max())
+        results = {name: (result(_logits(name)[0]), _logits(name)[1]) for name in LOGITS}
+        figures = {n: float(0.5 * np.abs(y - w).sum(-1).mean()) for n, (y, w) in results.items()}
+        sums = (np.abs(y.sum(-1) - 1).max() for y, _ in results.values())
         return figures | {"row_sum": float(max(sums))}
     if candidate.kind == "layernorm":
         return {
@@ -57,7 +54,7 @@ def of(candidate: Candidate) -> dict[str, float]:
         }
     x, wanted = _points(candidate.kind)
     errors, sizes = np.abs(result(x) - wanted), np.abs(wanted)
-    counted = sizes >= FLOOR * sizes.max() if candidate.kind == "gelu" else sizes > 0
+    counted = sizes >= ERROR_FLOOR * sizes.max() if candidate.kind == "gelu" else sizes > 0
     return {
         "max_abs": float(errors.max()),
         "max_rel": float((errors[counted] / sizes[counted]).max()),

@@ -47,24 +47,17 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
         for kind, rows in kinds.items()
     }
     heights = [1 + len(rows) for rows in shown.values()]
-    figure, axes = plt.subplots(
-        len(kinds),
-        2,
-        figsize=(9, 1.2 + 0.19 * sum(heights)),
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
-        height_ratios=heights,
-    )
+    size = (9, 1.2 + 0.19 * sum(heights))
+    options = {"squeeze": False, "sharey": "row", "layout": "constrained"}
+    figure, axes = plt.subplots(len(kinds), 2, figsize=size, height_ratios=heights, **options)
     for (left, right), (kind, rows) in zip(axes, shown.items(), strict=True):
         key = DRAWN_ERROR[kind]
         _dots(left, rows, [row["errors"][key] for row in rows])
         changed = [100 - row["tasks"]["text"]["same_greedy"]["value"] for row in rows]
         _dots(right, rows, [max(share, LEAST_SHARE) for share in changed])
         left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}", fontsize=9)
-        right.set_title(
-            f"GPT: another likeliest token, % (at least {LEAST_SHARE:g} is drawn)", fontsize=9
-        )
+        least = f"at least {LEAST_SHARE:g} is drawn"
+        right.set_title(f"GPT: another likeliest token, % ({least})", fontsize=9)
     plots.legend(figure, first=MEANING.values())
     return figure
 
@@ -72,13 +65,8 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
 def _times(kinds: dict[str, list[dict]]) -> plt.Figure:
     """ns per element of every row, a panel for each kind."""
     most = max(map(len, kinds.values()))
-    figure, axes = plt.subplots(
-        1,
-        len(kinds),
-        figsize=(2.5 * len(kinds) + 1, 1.2 + 0.17 * most),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (2.5 * len(kinds) + 1, 1.2 + 0.17 * most)
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for axis, (kind, rows) in zip(axes.flat, kinds.items(), strict=True):
         _dots(axis, rows, [row["time"]["ns_per_element"]["median"] for row in rows])
         axis.set_ylim(most - 0.5, -0.5)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import pages
-from benchmarks.harness.pages import NONE, Rows, Table, number
-from benchmarks.quality.report import interval, sets_remarks
+from benchmarks.harness.pages import Rows, Table, number
+from benchmarks.quality.report import figure_column, interval, sets_remarks
 
 HEADING = "Approximations"
 
@@ -67,23 +68,13 @@ def tables(result: dict) -> list[Table]:
 
 
 def _table(of_kind: list[dict]) -> Rows:
-    errors = list(of_kind[0]["errors"])
-    columns = [
-        (task, *column)
-        for task, of_task in TASKS.items()
-        if task in of_kind[0]["tasks"]
-        for column in of_task
-    ]
-    rows = [["", *(ERRORS[key] for key in errors), *(c[2] for c in columns), "ns per element"]]
-    for row in of_kind:
-        figures = [
-            write(row["tasks"][task][key]) if key in row["tasks"][task] else NONE
-            for task, key, _, write in columns
-        ]
-        rows.append(
-            [name(row), *(f"{row['errors'][key]:.1e}" for key in errors), *figures, _time(row)]
-        )
-    return rows
+    columns = pages.named_columns(
+        of_kind[0]["errors"], "{:.1e}".format, lambda row: row["errors"], ERRORS.get
+    )
+    for task in of_kind[0]["tasks"]:
+        figures = partial(lambda task, row: row["tasks"][task], task)
+        columns += [figure_column(*column, figures) for column in TASKS[task]]
+    return pages.rows_of(of_kind, ("", name), *columns, ("ns per element", _time))
 
 
 def name(row: dict) -> str:
@@ -97,13 +88,10 @@ def _time(row: dict) -> str:
 
 
 def _sources(result: dict) -> Rows:
-    papers: dict[str, list[str]] = {}
-    for of_kind in result["kinds"].values():
-        for row in of_kind:
-            if "paper" in row["description"]:
-                names = papers.setdefault(row["description"]["paper"], [])
-                if row["description"]["name"] not in names:
-                    names.append(row["description"]["name"])
+    papers: dict[str, dict[str, None]] = {}  # and the names, each once
+    for row in (row["description"] for of_kind in result["kinds"].values() for row in of_kind):
+        if "paper" in row:
+            papers.setdefault(row["paper"], {})[row["name"]] = None
     return [["names", "source"], *([", ".join(names), paper] for paper, names in papers.items())]
 
 

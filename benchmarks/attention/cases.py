@@ -7,7 +7,7 @@ against 4096 keys, and `32/8` for N is 32 query heads that share 8 key/value hea
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # "causal array" is the causal mask as an array of booleans.
 MASKS = ("none", "causal", "padding", "bias", "causal array")
@@ -98,6 +98,10 @@ class Case:
     def __str__(self) -> str:
         return f"{self.shape.text} {self.dtype} {self.mask}"
 
+    def described(self) -> dict[str, str]:
+        """What a result says of it."""
+        return {"shape": self.shape.text, "mask": self.mask, "dtype": self.dtype}
+
     @property
     def key_lengths(self) -> list[int]:
         """With padding, how many keys count in each row of the batch: from half to all of them."""
@@ -110,12 +114,11 @@ class Case:
     def flops(self) -> float:
         """Additions and multiplications of the products that the mask leaves."""
         shape = self.shape
+        pairs = shape.batch * shape.queries * shape.keys
         if self.mask == "padding":
             pairs = shape.queries * sum(self.key_lengths)
         elif self.mask.startswith("causal"):
             pairs = shape.batch * sum(min(t + 1, shape.keys) for t in range(shape.queries))
-        else:
-            pairs = shape.batch * shape.queries * shape.keys
         return 4.0 * shape.heads * shape.head_size * pairs
 
     @property
@@ -129,13 +132,11 @@ class Case:
     @property
     def references(self) -> dict[str, Case]:
         """The cases to whose time that of this one is compared, by the key in the result."""
-        found = {}
-        if self.mask != "none":
-            found["none"] = Case(self.shape, "none", self.dtype)
+        found = {"none": replace(self, mask="none")} if self.mask != "none" else {}
         if self.mask == "causal array":
-            found["causal"] = Case(self.shape, "causal", self.dtype)
+            found["causal"] = replace(self, mask="causal")
         if self.dtype != "float32":
-            found["float32"] = Case(self.shape, self.mask, "float32")
+            found["float32"] = replace(self, dtype="float32")
         return found
 
 

@@ -9,7 +9,6 @@ from benchmarks.attention.cases import Shape
 from benchmarks.harness import frame
 
 HELP = "fused attention against XLA and torch, and against the peak of the machine"
-OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         action="append",
-        type=_shape,
+        type=frame.read_by(Shape.parse, "shape such as 1,197,12,64 or 1,1-4096,32/8,64"),
         metavar="B,T,N,H",
         help="repeatable; T-S for T queries and S keys, N/K for K key/value heads",
     )
@@ -27,13 +26,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     orders = " and ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, orders)
     frame.add_rounds(parser, cases.ROUNDS, f"{cases.HUGE_ROUNDS} for the largest, 3 with --quick")
-    frame.add_options(parser, *OPTIONS)
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a shape such as 1,197,12,64 or 1,1-4096,32/8,64"
-        ) from None
+    frame.add_options(parser, *frame.TIMED)

@@ -6,9 +6,10 @@ import math
 
 from benchmarks.attention.cases import SUBJECT_ORDER
 from benchmarks.harness import bars, pages
-from benchmarks.harness.pages import NONE, Rows, Table
+from benchmarks.harness.pages import Rows, Table, number
 
 HEADING = "Attention"
+RELATIVE = {"none": "unmasked", "causal": "is_causal", "float32": "float32"}
 
 
 def subject(case: dict) -> str:
@@ -20,75 +21,61 @@ def subject(case: dict) -> str:
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
-        cases = [case for case in result["cases"] if case["dtype"] == dtype]
+    label = ("B,T,N,H and mask", _label)
+    for dtype, cases in pages.by_dtype(result["cases"]).items():
+        times = pages.rows_of(
+            cases, label, *pages.of_contestants(pages.contestants(cases), _milliseconds)
+        )
         made += [
-            (f"Time, {dtype}: ms per call (median)", _times(cases)),
+            (f"Time, {dtype}: ms per call (median)", times),
             (f"Speed of {subject(cases[0])}, {dtype}: their time over ours", _speeds(cases)),
         ]
-    rows = _relative_times(result["cases"])
-    if len(rows) > 1:
-        made.append(("Our time over our time of another case, median (quartiles)", rows))
-    scaling = [[_label(entry), pages.spread(entry["speedup"])] for entry in result["scaling"]]
-    return made + pages.two_threads("B,T,N,H", scaling) + bars.tables(result)
+    cases = [case for case in result["cases"] if any(_relative(case).values())]
+    if cases:
+        title = "Our time over our time of another case, median (quartiles)"
+        label = ("B,T,N,H, dtype and mask", lambda c: f"{c['shape']} {c['dtype']} {c['mask']}")
+        columns = pages.named_columns(RELATIVE.values(), pages.spread, _relative)
+        made.append((title, pages.rows_of(cases, label, *columns)))
+    return made + pages.two_threads("B,T,N,H", _label, result["scaling"]) + bars.tables(result)
 
 
 def _label(case: dict) -> str:
     return f"{case['shape']} {case['mask']}"
 
 
-def _times(cases: list[dict]) -> Rows:
-    names = pages.names(case["contestants"] for case in cases)
-    rows = [["B,T,N,H and mask", *names]]
-    for case in cases:
-        entries = [case["contestants"].get(name) for name in names]
-        rows.append([_label(case), *(_milliseconds(entry) for entry in entries)])
-    return rows
-
-
-def _milliseconds(entry: dict | None) -> str:
-    if entry is None:
-        return NONE
+def _milliseconds(entry: dict) -> str:
     time = entry["ms"]["median"]
     digits = max(0, 2 - math.floor(math.log10(time))) if time > 0 else 3
     return f"{time:.{digits}f}" + pages.doubt(entry)
 
 
 def _speeds(cases: list[dict]) -> Rows:
-    others = pages.names(ratios for case in cases for ratios in case["ratios"].values())
-    head = ["B,T,N,H and mask", *others, "GFLOP/s", "FMA peak"]
-    rows = [[*head, "share of peak", "share of read", "largest error"]]
-    for case in cases:
-        name = subject(case)
-        ratios, entry = case["ratios"][name], case["contestants"][name]
-        rows.append(
-            [
-                _label(case),
-                *(pages.spread(ratios[other]) if other in ratios else NONE for other in others),
-                f"{entry['gflops']:.0f}",
-                f"{case['peak_gflops']:.0f}" if case["peak_gflops"] else NONE,
-                _percent(entry.get("share_of_peak")),
-                _percent(entry.get("share_of_read")),
-                f"{entry['error']:.1e}",
-            ]
-        )
+    def ours(case: dict) -> dict:
+        return case["contestants"][subject(case)]
+
+    def share(of: str) -> pages.Column:
+        figure = bars.percent_of(of)
+        return f"share of {of}", lambda case: number(figure(case, subject(case)), 0, " %")
+
+    others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
+    rows = pages.rows_of(
+        cases,
+        ("B,T,N,H and mask", _label),
+        *pages.named_columns(others, pages.spread, lambda case: case["ratios"][subject(case)]),
+        ("GFLOP/s", lambda case: f"{ours(case)['gflops']:.0f}"),
+        ("FMA peak", lambda case: number(case["peak_gflops"], 0)),
+        share("peak"),
+        share("read"),
+        ("largest error", lambda case: f"{ours(case)['error']:.1e}"),
+    )
     # Without a compiler there is no peak, without decoding no reading.
     return pages.without_empty_columns(rows)
 
 
-def _percent(share: dict | None) -> str:
-    return NONE if share is None else f"{100 * share['median']:.0f} %"
-
-
-def _relative_times(cases: list[dict]) -> Rows:
-    rows = [["B,T,N,H, dtype and mask", "unmasked", "is_causal", "float32"]]
-    for case in cases:
-        found = [case["relative"].get(to, {}) for to in ("none", "causal", "float32")]
-        entries = [entry.get(subject(case)) for entry in found]
-        if any(entries):
-            spreads = (pages.spread(entry) if entry else NONE for entry in entries)
-            rows.append([f"{case['shape']} {case['dtype']} {case['mask']}", *spreads])
-    return rows
+def _relative(case: dict) -> dict[str, dict]:
+    """The time relative to that of other cases, by heading."""
+    found = {heading: case["relative"].get(to, {}) for to, heading in RELATIVE.items()}
+    return {heading: of[subject(case)] for heading, of in found.items() if subject(case) in of}
 
 
 def remarks(result: dict) -> list[str]:

@@ -6,8 +6,9 @@ Importing this module imports JAX: `environment.prepare` comes first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,12 @@ class Buffers(buffers.Buffers):
         self.case = case
         shared = {} if shared is None else shared
         if case.dtype not in shared:  # the masks of a dtype have the same query, key and value
-            shared[case.dtype] = tuple(jnp.array(x, case.dtype) for x in _inputs(case.shape))
+            random, of = np.random.default_rng(0), case.shape
+            # Independent N(0, 1), so that the logits are N(0, 1) too.
+            shared[case.dtype] = tuple(
+                jnp.array(random.standard_normal(s, dtype=np.float32), case.dtype)
+                for s in (of.query_shape, of.key_shape, of.key_shape)
+            )
         operands = (*shared[case.dtype], *map(jnp.array, _mask_operand(case)))
         super().__init__(operands, case.shape.query_shape, case.dtype)
 
@@ -68,20 +74,12 @@ class Buffers(buffers.Buffers):
         return queries, np.einsum("tns,snh->tnh", weights, value)
 
 
-def _inputs(shape: Shape) -> list[np.ndarray]:
-    """Independent N(0, 1), so that the logits are N(0, 1) too."""
-    random = np.random.default_rng(0)
-    shapes = shape.query_shape, shape.key_shape, shape.key_shape
-    return [random.standard_normal(s, dtype=np.float32) for s in shapes]
-
-
 def _mask_operand(case: Case) -> list[np.ndarray]:
     """The array that the case's mask is given by, if any; bias and mask are shared by all heads."""
     shape = case.shape
     if case.mask == "bias":
-        drawn = np.random.default_rng(1).standard_normal(
-            (1, 1, shape.queries, shape.keys), dtype=np.float32
-        )
+        of = (1, 1, shape.queries, shape.keys)
+        drawn = np.random.default_rng(1).standard_normal(of, dtype=np.float32)
         return [drawn.astype(jnp.dtype(case.dtype))]
     if case.mask == "padding":
         return [np.array(case.key_lengths, np.int32)]
@@ -113,30 +111,26 @@ def xla(buffers: Buffers) -> Contestant:
     return Contestant(XLA, buffers.runner(_in_jax(function, buffers.case.mask)))
 
 
-class Torch:
+class Torch(peers.Libraries):
     """Makes torch's contestants; each has its own layout (BNTH) and allocates its output."""
 
-    def __init__(self, threads: int):
-        peers.torch(threads)
-        self._threads = threads
-        self._overheads: dict[str, float] = {}
+    def __init__(self, threads: int, wanted: Sequence[str] = (TORCH,)):
+        super().__init__(threads, wanted)
 
     def contestant(self, buffers: Buffers, target: float) -> Contestant:
         """The contestant of one case, whose overhead is a call from Python with one query and one
         key, found by readings of `target` seconds.
         """
-        dtype = buffers.case.dtype
-        if dtype not in self._overheads:
-            small = Buffers(Case(OVERHEAD_SHAPE, "none", dtype))
-            call = _torch_run(small)
-            self._overheads[dtype] = peers.call_seconds(call, target, self._threads)
-        settle = peers.settle(TORCH, self._threads)
-        return Contestant(TORCH, _torch_run(buffers), self._overheads[dtype], settle)
+        run, dtype = self._run(buffers), buffers.case.dtype
+        small = Case(OVERHEAD_SHAPE, "none", dtype)
+        overhead = self.overhead(dtype, lambda: self._run(Buffers(small)), target)
+        return self._contestant(TORCH, run, overhead)
+
+    def _run(self, buffers: Buffers) -> Callable[[int], None]:
+        return _torch_run(buffers, peers.torch(self._threads))
 
 
-def _torch_run(buffers: Buffers) -> Callable[[int], None]:
-    import torch
-
+def _torch_run(buffers: Buffers, torch: ModuleType) -> Callable[[int], None]:
     case, shape = buffers.case, buffers.case.shape
     query, key, value, *given = map(peers.torch_tensor, buffers.sources)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))

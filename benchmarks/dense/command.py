@@ -8,7 +8,6 @@ from benchmarks.dense import cases
 from benchmarks.harness import frame
 
 HELP = "dense layers in every format against XLA, torch, onnxruntime and OpenVINO"
-OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", action="append", type=frame.positive, metavar="M", help=f"repeatable; {rows}"
     )
-    parser.add_argument(
-        "--layer", action="append", type=_layer, metavar="K,N", help="repeatable; those of models"
-    )
+    layer, help_ = frame.read_by(_layer, "layer such as 768,3072"), "repeatable; those of models"
+    parser.add_argument("--layer", action="append", type=layer, metavar="K,N", help=help_)
     frame.add_repeatable(parser, "--form", cases.FORMS, "all that make sense")
     few = f"down to {cases.FEWEST_ROUNDS} for the largest, 3 with --quick"
     frame.add_rounds(parser, cases.ROUNDS, few)
@@ -28,12 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep what the file of --json has, and measure the rest of what is asked for",
     )
-    frame.add_options(parser, *OPTIONS)
+    frame.add_options(parser, *frame.TIMED, "plot")
 
 
 def _layer(text: str) -> tuple[int, int]:
-    try:
-        k, n = map(frame.positive, text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layer such as 768,3072") from None
+    k, n = map(frame.positive, text.split(","))
     return k, n

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from benchmarks.dense.cases import (
-    FORMATS,
-    FUSED,
-    GELU_FLOPS,
-    LAYERS,
-    NORM_SHAPE,
-    PEERS,
-    ROWS,
-    SCALED,
-    SHAPES,
-    XLA,
-    Case,
-    Shape,
-    bytes_of,
-    fits,
-)
+from benchmarks.dense import cases
+from benchmarks.dense.cases import FORMATS, FUSED, LAYERS, PEERS, ROWS, SHAPES, Case, Shape
 from benchmarks.harness import bars
-from benchmarks.harness.bars import Bar, Kind
+from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
 
-Figure = Callable[[dict, str], float | None]
 BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
 ANY = ""  # every instruction set
 MODEL = "GPT-2 small, 124 M weights"
@@ -52,19 +36,19 @@ def fastest_peer(entry: dict, subject: str) -> float | None:
     return _ratio(entry, subject, [name for name, of in PEERS.items() if of == subject])
 
 
-def fastest_xla(entry: dict, subject: str, constants: bool | None = None) -> float | None:
-    """The same of XLA's forms: as constants, as arguments, or either."""
-    forms = [name for name, of in XLA.items() if of == subject]
-    kept = [name for name in forms if constants in (None, name.endswith("constants"))]
-    return _ratio(entry, subject, kept)
+def fastest_xla(*endings: str) -> Figure:
+    """The same of XLA's forms, or of those whose names have one of the endings."""
+
+    def figure(entry: dict, subject: str) -> float | None:
+        forms = [name for name, of in cases.XLA.items() if of == subject]
+        return _ratio(entry, subject, [name for name in forms if name.endswith(endings)])
+
+    return figure
 
 
 def share(of: str) -> Figure:
-    def percent(entry: dict, subject: str) -> float | None:
-        found = median(entry["contestants"].get(name_of(subject), {}).get(f"share_of_{of}"))
-        return None if found is None else 100 * found
-
-    return percent
+    percent = bars.percent_of(of)
+    return lambda entry, subject: percent(entry, name_of(subject))
 
 
 def _over(other: str) -> Figure:
@@ -81,27 +65,21 @@ def _cost(entry: dict, subject: str) -> float | None:
     return None if found is None else 100 * (found - 1)
 
 
-PEAK = Kind("{subject}, of the peak of its instruction", "%", share("peak"))
-READ = Kind("{subject}, of the fastest read loop", "%", share("read"))
-FLOAT32 = Kind("{subject} against our float32", "×", against(name_of("float32")))
-INT8 = Kind("time of {subject} over int8", "×", _over("int8"), at_least=False)
-PEER = Kind("{subject} against the fastest peer", "×", fastest_peer)
-XLA_ANY = Kind("{subject} against XLA", "×", fastest_xla)
-XLA_ARGUMENTS = Kind(
-    "{subject} against XLA, weights as arguments", "×", lambda e, s: fastest_xla(e, s, False)
-)
-XLA_CONSTANTS = Kind(
-    "{subject} against XLA, weights as constants", "×", lambda e, s: fastest_xla(e, s, True)
-)
-FLAX = Kind("{subject} against what Flax traces to", "×", against("XLA bfloat16"))
-COST = Kind("{subject}, cost of what is fused", "%", _cost, at_least=False)
-
-
 def _stated(key: str) -> Figure:
     """What stands in an entry of its own for each subject."""
     return lambda entry, subject: median(entry[key]) if entry["subject"] == subject else None
 
 
+PEAK = Kind("{subject}, of the peak of its instruction", "%", share("peak"))
+READ = Kind("{subject}, of the fastest read loop", "%", share("read"))
+FLOAT32 = Kind("{subject} against our float32", "×", against(name_of("float32")))
+INT8 = Kind("time of {subject} over int8", "×", _over("int8"), at_least=False)
+PEER = Kind("{subject} against the fastest peer", "×", fastest_peer)
+XLA_ANY = Kind("{subject} against XLA", "×", fastest_xla(""))
+XLA_ARGUMENTS = Kind("{subject} against XLA, weights as arguments", "×", fastest_xla("16", "32"))
+XLA_CONSTANTS = Kind("{subject} against XLA, weights as constants", "×", fastest_xla("constants"))
+FLAX = Kind("{subject} against what Flax traces to", "×", against("XLA bfloat16"))
+COST = Kind("{subject}, cost of what is fused", "%", _cost, at_least=False)
 SPEEDUP = Kind("{subject}, two threads over one", "×", _stated("speedup"), entries="scaling")
 NORM = Kind("{subject} against XLA", "×", _stated("speed"), entries="norms")
 PACKING = Kind("packing as {subject}", "s", _stated("seconds"), at_least=False, entries="packing")
@@ -109,13 +87,7 @@ PACKING = Kind("packing as {subject}", "s", _stated("seconds"), at_least=False, 
 
 def norm_case(name: str) -> str:
     """What a norm is called."""
-    return f"{name} {'×'.join(map(str, NORM_SHAPE))}"
-
-
-MANY = [m for m in ROWS if m >= 128]
-LARGE = [(k, n) for k, n in LAYERS if min(k, n) >= 768]
-LARGE_MANY = [s for s in SHAPES if s.m in MANY and (s.k, s.n) in LARGE]
-WITH_PEERS = [name for name in FORMATS if name in PEERS.values()]
+    return f"{name} {'×'.join(map(str, cases.NORM_SHAPE))}"
 
 
 def _bars(
@@ -130,7 +102,7 @@ def _bars(
         Bar(kind, Case(s, form), threshold, f, **{"isa": isa(f), **conditions})
         for f in subjects
         for s in shapes
-        if fits(f, s)
+        if cases.fits(f, s)
     ]
 
 
@@ -138,6 +110,9 @@ def _all(rows: Iterable[int], layers: Iterable[tuple[int, int]] = LAYERS) -> lis
     return [s for s in SHAPES if s.m in rows and (s.k, s.n) in layers]
 
 
+_FROM_8, MANY = ([m for m in ROWS if m >= least] for least in (8, 128))
+LARGE_MANY = _all(MANY, [(k, n) for k, n in LAYERS if min(k, n) >= 768])
+WITH_PEERS = [name for name in FORMATS if name in PEERS.values()]
 _SMALL_INT8 = Shape(3072, 768, 768)  # where the output takes as long as the product
 _SPEED = (
     *_bars(PEAK, LARGE_MANY, 93, "float32"),
@@ -151,15 +126,14 @@ _SPEED = (
     *_bars(INT8, LARGE_MANY, 1.30, "int4/32"),
     *_bars(FLOAT32, _all((4, 8)), 3.0, "int8"),
 )
-_FROM_8 = [m for m in ROWS if m >= 8]
 _BARE = tuple(_bars(PEER, _all(_FROM_8), 0.97, *WITH_PEERS))
-_WITH_GELU = [s for s in _all(_FROM_8) if s.flops <= GELU_FLOPS]
+_WITH_GELU = [s for s in _all(_FROM_8) if s.flops <= cases.GELU_FLOPS]
 _GELU = tuple(_bars(PEER, _WITH_GELU, 0.0, *WITH_PEERS, form="gelu"))
 _MEMORY = (
     *_bars(READ, _all([1]), 90, *(f for f in FORMATS if "/32" not in f)),
     *_bars(READ, _all([1]), 87, *(f for f in FORMATS if "/32" in f)),
-    *_bars(FLOAT32, _all([1]), 3.5, *(f for f in FORMATS if bytes_of(f) == 1)),
-    *_bars(FLOAT32, _all([1]), 6.3, *(f for f in FORMATS if bytes_of(f) < 1)),
+    *_bars(FLOAT32, _all([1]), 3.5, *(f for f in FORMATS if cases.bytes_of(f) == 1)),
+    *_bars(FLOAT32, _all([1]), 6.3, *(f for f in FORMATS if cases.bytes_of(f) < 1)),
     *_bars(PEER, _all([1]), 1.0, *WITH_PEERS),
 )
 _XLA = (
@@ -177,7 +151,7 @@ _FUSED = (
 _OTHER = (
     *_bars(PEAK, LARGE_MANY, 90, "float32", isa="avx2"),
     *_bars(FLOAT32, LARGE_MANY, 1.5, "int8", isa="avx2"),
-    *_bars(SPEEDUP, SCALED, 1.85, "float32", "int8", isa=ANY, threads=2),
+    *_bars(SPEEDUP, cases.SCALED, 1.85, "float32", "int8", isa=ANY, threads=2),
     Bar(NORM, norm_case("layer_norm"), 2.0, "float32", ANY),
     Bar(PACKING, MODEL, 2.0, "int8", ANY),
 )
@@ -200,10 +174,8 @@ def judge(result: dict) -> list[dict]:
     for name, of, threshold in MEANS:
         for subject in WITH_PEERS:
             wanted = [bar for bar in of if bar.subject == subject]
-            found = [figure for _, figure in bars.figures(wanted, result, case_of)]
-            if len(found) == len(wanted):  # the mean of a part would be another figure
-                mean = math.exp(math.fsum(map(math.log, found)) / len(found))
-                verdicts.append(bars.verdict(f"{subject}, {name}", mean, threshold, "×", True))
+            found = bars.figures(wanted, result, case_of)
+            verdicts += bars.mean_verdict(f"{subject}, {name}", wanted, found, threshold)
     return verdicts
 
 
@@ -219,7 +191,7 @@ def not_measured(result: dict) -> dict[str, int]:
     or a library that is not installed.
     """
     held = [bar for bar in BARS if bar.holds(result["environment"])]
-    figures = bars.figures(held, result, case_of)
-    counts = Counter(bar.kind.what.format(subject=bar.subject) for bar in held)
-    counts.subtract(bar.kind.what.format(subject=bar.subject) for bar, _ in figures)
+    found = [bar for bar, _ in bars.figures(held, result, case_of)]
+    counts = Counter(bar.what for bar in held)
+    counts.subtract(bar.what for bar in found)
     return {what: count for what, count in counts.items() if count}

@@ -14,10 +14,7 @@ import numpy as np
 from benchmarks.dense.cases import LONG_FLOPS, PEERS, Shape
 from benchmarks.dense.systems import Entry, Layer, distinct
 from benchmarks.harness import environment, peers
-from benchmarks.harness.errors import missing
-from benchmarks.harness.timing import Contestant
 
-OPENVINO = "openvino"
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 SMALL = Shape(1, 128, 16)  # its call is what a call from Python costs
 # Of a layer in a form: what multiplies with every copy once, the result, the number of copies.
@@ -25,55 +22,47 @@ Made = tuple[Callable[[], object], Callable[[], np.ndarray], int]
 Make = Callable[[Layer, str], Made]
 
 
-class Peers:
-    """Makes the contestants of the libraries that are installed.
-
-    Attributes:
-        left_out: Why there is none of a library, by its name.
+class Peers(peers.Libraries):
+    """Makes the contestants of the libraries that are installed; a call from Python, by readings
+    of `target` seconds, is subtracted from them.
     """
 
     def __init__(self, threads: int, target: float):
-        self.left_out = {}
-        self._threads, self._target = threads, target
-        self._overheads: dict[str, float] = {}
-        self._makes: dict[str, Make] = {}
-        self._try(peers.TORCH, _torch)
-        self._try(peers.ONNXRUNTIME, _onnxruntime, "onnx")
-        self._try(OPENVINO, _openvino, "onnx")
+        libraries = {
+            peers.TORCH: _torch,
+            peers.ONNXRUNTIME: _onnxruntime,
+            peers.OPENVINO: _openvino,
+        }
+        super().__init__(threads, tuple(libraries))
+        self._target = target
+        makes = (libraries[name](threads).items() for name in self.names)
+        self._makes: dict[str, Make] = dict(make for of_library in makes for make in of_library)
         if not _has(*BFLOAT16_FLAGS):
             reason = "emulated or float32 without instructions for it"
             self.left_out["bfloat16 in torch beyond small layers, and in OpenVINO"] = reason
 
-    def _try(self, name: str, of_library: Callable[[int], dict[str, Make]], *more: str) -> None:
-        lacking = missing(name, *more)
-        if lacking:
-            self.left_out[name] = f"{' and '.join(lacking)} not installed"
-        else:
-            self._makes |= of_library(self._threads)
-
     def entries(self, layer: Layer, form: str) -> Iterator[Entry]:
-        """The contestants of one form of a layer; a call from Python is subtracted from them."""
+        """The contestants of one form of a layer."""
+        shape = layer.shape
         for name, make in self._makes.items():
-            shape = layer.shape
             slow = name == "torch bfloat16" and not _has(*BFLOAT16_FLAGS)
             if form == "all" or shape.k % _block(name) or slow and shape.flops > LONG_FLOPS:
                 continue
             library = name.split()[0]
-            if library not in self._overheads:  # float32, the first: quantising is no overhead
-                call, *_ = make(Layer(SMALL), "bias")
-                run = peers.repeat(call, None)
-                self._overheads[library] = peers.call_seconds(run, self._target, self._threads)
+            # That of float32, the first: quantising is no overhead.
+            overhead = self.overhead(library, partial(_small, make), self._target)
             call, result, copies = make(layer, form)
             # One call of onnxruntime and OpenVINO is a walk through all copies.
-            calls = copies if name.startswith("torch") else 1
-            contestant = Contestant(
-                name,
-                peers.repeat(call, layer),
-                calls * self._overheads[library],
-                peers.settle(library, self._threads),
-            )
+            calls = copies if library == peers.TORCH else 1
+            run = peers.repeat(call, layer)
+            contestant = self._contestant(name, run, calls * overhead, library)
             bytes_ = _bytes(name) * shape.k * shape.n
             yield Entry(contestant, PEERS[name], copies, bytes_, result, erf=True)
+
+
+def _small(make: Make) -> Callable[[int], None]:
+    layer = Layer(SMALL)
+    return peers.repeat(make(layer, "bias")[0], layer)
 
 
 def _block(name: str) -> int:
@@ -109,15 +98,11 @@ def _quantized(layer: Layer, steps: int = 127) -> tuple[np.ndarray, np.ndarray]:
 # --- torch
 
 
-def _torch_engine() -> str:
-    """The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
-    without VNNI, and many rows as fast.
-    """
-    return "fbgemm" if _saturates() else "onednn"
-
-
 def _torch(threads: int) -> dict[str, Make]:
     torch = peers.torch(threads)
+    # The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
+    # without VNNI, and many rows as fast.
+    engine = "fbgemm" if _saturates() else "onednn"
 
     def make(name: str, layer: Layer, form: str) -> Made:
         dtype = torch.bfloat16 if name == "torch bfloat16" else torch.float32
@@ -125,7 +110,7 @@ def _torch(threads: int) -> dict[str, Make]:
         count = layer.count(_bytes(name))
         if name == "torch int8":
             _, scales = _quantized(layer)
-            torch.backends.quantized.engine = _torch_engine()
+            torch.backends.quantized.engine = engine
             with warnings.catch_warnings():  # deprecated, and there is nothing else in torch
                 warnings.simplefilter("ignore")
                 quantized = torch.quantize_per_channel(
@@ -157,7 +142,7 @@ def _torch(threads: int) -> dict[str, Make]:
         return call, lambda: call.out.float().numpy(), count
 
     names = ["torch float32", "torch bfloat16"]
-    if _torch_engine() in torch.backends.quantized.supported_engines:
+    if engine in torch.backends.quantized.supported_engines:
         names.append("torch int8")
     return {name: partial(make, name) for name in names}
 
@@ -167,15 +152,15 @@ def _torch(threads: int) -> dict[str, Make]:
 
 def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
     """A model in ONNX of x that gives a result for each copy, and the number of these."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
     m, k, n = layer.shape.m, layer.shape.k, layer.shape.n
     count, bits = layer.count(_bytes(name)), name.partition(" ")[2]
     arrays, nodes = {"bias": layer.bias}, []
     static = name == "OpenVINO int8"
+    operator, inputs, attributes, domain = "Gemm", "x w bias", {}, "com.microsoft"
     if bits in ("float32", "bfloat16"):  # of OpenVINO, an option of the same model
-        weight, inputs, domain = layer.weight, "x w bias", ""
-        operator, attributes = "Gemm", {}
+        weight, domain = layer.weight, ""
     elif bits == "int8":
         weight, scales = _quantized(layer, 63 if _saturates() else 127)
         arrays |= {"scales": scales, "zeros": np.zeros(n, np.int8)}
@@ -184,16 +169,14 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
             low, high = min(0, layer.x.min()), max(0, layer.x.max())
             arrays["step"] = np.float32((high - low) / 255)
             arrays["zero"] = np.uint8(np.rint(-low / arrays["step"]))
-            nodes += peers.onnx_nodes(
-                "QuantizeLinear x step zero > q; DequantizeLinear q step zero > v"
-            )
-        operator, inputs, attributes = "DynamicQuantizeMatMul", "x w scales zeros bias", {}
-        domain = "com.microsoft"
+            steps = "QuantizeLinear x step zero > q; DequantizeLinear q step zero > v"
+            nodes += peers.onnx_nodes(steps)
+        operator, inputs = "DynamicQuantizeMatMul", "x w scales zeros bias"
     else:
         block, width = _block(name), int(bits[0])
         weight, arrays["scales"] = _in_blocks(layer.weight, block, width)
         attributes = {"K": k, "N": n, "bits": width, "block_size": block, "accuracy_level": 4}
-        operator, inputs, domain = "MatMulNBits", "x w scales   bias", "com.microsoft"
+        operator, inputs = "MatMulNBits", "x w scales   bias"
     for i, copy in enumerate(distinct(weight, count)):
         arrays[f"w{i}"], out = copy, f"out{i}"
         product = f"y{i}" if form == "gelu" else out
@@ -207,17 +190,9 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
             nodes.append(helper.make_node(operator, given, [product], domain=domain, **attributes))
         if form == "gelu":
             nodes += peers.onnx_nodes(f"Gelu {product} > {out}")
-    described = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
-    graph = helper.make_graph(
-        nodes,
-        "dense",
-        [described("x", shape=(m, k))],
-        [described(f"out{i}", shape=(m, n)) for i in range(count)],
-        [numpy_helper.from_array(np.asarray(array), key) for key, array in arrays.items()],
-    )
-    opset = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
-    return model.SerializeToString(), count
+    constants = [numpy_helper.from_array(np.asarray(array), key) for key, array in arrays.items()]
+    outputs = {f"out{i}": (m, n) for i in range(count)}
+    return peers.onnx_model(nodes, {"x": (m, k)}, outputs, constants, "float32"), count
 
 
 def _in_blocks(weight: np.ndarray, block: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -232,27 +207,13 @@ def _in_blocks(weight: np.ndarray, block: int, bits: int) -> tuple[np.ndarray, n
 
 
 def _onnxruntime(threads: int) -> dict[str, Make]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4
-
     def make(name: str, layer: Layer, form: str) -> Made:
         model, count = _model(name, layer, form)
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         held = layer.buffers("float32", "float32")
-        binding = session.io_binding()
-        (x, _), spare = held.sources, np.empty_like(held.target)
-        binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
-        for i in range(count):  # the order of the products is onnxruntime's
-            out = held.target if i == count - 1 else spare
-            binding.bind_output(f"out{i}", "cpu", 0, np.float32, out.shape, out.ctypes.data)
-
-        def call():
-            session.run_with_iobinding(binding)
-
-        call.memory = spare, held  # it knows only addresses
+        spare = np.empty_like(held.target)  # the order of the products is onnxruntime's
+        arrays = {f"out{i}": held.target if i == count - 1 else spare for i in range(count)}
+        arrays["x"] = held.sources[0]
+        call = peers.onnxruntime_call(model, threads, arrays, "float32")
         return call, lambda: held.target, count
 
     return {name: partial(make, name) for name in PEERS if name.startswith("onnxruntime")}

@@ -24,7 +24,7 @@ def tables(result: dict) -> list[Table]:
         *(_speeds(cases, dtype) for dtype in dict.fromkeys(map(_dtype, FORMATS))),
         ("Ours: share of the peak of the instruction", _ours(cases, goals.share("peak"), 0, " %")),
         ("Our speed over that of the fastest peer", _ours(cases, goals.fastest_peer)),
-        ("Our speed over that of XLA's fastest form", _ours(cases, goals.fastest_xla)),
+        ("Our speed over that of XLA's fastest form", _ours(cases, goals.XLA_ANY.figure)),
         ("Our speed over our float32", _ours(cases, goals.FLOAT32.figure)),
         ("Ours: time added by what is fused", _ours(cases, goals.COST.figure, 0, " %")),
         ("Ours, weights from memory: GB/s (median)", _ours(cases, _bandwidth, 1)),
@@ -34,20 +34,22 @@ def tables(result: dict) -> list[Table]:
     ]
     made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
     made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
-    made += pages.two_threads(CASE, _stated(result["scaling"], "speedup"))
+    made += pages.two_threads(CASE, _stated, result["scaling"])
     if result["norms"]:
         title = "Norms as operators of their own: XLA's time over ours, median (quartiles)"
-        made.append((title, [["norm", "XLA over ours"], *_stated(result["norms"], "speed")]))
+        speed = ("XLA over ours", lambda entry: pages.spread(entry["speed"]))
+        made.append((title, pages.rows_of(result["norms"], ("norm", _stated), speed)))
     if result["packing"]:
-        rows = [["model", "seconds"], *_stated(result["packing"], "seconds")]
+        seconds = ("seconds", lambda entry: pages.spread(entry["seconds"]))
+        rows = pages.rows_of(result["packing"], ("model", _stated), seconds)
         made.append(("Packing: median (quartiles)", rows))
         rows = [["format", "rows (from the least to the most of the shapes)"], *_paying(result)]
         made.append(("Rows from which packing in each call pays against XLA: median", rows))
     return made + bars.tables(result)
 
 
-def _stated(entries: list[dict], key: str) -> Rows:
-    return [[f"{goals.case_of(e)}, {e['subject']}", pages.spread(e[key])] for e in entries]
+def _stated(entry: dict) -> str:
+    return f"{goals.case_of(entry)}, {entry['subject']}"
 
 
 def _paying(result: dict) -> Rows:
@@ -86,17 +88,9 @@ def _dtype(format_: str) -> str:
 def _speeds(cases: list[dict], dtype: str) -> Table:
     """A row for each case, with the speed of each contestant whose weights have that dtype."""
     formats = {goals.name_of(format_): format_ for format_ in FORMATS} | XLA | PEERS
-    named = pages.names(case["contestants"] for case in cases)
-    names = [name for name in named if _dtype(formats[name]) == dtype]
-    rows = [[CASE, *names]]
-    for case in cases:
-        entries = [case["contestants"].get(name) for name in names]
-        rows.append([_label(case), *map(_speed, entries)])
-    return f"Speed, {dtype}: GFLOP/s (median)", rows
-
-
-def _speed(entry: dict | None) -> str:
-    return f"{entry['gflops']:.3g}{pages.doubt(entry)}" if entry else NONE
+    names = [name for name in pages.contestants(cases) if _dtype(formats[name]) == dtype]
+    speeds = pages.of_contestants(names, lambda e: f"{e['gflops']:.3g}{pages.doubt(e)}")
+    return f"Speed, {dtype}: GFLOP/s (median)", pages.rows_of(cases, (CASE, _label), *speeds)
 
 
 def _bandwidth(case: dict, format_: str) -> float | None:
@@ -105,32 +99,35 @@ def _bandwidth(case: dict, format_: str) -> float | None:
 
 
 def _errors(cases: list[dict]) -> Rows:
-    rows = [["contestant", "error"]]
-    for name in pages.names(case["contestants"] for case in cases):
-        entries = [case["contestants"].get(name) for case in cases]
-        rows.append([name, f"{max(entry['error'] for entry in entries if entry):.0e}"])
-    return rows
+    def largest(name: str) -> str:
+        entries = (case["contestants"].get(name) for case in cases)
+        return f"{max(entry['error'] for entry in entries if entry):.0e}"
+
+    return pages.rows_of(pages.contestants(cases), ("contestant", str), ("error", largest))
 
 
 def _ours(cases: list[dict], figure: goals.Figure, digits: int = 2, unit: str = "") -> Rows:
     """A row for each case that has one, with a figure of each of our formats."""
-    rows = [[CASE, *FORMATS]]
-    for case in cases:
-        found = [number(figure(case, name), digits, unit) for name in FORMATS]
-        if set(found) != {NONE}:
-            rows.append([_label(case), *found])
-    return rows
+
+    def found(case: dict) -> dict[str, str]:
+        return {name: number(figure(case, name), digits, unit) for name in FORMATS}
+
+    stated = [case for case in cases if set(found(case).values()) != {NONE}]
+    return pages.rows_of(stated, (CASE, _label), *pages.named_columns(FORMATS, str, found))
 
 
 def _peaks(cases: list[dict]) -> Rows:
-    names = pages.names(case["peaks_gflops"] for case in cases)
-    rows = [[CASE, *names, "read", "fastest way to read"]]
-    for case in cases:
-        found = [number(case["peaks_gflops"].get(name), 0) for name in names]
-        read = case["read"] or {"gbps": None, "way": NONE}
-        if case["form"] == cases[0]["form"]:  # the forms of a shape share them
-            rows.append([_label(case), *found, number(read["gbps"], 1), read["way"]])
-    return rows
+    def peaks(case: dict) -> dict[str, float]:
+        return case["peaks_gflops"]
+
+    names = pages.names_in(map(peaks, cases))
+    return pages.rows_of(
+        [case for case in cases if case["form"] == cases[0]["form"]],  # the others share them
+        (CASE, _label),
+        *pages.named_columns(names, lambda gflops: number(gflops, 0), peaks),
+        ("read", lambda case: number(case["read"] and case["read"]["gbps"], 1)),
+        ("fastest way to read", lambda case: case["read"]["way"] if case["read"] else NONE),
+    )
 
 
 def remarks(result: dict) -> list[str]:

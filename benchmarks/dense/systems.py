@@ -18,17 +18,8 @@ import numpy as np
 from jax import lax
 from scipy import special
 
-from benchmarks.dense.cases import (
-    CONSTANT_ROWS,
-    FORMATS,
-    GPT2,
-    LONG_FLOPS,
-    MOST_COPIES,
-    NORM_SHAPE,
-    Shape,
-    bytes_of,
-    fits,
-)
+from benchmarks.dense import cases
+from benchmarks.dense.cases import FORMATS, GPT2, NORM_SHAPE, Shape
 from benchmarks.harness import buffers, peers, timing
 from benchmarks.harness.errors import BenchmarkError, quake_jax
 from benchmarks.harness.timing import Contestant
@@ -52,13 +43,10 @@ class Layer:
 
     A call of a contestant multiplies with every copy once; the last one is the weight that the
     result is checked with.
-
-    Attributes:
-        walked: Bytes that all copies of a format have, if the layer has few rows; 0 for no copies.
     """
 
     shape: Shape
-    walked: int = 0
+    walked: int = 0  # bytes that all copies of a format have, if there are few rows; 0 for none
     _buffers: dict[tuple[str, str], Buffers] = field(default_factory=dict)
     _copies: dict[str, list] = field(default_factory=dict)
 
@@ -74,7 +62,7 @@ class Layer:
         if not (self.shape.walks and self.walked):
             return 1
         wanted = self.walked / (bytes_of_weight * self.shape.k * self.shape.n)
-        return min(math.ceil(wanted), MOST_COPIES)
+        return min(math.ceil(wanted), cases.MOST_COPIES)
 
     def copies(self, name: str, bytes_of_weight: float, make: Callable[[], Any]) -> list:
         """The copies of a format by its name: pytrees of JAX arrays like the one made."""
@@ -86,9 +74,9 @@ class Layer:
             self._copies[name] = [*more, made]
         return self._copies[name]
 
-    def known(self, name: str) -> list:
-        """Copies that were made before."""
-        return self._copies[name]
+    def codes(self, name: str) -> list[np.ndarray]:
+        """The memory of copies that were made before."""
+        return [np.from_dlpack(copy.codes) for copy in self._copies[name]]
 
     def buffers(self, dtype: str, out_dtype: str) -> Buffers:
         """x in one dtype, bias and output in another."""
@@ -103,9 +91,8 @@ class Layer:
         which GELU it has.
         """
         rows, wanted = self._exact[form, erf]
-        return float(
-            np.max(np.abs(result[rows].astype(np.float64) - wanted)) / np.abs(wanted).max()
-        )
+        difference = np.abs(result[rows].astype(np.float64) - wanted)
+        return float(difference.max() / np.abs(wanted).max())
 
     @functools.cached_property
     def _exact(self) -> dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]]:
@@ -116,8 +103,7 @@ class Layer:
         weight = self.weight.astype(np.float64)
         bare, all_ = (v @ weight + self.bias for v in (x, normed))
         found = {}
-        for erf in (False, True):
-            gelu = _exact_gelu_erf if erf else _exact_gelu_tanh
+        for erf, gelu in ((False, _exact_gelu_tanh), (True, lambda y: y * special.ndtr(y))):
             results = {"bias": bare, "gelu": gelu(bare), "all": gelu(all_) + self.residual[rows]}
             found |= {(form, erf): (rows, result) for form, result in results.items()}
         return found
@@ -136,17 +122,8 @@ def _of_layer(k: int, n: int) -> dict[str, Any]:
     return {"": _normal()(k, n) / math.sqrt(k)}
 
 
-def _exact_gelu_erf(y: np.ndarray) -> np.ndarray:
-    return y * special.ndtr(y)
-
-
 def _exact_gelu_tanh(y: np.ndarray) -> np.ndarray:
     return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-
-
-def view(array: jax.Array) -> np.ndarray:
-    """The same memory in NumPy."""
-    return np.from_dlpack(array)
 
 
 class Buffers(buffers.Buffers):
@@ -159,48 +136,30 @@ class Buffers(buffers.Buffers):
         The copies are arguments of the loop, which chooses between them without copying one.
         """
 
-        def loop(operands, weights, out, calls):
-            def body(i, carry):
-                (x, bias), weights, _ = lax.optimization_barrier(carry)
-                branches = [lambda x, w=w: operator(x, w, bias) for w in weights]
-                return (x, bias), weights, lax.switch(i % len(weights), branches, x)
+        def step(i, operands, weights):
+            x, bias = operands
+            branches = [lambda x, w=w: operator(x, w, bias) for w in weights]
+            return lax.switch(i % len(weights), branches, x)
 
-            return lax.fori_loop(0, calls, body, (operands, weights, out))[2]
-
-        compiled = jax.jit(loop, donate_argnums=2)
-        weights = tuple(copies)
-
-        def start(trips: int) -> None:
-            out = compiled(self._operands, weights, self._out, np.int32(trips))
-            self._out = out.block_until_ready()
-            if self._out.unsafe_buffer_pointer() != self._address:
-                raise RuntimeError("XLA did not reuse the donated output buffer")
+        products = self.looped(step, tuple(copies))
 
         def run(calls: int) -> None:
-            start(calls * len(weights))
+            products(calls * len(copies))
 
-        run.start = functools.partial(start, 0)
+        run.start = functools.partial(products, 0)
         return run
 
 
 @dataclass
 class Entry:
-    """A contestant of a form of a layer.
-
-    Attributes:
-        format: Which of ours has the same precision.
-        copies: How many products a call of it has.
-        weight_bytes: Bytes of one of its weights.
-        result: Gives its last result.
-        erf: Whether its GELU is the exact one, and not the tanh form.
-    """
+    """A contestant of a form of a layer."""
 
     contestant: Contestant
-    format: str
-    copies: int
+    format: str  # which of ours has the same precision
+    copies: int  # products of a call
     weight_bytes: float
-    result: Callable[[], np.ndarray]
-    erf: bool = False
+    result: Callable[[], np.ndarray]  # gives the last one
+    erf: bool = False  # its GELU is the exact one, and not the tanh form
 
 
 def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Entry]:
@@ -212,9 +171,8 @@ def in_jax(layer: Layer, form: str, target: float, threads: int) -> Iterator[Ent
         held = layer.buffers(*dtypes)
         run = held.walker(operator, copies)
         start = peers.call_seconds(peers.repeat(run.start, held), target, threads)
-        calls = 1
-        if len(copies) * layer.shape.flops <= LONG_FLOPS * threads:
-            calls = timing.calibrate(run, max(target, STARTS * start))
+        short = len(copies) * layer.shape.flops <= cases.LONG_FLOPS * threads
+        calls = timing.calibrate(run, max(target, STARTS * start)) if short else 1
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies[-1]))
         contestant = Contestant(name, run, overhead=start / calls, calls=calls)
         return Entry(contestant, format_, len(copies), size, lambda: held.target)
@@ -228,13 +186,14 @@ def _ours(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entr
     module = quake_jax("pack_weight")
     extra = {} if form == "bias" else {"activation": "gelu"}
     if form == "all":
-        scale, offset = jnp.array(layer.scale), jnp.array(layer.offset)
+        scale, offset, extra["residual"] = map(
+            jnp.array, (layer.scale, layer.offset, layer.residual)
+        )
         extra["norm"] = module.LayerNorm(scale, offset, EPSILON)
-        extra["residual"] = jnp.array(layer.residual)
     for name, arguments in FORMATS.items():
-        if fits(name, layer.shape):
+        if cases.fits(name, layer.shape):
             pack = functools.partial(module.pack_weight, layer.weight, **arguments)
-            copies = layer.copies(f"quake {name}", bytes_of(name), pack)
+            copies = layer.copies(f"quake {name}", cases.bytes_of(name), pack)
 
             def operator(x, w, bias):
                 return module.dense(x, w, bias, **extra)
@@ -247,6 +206,7 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
     for dtype, out in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
 
         def operator(x, w, bias, out=out):
+            w = w.array if isinstance(w, _Constant) else w
             return activation(jnp.dot(x, w, preferred_element_type=out) + bias)
 
         size = 4 if dtype == "float32" else 2
@@ -254,29 +214,19 @@ def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry
         copies = layer.copies(f"XLA {dtype}", size, make)
         name = f"XLA {dtype}" if dtype == out else f"XLA {dtype} → {out}"
         yield entry(name, dtype, copies, operator, (dtype, out))
-        if out == "float32" and layer.shape.m in CONSTANT_ROWS:
-            yield _of_constants(name, dtype, copies, operator, (dtype, out), entry)
-
-
-def _of_constants(name, dtype, copies, operator, dtypes, entry) -> Entry:
-    constants = [np.asarray(w) for w in distinct(copies[-1], len(copies))]
-
-    def of_number(x, number, bias):
-        # The number is that of the copy, known when the program is made: see `walker`.
-        return operator(x, constants[number.index], bias)
-
-    numbers = [_Number(i) for i in range(len(copies))]
-    made = entry(f"{name} constants", dtype, numbers, of_number, dtypes)
-    made.weight_bytes = constants[0].nbytes
-    return made
+        if out == "float32" and layer.shape.m in cases.CONSTANT_ROWS:
+            constants = [_Constant(w) for w in distinct(copies[-1], len(copies))]
+            made = entry(f"{name} constants", dtype, constants, operator, (dtype, out))
+            made.weight_bytes = constants[0].array.nbytes
+            yield made
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Number:
-    """Stands for a weight that is a constant: an argument without arrays."""
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """A weight that is known when the program is made: an argument without arrays of JAX."""
 
-    index: int
+    array: np.ndarray
 
 
 def distinct(array: np.ndarray | jax.Array, count: int) -> Iterator[np.ndarray]:
@@ -308,14 +258,15 @@ def norm(name: str, dtype: str) -> tuple[Contestant, Contestant]:
 
     ours = functools.partial(getattr(module, name), epsilon=EPSILON)
     held = buffers.Buffers(operands, NORM_SHAPE, dtype)
-    contestants, results = [], []
-    for system, operator in (("quake", ours), ("XLA", flax)):
-        contestants.append(Contestant(f"{system} {name} {dtype}", held.runner(operator)))
-        contestants[-1].run(1)
+    runs = [held.runner(operator) for operator in (ours, flax)]
+    results = []
+    for run in runs:
+        run(1)
         results.append(held.target.astype(np.float32))
     if not np.allclose(*results, rtol=0.02, atol=0.02):
         raise BenchmarkError(f"{name} is wrong in {dtype}")
-    return tuple(contestants)
+    systems = zip(("quake", "XLA"), runs, strict=True)
+    return tuple(Contestant(f"{system} {name} {dtype}", run) for system, run in systems)
 
 
 def packing(format_: str) -> Contestant:
@@ -324,9 +275,8 @@ def packing(format_: str) -> Contestant:
     normal = _normal()
     weights = [w for (k, n), count in GPT2.items() for w in [normal(k, n)] * count]
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            for weight in weights:
-                jax.block_until_ready(pack(weight))
+    def call() -> None:
+        for weight in weights:
+            jax.block_until_ready(pack(weight))
 
-    return Contestant(f"packing {format_}", run, calls=1)
+    return Contestant(f"packing {format_}", peers.repeat(call, weights), calls=1)

@@ -9,16 +9,13 @@ from benchmarks.harness.errors import BenchmarkError, require
 
 HELP = "two cores as threads, as devices of one process, and as processes of jax.distributed"
 ROUNDS = 9
-
-
-OPTIONS = ("quick", "json", "markdown")
 PINNED = False  # its processes pin themselves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
     frame.add_rounds(parser, ROUNDS, "2 with --quick")
-    frame.add_options(parser, *OPTIONS)
+    frame.add_options(parser, "quick", "json", "markdown")
 
 
 def check(args: argparse.Namespace) -> None:

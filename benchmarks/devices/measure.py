@@ -23,15 +23,10 @@ WAYS = (
 def measure(args: argparse.Namespace) -> dict:
     """Run all cases in all ways; of each case the result has what `processes.compare` finds."""
     rounds, target = args.rounds or (2 if args.quick else ROUNDS), 1e-3 if args.quick else 0.1
-    teams = start(args.quick)
-    try:
+    with processes.at_work(start(args.quick)) as teams, progress(len(CASES)) as bar:
         described = teams[1].describe()
         load = os.getloadavg()[0]
-        with progress(len(CASES)) as bar:
-            found = processes.compare(CASES, teams, rounds, target, bar.advance)
-    finally:
-        for team in teams:
-            team.stop()
+        found = processes.compare(CASES, teams, rounds, target, bar.advance)
     return {
         "benchmark": "devices",
         "environment": described | {"load_average": round(load, 2)},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.harness import peers
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,12 +44,8 @@ def make(case: Case, quick: bool) -> Callable[[int], None]:
     operands = jax.tree.map(place, operands, specs)
     compiled = jax.jit(f, out_shardings=NamedSharding(mesh, result))
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            # Each: calls on several devices need not end in the order in which they began.
-            compiled(*operands).block_until_ready()
-
-    return run
+    # Each: calls on several devices need not end in the order in which they began.
+    return peers.repeat(lambda: compiled(*operands).block_until_ready(), operands)
 
 
 def function(name: str, quick: bool):
@@ -92,9 +90,7 @@ def _prefill(quick: bool):
     def spec(path, _):
         """Heads and hidden units: outputs of what makes them, inputs of what reads them."""
         module, leaf = path[-2].key, path[-1].key
-        if module in ("query", "key", "value"):
-            return P(None, "model") if leaf == "kernel" else P("model")
-        if module == "Dense_0":
+        if module in ("query", "key", "value", "Dense_0"):
             return P(None, "model") if leaf == "kernel" else P("model")
         return P("model") if module in ("out", "Dense_1") and leaf == "kernel" else P()
 

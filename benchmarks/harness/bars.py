@@ -5,62 +5,74 @@ Which ones is for each subject to say, in its module `goals`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.pages import Table
+from benchmarks.harness.pages import Table, median
+
+# Takes a figure from the entry of a result and the bar's subject; None if it was not measured.
+Figure = Callable[[dict, str], float | None]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the figure of a bar is.
+    """What the figure of a bar is."""
 
-    Attributes:
-        what: The words for it.
-        unit: Its unit.
-        figure: Takes it from the entry of the result and the bar's subject; None if it was not
-            measured.
-        at_least: Whether the threshold is the least or the largest.
-        entries: Which of a result's lists has the entry.
-    """
-
-    what: str
+    what: str  # the words for it
     unit: str
-    figure: Callable[[dict, str], float | None]
-    at_least: bool = True
-    entries: str = "cases"
+    figure: Figure
+    at_least: bool = True  # whether the threshold is the least or the largest
+    entries: str = "cases"  # which of a result's lists has the entry
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit for one figure of one case.
-
-    Attributes:
-        kind: What the figure is.
-        case: The case of the subject; as text it is what the bar is called.
-        threshold: The least figure, or the largest where the kind says so.
-        subject: Whose figure it is, such as "order 3".
-        isa: The instruction set for which it holds, and for the extensions of it that begin
-            with its name: avx512bf16 is avx512 with other bfloat16 kernels.
-        threads: The number of threads for which it holds.
-    """
+    """A limit for one figure of one case, for one instruction set and number of threads."""
 
     kind: Kind
-    case: Any
-    threshold: float
-    subject: str
+    case: Any  # of the subject; as text it is what the bar is called
+    threshold: float  # the least figure, or the largest where the kind says so
+    subject: str  # whose figure it is, such as "order 3"
+    # Those that begin with its name extend it: avx512bf16 is avx512 with other bfloat16 kernels.
     isa: str = "avx512"
     threads: int = 1
 
     @property
+    def what(self) -> str:
+        return self.kind.what.format(subject=self.subject)
+
+    @property
     def name(self) -> str:
-        return f"{self.case}, {self.kind.what.format(subject=self.subject)}"
+        return f"{self.case}, {self.what}"
 
     def holds(self, environment: dict) -> bool:
         """Whether a run under these conditions is judged by it."""
         isa = environment["isa"] or ""
         return environment["threads"] == self.threads and isa.startswith(self.isa)
+
+
+# --- Figures that several subjects have
+
+
+def against(other: str) -> Figure:
+    """How many times as long the other takes."""
+    return lambda entry, subject: median(entry["ratios"].get(subject, {}).get(other))
+
+
+def percent_of(limit: str) -> Figure:
+    """The share of a limit of the hardware."""
+    key = f"share_of_{limit}"
+    return lambda entry, subject: percent(entry["contestants"].get(subject, {}).get(key))
+
+
+def percent(share: dict | None) -> float | None:
+    """The median of a share in percent, or None."""
+    return 100 * share["median"] if share else None
+
+
+# --- Judging
 
 
 def figures(
@@ -102,6 +114,18 @@ def verdict(name: str, figure: float, threshold: float, unit: str, at_least: boo
     }
 
 
+def mean_verdict(
+    name: str, wanted: Collection[Bar], found: Collection[tuple[Bar, float]], threshold: float
+) -> list[dict]:
+    """That on the geometric mean of bars; none without the figures of all, of which it would be
+    another figure.
+    """
+    if len(found) != len(wanted):
+        return []
+    mean = math.exp(math.fsum(math.log(figure) for _, figure in found) / len(found))
+    return [verdict(name, mean, threshold, "×", at_least=True)]
+
+
 def tables(result: dict) -> list[Table]:
     """The table of the bars, or none where a run is not judged."""
     if not result["bars"]:
@@ -109,13 +133,7 @@ def tables(result: dict) -> list[Table]:
     rows = [["bar", "figure", "wanted", ""]]
     for bar in sorted(result["bars"], key=lambda bar: bar["met"]):  # the missed ones first
         sign = "≥" if bar["at_least"] else "≤"
-        rows.append(
-            [
-                bar["name"],
-                f"{bar['figure']:.2f} {bar['unit']}",
-                f"{sign} {bar['threshold']:.2f} {bar['unit']}",
-                "met" if bar["met"] else "MISSED",
-            ]
-        )
+        figure, wanted = (f"{bar[key]:.2f} {bar['unit']}" for key in ("figure", "threshold"))
+        rows.append([bar["name"], figure, f"{sign} {wanted}", "met" if bar["met"] else "MISSED"])
     missed = sum(not bar["met"] for bar in result["bars"])
     return [(f"Bars ({missed} of {len(result['bars'])} missed)", rows)]

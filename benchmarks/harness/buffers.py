@@ -7,8 +7,10 @@ pages nor a lucky placement in the cache decides. Importing this module imports 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,22 +44,25 @@ class Buffers:
         keeps XLA from taking the operator out of the loop. The loop's output buffer is the
         donated one in every iteration.
         """
+        return self.looped(lambda i, operands, more: operator(*operands), ())
 
-        def loop(operands, out, calls):
-            def body(_, carry):
-                operands, _ = lax.optimization_barrier(carry)
-                return operands, operator(*operands)
+    def looped(self, step: Callable[..., jax.Array], more: Any) -> Callable[[int], None]:
+        """The same of `step`, of the iteration, the operands and `more` arguments, a pytree."""
 
-            return lax.fori_loop(0, calls, body, (operands, out))[1]
+        def loop(operands, more, out, calls):
+            def body(i, carry):
+                operands, more, _ = lax.optimization_barrier(carry)
+                return operands, more, step(i, operands, more)
 
-        compiled = jax.jit(loop, donate_argnums=1)
+            return lax.fori_loop(0, calls, body, (operands, more, out))[2]
 
-        def run(calls: int) -> None:
-            self._out = compiled(self._operands, self._out, np.int32(calls)).block_until_ready()
-            if self._out.unsafe_buffer_pointer() != self._address:
-                raise RuntimeError("XLA did not reuse the donated output buffer")
+        return functools.partial(self._run, jax.jit(loop, donate_argnums=2), more)
 
-        return run
+    def _run(self, compiled: Callable, more: Any, calls: int) -> None:
+        out = compiled(self._operands, more, self._out, np.int32(calls))
+        self._out = out.block_until_ready()
+        if self._out.unsafe_buffer_pointer() != self._address:
+            raise RuntimeError("XLA did not reuse the donated output buffer")
 
 
 def _view(address: int, array: jax.Array) -> np.ndarray:

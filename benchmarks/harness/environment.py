@@ -6,11 +6,13 @@ about the machine that it came from.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,23 +29,18 @@ def prepare(threads: int, keep_pages: bool = True) -> None:
     """Pin the process to as many cores as it may use threads, and keep freed memory mapped.
 
     Threads inherit the pinning, so every pool that starts later shares those cores; XLA takes the
-    size of its pool from PJRT_NPROC or NPROC, and without them from the pinning.
+    size of its pool from PJRT_NPROC or NPROC, and without them from the pinning. Raise
+    BenchmarkError if the process may not use that many cores.
 
-    Args:
-        threads: Number of cores and of threads of every measured library.
-        keep_pages: Stop glibc from returning freed memory to the kernel. XLA's softmax allocates a
-            temporary of the size of its input at each call; by default glibc maps it afresh each
-            time once it is large, and then page faults are most of what one measures.
-
-    Raises:
-        BenchmarkError: The process may not use that many cores.
+    Kept pages stop glibc from returning freed memory to the kernel. XLA's softmax allocates a
+    temporary of the size of its input at each call; by default glibc maps it afresh each time once
+    it is large, and then page faults are most of what one measures.
     """
     allowed = allowed_cores()
-    if allowed:
-        if threads > len(allowed):
-            raise BenchmarkError(f"--threads {threads}: this process may use {len(allowed)} cores")
-        # The last ones: interrupts and other processes prefer the first.
-        pin(allowed[-threads:])
+    if allowed and threads > len(allowed):
+        raise BenchmarkError(f"--threads {threads}: this process may use {len(allowed)} cores")
+    # The last ones: interrupts and other processes prefer the first.
+    pin(allowed[-threads:])
     os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
     if keep_pages:
@@ -68,11 +65,10 @@ def pin(cores: list[int]) -> None:
 
 def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc; readings with page faults are still rejected
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_ARENA_MAX, 1)
+    if mallopt is not None:  # else not glibc; readings with page faults are still rejected
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def describe(threads: int) -> dict:
@@ -81,17 +77,16 @@ def describe(threads: int) -> dict:
     """
     versions = {}
     for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "openvino"):
-        try:
+        versions[name] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     # From the module: in a checkout it need not be installed.
     quake_jax = sys.modules.get("quake_jax")
     versions["quake_jax"] = quake_jax.__version__ if quake_jax else None
     changes = _git("status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or None,
         "isa": quake_jax.isa() if quake_jax else None,
         "isa_forced": "QUAKE_JAX_ISA" in os.environ,
         "threads": threads,
@@ -117,27 +112,16 @@ def cpu_flags() -> list[str]:
     return (_cpuinfo("flags") or "").split()
 
 
-def _cpu_model() -> str | None:
-    return _cpuinfo("model name") or platform.processor() or None
-
-
 def _cpuinfo(field: str) -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    except OSError:
-        pass
-    return None
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^{field}\s*:(.*)$", path.read_text(), re.M) if path.exists() else None
+    return found[1].strip() if found else None
 
 
 def _xla_pool_threads() -> int | None:
     """Count XLA's intra-op threads by their name (Linux only), to check what `prepare` asked."""
-    tasks = Path("/proc/self/task")
-    if not tasks.exists():
-        return None
-    return sum("XLAEigen" in (task / "comm").read_text() for task in tasks.iterdir())
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("XLAEigen" in name for name in names) if names else None
 
 
 def _git(*arguments: str) -> str | None:

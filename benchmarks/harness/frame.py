@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ from benchmarks.harness.errors import check_files
 from benchmarks.harness.timing import Contestant, Series
 
 T = TypeVar("T")
-
 
 # --- Options
 
@@ -52,6 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
     "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
 }
+# Of all subjects whose speed is compared.
+TIMED = ("threads", "peers", "allocator", "quick", "json", "markdown")
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -81,18 +82,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def read_by(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
+    """Read an option by `parse`, for argparse; `what` says what a text that it refuses is not."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
+
+    return read
+
+
 # --- A run
 
 
 def run(args: argparse.Namespace, package: str) -> None:
     """Measure what the options ask for, print it, and write the files asked for.
 
-    Args:
-        args: The options of a subcommand.
-        package: Its folder, `benchmarks.NAME`, with `HELP`, `add_arguments` and, if there is more
-            to check or to be kept from, `check` and `PINNED` in `command`; with `measure` in
-            `measure`; with `HEADING`, `tables` and `remarks` of a result in `report`, and with
-            `figures` of it in `plots`.
+    `package`, `benchmarks.NAME`, has `HELP`, `add_arguments` and, if there is more to check or to
+    be kept from, `check` and `PINNED` in `command`; `measure` in `measure`; `HEADING`, `tables` and
+    `remarks` of a result in `report`, and `figures` of it in `plots`.
     """
     command = importlib.import_module(f"{package}.command")
     check_files(args.json, args.markdown)
@@ -120,43 +130,39 @@ def run(args: argparse.Namespace, package: str) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the readings of a run are taken.
+    """How the readings of a run are taken."""
 
-    Attributes:
-        rounds: Interleaved rounds, or None for as many as a case has by default.
-        reading_seconds: Least length of a reading.
-        allocator: "keep", or "system" where page faults are part of the times.
-        quick: Whether it is a try.
-        threads: Number of threads in use.
-    """
-
-    rounds: int | None
-    reading_seconds: float
-    allocator: str = "keep"
-    quick: bool = False
-    threads: int = 1
+    rounds: int | None  # interleaved; None for as many as a case has by default
+    reading_seconds: float  # the least length of a reading
+    allocator: str = "keep"  # or "system" where page faults are part of the times
+    quick: bool = False  # a try
+    threads: int = 1  # in use
 
     @classmethod
     def of(
-        cls,
-        args: argparse.Namespace,
-        reading_seconds: tuple[float, float],
-        quick_rounds: int = 3,
+        cls, args: argparse.Namespace, reading_seconds: tuple[float, float], quick_rounds: int = 3
     ) -> Settings:
         """Those that the options ask for; readings have two lengths, without and with --quick."""
-        return cls(
-            rounds=args.rounds or (quick_rounds if args.quick else None),
-            reading_seconds=reading_seconds[args.quick],
-            allocator=args.allocator,
-            quick=args.quick,
-            threads=args.threads,
-        )
+        rounds = args.rounds or (quick_rounds if args.quick else None)
+        return cls(rounds, reading_seconds[args.quick], args.allocator, args.quick, args.threads)
 
     def as_dict(self) -> dict:
-        """What the result of a run says of them."""
-        made = dict(vars(self))
-        del made["threads"]  # stands in the environment
-        return made
+        """What the result of a run says of them; threads stand in the environment."""
+        return {name: value for name, value in asdict(self).items() if name != "threads"}
+
+    def result(
+        self, name: str, settings: dict, judge: Callable[[dict], list[dict]], **parts
+    ) -> dict:
+        """A result, judged unless it is a try; either allocator has a name, and so a section of a
+        Markdown file, of its own.
+        """
+        result = {
+            "benchmark": name if self.allocator == "keep" else f"{name}, system allocator",
+            "environment": environment.describe(self.threads),
+            "settings": {**settings, **self.as_dict()},
+            **parts,
+        }
+        return result | {"bars": [] if self.quick else judge(result)}
 
     def read(
         self,
@@ -165,7 +171,7 @@ class Settings:
         advance: Callable[[float], None] = lambda share: None,
         shortest: float = 0.0,
         attempts: int = timing.MAX_ATTEMPTS,
-    ) -> dict[str, Series]:
+    ) -> dict[Any, Series]:
         """Take the readings of the contestants of one case, as `timing.measure` does.
 
         `rounds` counts where the settings leave them open; `advance` is called after each reading
@@ -186,11 +192,7 @@ class Settings:
 
 
 class Progress:
-    """A bar on the terminal. A step is one case; within it, readings advance the bar.
-
-    Attributes:
-        advance: Takes the share of a step that is done.
-    """
+    """A bar on the terminal. A step is one case; within it, readings advance the bar."""
 
     def __init__(self, bar: Any, total: int | None):
         self._bar = bar
@@ -198,6 +200,7 @@ class Progress:
         self._done = 0
 
     def advance(self, share: float = 1.0) -> None:
+        """Add the share of a step that is done."""
         self._bar.advance(self._task, share)
 
     def expect(self, total: int) -> None:

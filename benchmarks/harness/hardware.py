@@ -12,8 +12,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import environment
 from benchmarks.harness.timing import Contestant
@@ -41,10 +42,12 @@ void chain(long calls) {{
 def clock() -> Contestant | None:
     """Make the contestant, one call of which takes `CYCLES_PER_CALL`; None without a compiler."""
     library = _compile(_CLOCK_SOURCE)
-    if library is None:
-        return None
-    library.chain.argtypes, library.chain.restype = [ctypes.c_long], None
-    return Contestant(CLOCK, library.chain)
+    return library and Contestant(CLOCK, _typed(library.chain, ctypes.c_long))
+
+
+def _typed(function: Any, *arguments: type) -> Any:
+    function.argtypes, function.restype = list(arguments), None
+    return function
 
 
 # --- The limits
@@ -69,21 +72,6 @@ typedef long long words __attribute__((vector_size({bytes})));
 
 {chains}
 
-/* Eight loads are under way at a time; the result is stored so that nothing is left out. */
-void read_all(const char* from, long bytes, long calls) {{
-  static volatile long long sink;
-  for (long call = 0; call < calls; ++call) {{
-    words a[8] = {{{{0}}}};
-    const words* p = (const words*)from;
-    for (long n = bytes / (8 * sizeof(words)); n > 0; --n, p += 8) {{
-      __asm__ volatile("" : : : "memory");
-      a[0] ^= p[0]; a[1] ^= p[1]; a[2] ^= p[2]; a[3] ^= p[3];
-      a[4] ^= p[4]; a[5] ^= p[5]; a[6] ^= p[6]; a[7] ^= p[7];
-    }}
-    a[0] ^= a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-    sink = a[0][0] ^ a[0][1];
-  }}
-}}
 {streams}
 """
 
@@ -98,7 +86,8 @@ void {instruction}_chains(long calls) {{
 }}
 """
 
-# Each stream reads a part of the array; as above, eight loads are under way.
+# Each stream reads a part of the array. Eight loads are under way at a time; the result is stored
+# so that nothing is left out.
 _STREAMS_SOURCE = """
 void read_{streams}_{ahead}(const char* from, long bytes, long calls) {{
   static volatile long long sink;
@@ -121,8 +110,9 @@ class Ceilings:
 
     Attributes:
         left_out: Why there are none, or None.
-        flops_per_call: Additions and multiplications of one call of `fma`, all threads together.
-        peaks: The same of every instruction that there is, by the name of its contestant.
+        peaks: Additions and multiplications of one call of every instruction that there is, all
+            threads together, by the name of its contestant.
+        flops_per_call: Those of `fma`.
     """
 
     def __init__(self, isa: str | None, threads: int):
@@ -146,30 +136,25 @@ class Ceilings:
 
     def peak(self, name: str) -> Contestant:
         """One of `peaks`, on as many threads as the operators may use."""
-        loop = getattr(self._library, f"{_INSTRUCTIONS[name][0]}_chains")
+        loop = _typed(self._library[f"{_INSTRUCTIONS[name][0]}_chains"], ctypes.c_long)
         return Contestant(name, lambda calls: self._on_all([(loop, calls)] * self._threads))
 
     def read(self, name: str, arrays: Sequence) -> Contestant:
         """Reading NumPy arrays once per call, each divided among the threads."""
-        return self._reading(name, self._library.read_all, arrays)
+        return self._reading(name, (1, 0), arrays)
 
     def reads(self, arrays: Sequence) -> list[Contestant]:
         """Reading them in one to eight streams, with and without prefetching."""
-        return [
-            self._reading(
-                f"{READ}, streams {streams}, ahead {ahead}",
-                getattr(self._library, f"read_{streams}_{ahead}"),
-                arrays,
-            )
-            for streams, ahead in _READS
-        ]
+        name = f"{READ}, streams {{}}, ahead {{}}"
+        return [self._reading(name.format(*way), way, arrays) for way in _READS]
 
-    def _reading(self, name: str, loop: Callable, arrays: Sequence) -> Contestant:
-        parts = []
-        for array in arrays:
-            share = array.nbytes // self._threads // 512 * 512
-            parts.append([(array.ctypes.data + share * i, share) for i in range(self._threads)])
-        by_thread = list(zip(*parts, strict=True))
+    def _reading(self, name: str, way: tuple[int, int], arrays: Sequence) -> Contestant:
+        types = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
+        loop = _typed(self._library["read_{}_{}".format(*way)], *types)
+        shares = [
+            (array.ctypes.data, array.nbytes // self._threads // 512 * 512) for array in arrays
+        ]
+        by_thread = [[(at + i * size, size) for at, size in shares] for i in range(self._threads)]
 
         def read_parts(own, calls: int) -> None:
             for _ in range(calls):
@@ -219,16 +204,7 @@ def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
         chains="".join(map(chains, known)),
         streams="".join(streams(*way) for way in _READS),
     )
-    library = _compile(text, *flags.split())
-    if library is not None:
-        for instruction in known:
-            loop = getattr(library, f"{instruction}_chains")
-            loop.argtypes, loop.restype = [ctypes.c_long], None
-        for name in ["read_all", *(f"read_{streams}_{ahead}" for streams, ahead in _READS)]:
-            loop = getattr(library, name)
-            loop.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
-            loop.restype = None
-    return library
+    return _compile(text, *flags.split())
 
 
 def _compile(text: str, *flags: str) -> ctypes.CDLL | None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Rows = list[list[str]]
 Table = tuple[str, Rows]  # a title, and rows with the heading first
+Column = tuple[str, Callable[[Any], str]]  # a heading, and what an entry has below it
 NONE = "–"
 
 
 class Page(NamedTuple):
-    """What a result amounts to: a heading that says what was measured, tables and remarks."""
+    """What a result amounts to."""
 
     heading: str
     tables: list[Table]
@@ -131,7 +132,7 @@ def doubt(entry: dict) -> str:
     return "†" if entry["doubtful"] else ""
 
 
-def names(lists: Iterable[Iterable[str]]) -> list[str]:
+def names_in(lists: Iterable[Iterable[str]]) -> list[str]:
     """The names in any of the lists, in the order in which they first come."""
     return list(dict.fromkeys(name for one in lists for name in one))
 
@@ -142,12 +143,49 @@ def without_empty_columns(rows: Rows) -> Rows:
     return [[row[i] for i in kept] for row in rows]
 
 
-def two_threads(heading: str, rows: Rows) -> list[Table]:
-    """The table of the speed of two threads over one: rows of a label and a spread, if any."""
-    if not rows:
-        return []
+def rows_of(entries: Iterable[Any], *columns: Column) -> Rows:
+    """A row for each entry."""
+    entries = [[cell(entry) for _, cell in columns] for entry in entries]
+    return [[heading for heading, _ in columns], *entries]
+
+
+def named_columns(
+    names: Iterable[str],
+    cell: Callable[[Any], str],
+    of: Callable[[dict], dict],
+    heading: Callable[[str], str] = str,
+) -> list[Column]:
+    """A column for each name with what an entry has of it: in `contestants`, its ratios, …"""
+
+    def column(name: str) -> Column:
+        return heading(name), lambda entry: cell(of(entry)[name]) if name in of(entry) else NONE
+
+    return [column(name) for name in names]
+
+
+def of_contestants(
+    names: Iterable[str], cell: Callable[[dict], str], heading: Callable[[str], str] = str
+) -> list[Column]:
+    """Those of contestants."""
+    return named_columns(names, cell, lambda case: case["contestants"], heading)
+
+
+def contestants(cases: list[dict]) -> list[str]:
+    """The names of all contestants of the cases."""
+    return names_in(case["contestants"] for case in cases)
+
+
+def by_dtype(cases: list[dict]) -> dict[str, list[dict]]:
+    """The cases of each dtype."""
+    dtypes = dict.fromkeys(case["dtype"] for case in cases)
+    return {dtype: [case for case in cases if case["dtype"] == dtype] for dtype in dtypes}
+
+
+def two_threads(heading: str, label: Callable[[dict], str], entries: list[dict]) -> list[Table]:
+    """The table of the speed of two threads over one, if any."""
+    columns = (heading, label), ("two threads over one", lambda entry: spread(entry["speedup"]))
     title = "Speed of two threads over one, median (quartiles) of the rounds"
-    return [(title, [[heading, "two threads over one"], *rows])]
+    return [(title, rows_of(entries, *columns))] if entries else []
 
 
 def rounds_of(result: dict, where_few: str) -> str:
@@ -166,19 +204,13 @@ def isa_remarks(result: dict) -> list[str]:
 
 def reading_remarks(result: dict) -> list[str]:
     """Say what was rejected, what is doubtful, and what was left out."""
-    lines = []
-    rejected = {"faults": 0, "preempted": 0}
-    doubtful = 0
-    for case in result["cases"]:
-        for entry in case["contestants"].values():
-            doubtful += entry["doubtful"]
-            for reason, count in entry["rejected"].items():
-                rejected[reason] += count
-    lines.append(
-        f"Readings rejected and repeated: {rejected['faults']} for page faults, "
-        f"{rejected['preempted']} for a lost core."
-    )
-    lines += doubt_remarks(doubtful)
+    entries = [entry for case in result["cases"] for entry in case["contestants"].values()]
+    faults = sum(entry["rejected"]["faults"] for entry in entries)
+    preempted = sum(entry["rejected"]["preempted"] for entry in entries)
+    lines = [
+        f"Readings rejected and repeated: {faults} for page faults, {preempted} for a lost core.",
+        *doubt_remarks(sum(entry["doubtful"] for entry in entries)),
+    ]
     if result["left_out"]:
         reasons = (f"{name} ({why})" for name, why in result["left_out"].items())
         lines.append(f"Left out: {'; '.join(reasons)}.")

@@ -56,12 +56,8 @@ def panels(
 
 def title(figure: plt.Figure, what: str, environment: dict) -> None:
     """Say above the panels what they show, and under which conditions it was measured."""
-    threads = environment["threads"]
-    figure.suptitle(
-        f"{what}, {threads} thread{'s' * (threads > 1)}, {environment['isa']}, "
-        f"{environment['cpu']}",
-        fontsize=10,
-    )
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    figure.suptitle(f"{what}, {threads}, {environment['isa']}, {environment['cpu']}", fontsize=10)
 
 
 def legend(figure: plt.Figure, first: Iterable[str] = (), columns: int | None = None) -> None:

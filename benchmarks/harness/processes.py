@@ -7,17 +7,19 @@ within a round.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.harness import environment, timing
 from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frame import Settings
 
 ATTEMPTS = 4
 # How long XLA's idle threads may go on spinning after a reading.
@@ -25,7 +27,7 @@ SETTLE_SECONDS = 0.02
 # Seconds after which a process that does not answer has failed.
 PATIENCE = 300
 
-# Prepares a case in a process: a function that runs it so many times.
+# Prepares a case in a process, which can import it: a function that runs it so many times.
 Make = Callable[[Any], Callable[[int], None]]
 
 
@@ -71,63 +73,57 @@ def compare(
                 seconds[team.way.name].append(reading)
                 doubtful += disturbed
         base = seconds[teams[0].way.name]
-        result.append(
-            {
-                "calls": calls,
-                "seconds": seconds,
-                "doubtful": doubtful,
-                "speed": {
-                    name: timing.paired_ratio(base, times).as_dict()
-                    for name, times in seconds.items()
-                },
-            }
-        )
+        speed = {name: timing.paired_ratio(base, own).as_dict() for name, own in seconds.items()}
+        result.append({"calls": calls, "seconds": seconds, "doubtful": doubtful, "speed": speed})
         advance()
     return result
 
 
 def two_threads(
+    settings: Settings,
     cases: Sequence[Any],
     make: Make,
+    describe: Callable[[Any], dict],
     rounds: int,
-    target: float,
-    keep_pages: bool = True,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None],
 ) -> list[dict]:
-    """Compare one thread with two: for each case `seconds` and `doubtful` as of `compare`, and the
-    `speedup`.
-
-    `make` prepares a case, as `Team` takes it. Without kept pages page faults are let pass.
+    """Compare one thread with two: for each case what `describe` says of it, `seconds` and
+    `doubtful` as of `compare`, and the `speedup`. `rounds` counts where the settings leave them
+    open.
     """
     if not cases:
         return []
-    max_faults = timing.MAX_FAULTS if keep_pages else float("inf")
-    teams = [Team(way, make, keep_pages, max_faults) for way in (ONE_THREAD, TWO_THREADS)]
-    try:
-        found = compare(cases, teams, rounds, TWO_THREADS.threads * target, advance)
-    finally:
-        for team in teams:
-            team.stop()
+    keep = settings.allocator == "keep"  # else page faults are let pass
+    max_faults = timing.MAX_FAULTS if keep else float("inf")
+    made = [Team(way, make, keep, max_faults) for way in (ONE_THREAD, TWO_THREADS)]
+    target = TWO_THREADS.threads * settings.reading_seconds
+    with at_work(made) as teams:
+        found = compare(cases, teams, settings.rounds or rounds, target, advance)
+    kept = ("seconds", "doubtful")
     return [
         {
-            "seconds": entry["seconds"],
-            "doubtful": entry["doubtful"],
+            **describe(case),
+            **{key: entry[key] for key in kept},
             "speedup": entry["speed"][TWO_THREADS.name],
         }
-        for entry in found
+        for case, entry in zip(cases, found, strict=True)
     ]
 
 
+@contextlib.contextmanager
+def at_work(teams: list[Team]) -> Iterator[list[Team]]:
+    """The teams, which are stopped at the end."""
+    try:
+        yield teams
+    finally:
+        for team in teams:
+            team.stop()
+
+
 class Team:
-    """The processes of one way, which the parent asks together.
-
-    A process works only while it is asked for a reading.
-
-    Args:
-        way: The way.
-        make: Prepares a case in each of the processes; a function that they can import.
-        keep_pages: As in `environment.prepare`.
-        max_faults: The most page faults that are let pass in a reading.
+    """The processes of one way, which the parent asks together, and which work only while they are
+    asked for a reading; `make`, `keep_pages` (`environment.prepare`) and `max_faults` (of a
+    reading) are theirs.
     """
 
     def __init__(
@@ -198,16 +194,7 @@ class Team:
         self._reserved.close()
 
 
-def _work(
-    pipe: Connection,
-    way: Way,
-    number: int,
-    cores: list[int],
-    port: int,
-    make: Make,
-    keep_pages: bool,
-    max_faults: float,
-) -> None:
+def _work(pipe: Connection, way: Way, number, cores, port, make, keep_pages, max_faults) -> None:
     """Answer the parent until it closes the pipe."""
     environment.pin(cores)
     flags = os.environ.get("XLA_FLAGS", "")
@@ -221,24 +208,22 @@ def _work(
         address = f"127.0.0.1:{port}"
         jax.distributed.initialize(address, way.processes, number, coordinator_bind_address=address)
     program = None
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             question, *rest = pipe.recv()
-        except EOFError:
-            break
-        if question == "describe":
-            import quake_jax  # noqa: F401  the description names its instruction set
-
-            answer = environment.describe(way.threads)
-        elif question == "prepare":
-            program = make(*rest)
-            program(2)
             answer = None
-        elif question == "calibrate":
-            answer = timing.calibrate(program, *rest)
-        else:
-            reading = timing.read(program, *rest)
-            answer = reading.wall, timing.disturbance(reading, max_faults) is not None
-        pipe.send(answer)
+            if question == "describe":
+                import quake_jax  # noqa: F401  the description names its instruction set
+
+                answer = environment.describe(way.threads)
+            elif question == "prepare":
+                program = make(*rest)
+                program(2)
+            elif question == "calibrate":
+                answer = timing.calibrate(program, *rest)
+            else:
+                reading = timing.read(program, *rest)
+                answer = reading.wall, timing.disturbance(reading, max_faults) is not None
+            pipe.send(answer)
     if way.processes > 1:
         jax.distributed.shutdown()

@@ -6,6 +6,7 @@ and repeated; contestants are compared only within a round, so that slow drifts 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import random
@@ -13,7 +14,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 # A minor fault costs about half a microsecond; 16 of them are 0.3 % of a 3 ms reading.
@@ -32,77 +33,59 @@ NAP_SECONDS = 2e-3
 
 @dataclass(frozen=True)
 class Reading:
-    """One timed stretch of several calls.
-
-    Attributes:
-        calls: Number of calls.
-        wall: Seconds that passed.
-        cpu: CPU seconds of all threads of the process.
-        faults: Minor page faults of the process.
-        waited: Seconds that the threads at work were ready to run but had no core, added up.
-    """
+    """One timed stretch of several calls."""
 
     calls: int
-    wall: float
-    cpu: float
-    faults: int
-    waited: float
+    wall: float  # seconds that passed
+    cpu: float  # CPU seconds of all threads of the process
+    faults: int  # minor page faults of the process
+    waited: float  # seconds that the threads at work were ready but had no core, added up
 
 
 @dataclass
 class Contestant:
-    """Something to time.
+    """Something to time."""
 
-    Attributes:
-        name: Its name in tables.
-        run: Runs the operation the given number of times and returns when all are done.
-        overhead: Seconds per call that belong to the caller and not to the operation; `measure`
-            subtracts them.
-        settle: Seconds during which its idle threads still spin after a run. They would take a
-            core from whoever is next, so the stopwatch waits that long.
-        calls: Calls of a reading; None to find out how many make one long enough.
-    """
-
-    name: str
-    run: Callable[[int], None]
-    overhead: float = 0.0
+    name: Hashable  # in tables, or another key among those of a round
+    run: Callable[[int], None]  # returns when the operation was done so many times
+    overhead: float = 0.0  # seconds per call that are the caller's: subtracted
+    # Seconds during which its idle threads still spin after a run. They would take a core from
+    # whoever is next, so the stopwatch waits that long.
     settle: float = 0.0
-    calls: int | None = None
+    calls: int | None = None  # of a reading; None to find out how many make one long enough
 
 
 @dataclass
 class Series:
-    """The readings of one contestant, one per round.
+    """The readings of one contestant, one per round."""
 
-    Attributes:
-        overhead: The contestant's.
-        readings: One reading per round.
-        times: Seconds per call of each round, less the overhead.
-        rejected: How many readings were thrown away, by reason.
-        doubtful: How many rounds had to take a disturbed reading, because all attempts were.
-    """
-
-    overhead: float = 0.0
+    overhead: float = 0.0  # the contestant's
     readings: list[Reading] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds per call, less the overhead
     rejected: dict[str, int] = field(default_factory=lambda: {"faults": 0, "preempted": 0})
-    doubtful: int = 0
+    doubtful: int = 0  # rounds that took a disturbed reading, because all attempts were
+
+    @property
+    def median(self) -> float:
+        """Of the seconds per call."""
+        return statistics.median(self.times)
+
+    def quartiles(self, scale: float = 1.0) -> dict[str, float]:
+        """Of the seconds per call in another unit, for JSON."""
+        return Quartiles.of(self.times).scaled(scale).as_dict()
 
     def add(self, reading: Reading, seconds: float) -> None:
         """Add the reading of a round, `seconds` long."""
         self.readings.append(reading)
         self.times.append(seconds / reading.calls - self.overhead)
 
-    def cpu_per_wall(self) -> float:
-        """Median of CPU time over wall time: the number of threads that were really at work."""
-        return statistics.median(reading.cpu / reading.wall for reading in self.readings)
-
     def conditions(self) -> dict:
         """What a result says of the readings beside their times."""
         faults = sum(reading.faults for reading in self.readings)
         return {
             "calls_per_reading": self.readings[0].calls,
-            "cpu_per_wall": self.cpu_per_wall(),
+            # The number of threads that were really at work.
+            "cpu_per_wall": statistics.median(one.cpu / one.wall for one in self.readings),
             "faults": faults,
             "faults_per_call": faults / sum(reading.calls for reading in self.readings),
             "rejected": self.rejected,
@@ -137,10 +120,6 @@ class Quartiles:
 def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
     """How many times as long `other` took as `subject`, in seconds of the same rounds: median and
     quartiles of the rounds' ratios. Above 1 the subject is faster.
-
-    Example:
-        >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
-        2.0
     """
     return Quartiles.of([a / b for a, b in zip(other, subject, strict=True)])
 
@@ -167,12 +146,9 @@ def _thread_times() -> ThreadTimes:
     """CPU seconds and seconds without a core of each thread of the process (empty off Linux)."""
     times = {}
     for path in glob.glob("/proc/self/task/*/schedstat"):
-        try:
-            with open(path) as file:
-                on_core, waited, _ = file.read().split()
-        except OSError:  # a thread that has just ended
-            continue
-        times[int(path.split("/")[4])] = (1e-9 * int(on_core), 1e-9 * int(waited))
+        with contextlib.suppress(OSError), open(path) as file:  # of a thread that has just ended
+            on_core, waited, _ = file.read().split()
+            times[int(path.split("/")[4])] = (1e-9 * int(on_core), 1e-9 * int(waited))
     return times
 
 
@@ -221,44 +197,27 @@ def measure(
     threads: int,
     max_faults: float = MAX_FAULTS,
     advance: Callable[[], None] = lambda: None,
-    seed: int = 0,
     attempts: int = MAX_ATTEMPTS,
 ) -> dict[str, Series]:
     """Time the contestants in interleaved rounds, in a new random order each round.
 
-    Args:
-        contestants: Who takes part.
-        rounds: Number of rounds: readings of each contestant.
-        target: Least length of a reading in seconds.
-        threads: Number of threads in use.
-        max_faults: The most page faults that are let pass in a reading.
-        advance: Called after each reading, for a progress bar.
-        seed: Seed of the order.
-        attempts: How often a disturbed reading is repeated at most, the first time included.
-
-    Returns:
-        The series of each contestant by its name.
+    A reading lasts `target` seconds at least, and is taken as often as `attempts` says until it has
+    at most `max_faults` page faults and no thread waited; `advance` is called after it. Returns the
+    series of each contestant by its name.
     """
-    order = random.Random(seed)
+    order = random.Random(0)
     calls = {c.name: c.calls or calibrate(c.run, target) for c in contestants}
     series = {c.name: Series(c.overhead) for c in contestants}
     for _ in range(rounds):
         for contestant in order.sample(contestants, len(contestants)):
-            name = contestant.name
-            read_well(contestant, calls[name], series[name], threads, max_faults, attempts)
+            one = contestant.name
+            _read_well(contestant, calls[one], series[one], threads, max_faults, attempts)
             time.sleep(contestant.settle)
             advance()
     return series
 
 
-def read_well(
-    contestant: Contestant,
-    calls: int,
-    series: Series,
-    threads: int,
-    max_faults: float,
-    attempts: int = MAX_ATTEMPTS,
-) -> None:
+def _read_well(contestant, calls, series, threads, max_faults, attempts) -> None:
     """Add one good reading to the series, or after so many attempts the least disturbed one."""
     disturbed = []
     for attempt in range(attempts):

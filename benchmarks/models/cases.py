@@ -25,8 +25,8 @@ MEANING = {
     ACCELERATE: "jax.jit(quake_jax.accelerate(model))",
     INTERCEPTOR: "the model called under quake_jax.linen.substitute()",
     **{
-        name: f'quake_jax.pack(model, …, weights="{weights}"), packed before'
-        for name, weights in PACKED.items()
+        name: f'quake_jax.pack(model, …, weights="{w}"), packed before'
+        for name, w in PACKED.items()
     },
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
@@ -70,29 +70,17 @@ VIT_TI16 = dataclasses.replace(VIT_B16, width=192, heads=3)
 
 @dataclass(frozen=True)
 class Case:
-    """One model with one shape of input.
+    """One model with one shape of input."""
 
-    Attributes:
-        name: What the command line calls it.
-        title: What tables call it.
-        family: "gpt2", "bert" or "vit".
-        sizes: Sizes of the model.
-        batch: Texts or images.
-        length: Tokens of a text; 0 for images.
-        decodes: Whether it is one token more after `length - 1` in the cache.
-        pools: Whether the result is one normalised vector for each text.
-        dtype: dtype of weights and activations.
-    """
-
-    name: str
-    title: str
-    family: str
+    name: str  # on the command line
+    title: str  # in tables
+    family: str  # "gpt2", "bert" or "vit"
     sizes: Sizes
-    batch: int
-    length: int = 0
-    decodes: bool = False
-    pools: bool = False
-    dtype: str = "float32"
+    batch: int  # texts or images
+    length: int = 0  # tokens of a text; 0 for images
+    decodes: bool = False  # one token more after `length - 1` in the cache
+    pools: bool = False  # the result is one normalised vector for each text
+    dtype: str = "float32"  # of weights and activations
 
     def __str__(self) -> str:
         return self.title
@@ -141,12 +129,9 @@ def choose(names: Iterable[str], dtype: str, quick: bool) -> list[Case]:
 
 def _shrunk(case: Case) -> Case:
     """The same kind of model with two layers of width 32, too small to tell anything of speed."""
-    sizes = dataclasses.replace(case.sizes, layers=2, width=32, heads=2)
-    if case.family == "vit":
-        sizes = dataclasses.replace(sizes, image=64, classes=10)
-    else:
-        sizes = dataclasses.replace(sizes, vocabulary=100, positions=32)
-    title = f"{case.title} (shrunk)"
-    return dataclasses.replace(
-        case, title=title, sizes=sizes, batch=min(case.batch, 2), length=min(case.length, 32)
-    )
+    of_family = {"image": 64, "classes": 10}
+    if case.family != "vit":
+        of_family = {"vocabulary": 100, "positions": 32}
+    sizes = dataclasses.replace(case.sizes, layers=2, width=32, heads=2, **of_family)
+    batch, length, title = min(case.batch, 2), min(case.length, 32), f"{case.title} (shrunk)"
+    return dataclasses.replace(case, title=title, sizes=sizes, batch=batch, length=length)

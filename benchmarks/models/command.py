@@ -9,7 +9,6 @@ from benchmarks.harness.errors import require
 from benchmarks.models.cases import CASES, DTYPES, FLAX, ROUNDS, SYSTEMS
 
 HELP = "whole Flax models against the same models on the kernels, and against torch"
-OPTIONS = ("threads", "allocator", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     installed = f"all that are installed (and {FLAX} always)"
     frame.add_repeatable(parser, "--system", SYSTEMS, installed)
     frame.add_rounds(parser, ROUNDS, "2 with --quick")
-    frame.add_options(parser, *OPTIONS)
+    frame.add_options(parser, "threads", "allocator", "quick", "json", "markdown", "plot")
 
 
 def check(args: argparse.Namespace) -> None:

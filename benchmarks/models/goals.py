@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from benchmarks.harness import bars
-from benchmarks.harness.bars import Bar, Kind
+from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
 from benchmarks.harness.peers import TORCH as TORCH_SYSTEM
 from benchmarks.models.cases import CASES, FLAX, INTERCEPTOR, SUBJECT, Case
 
 
-def percent(share: dict | None) -> float | None:
-    """The median of a share in percent, or None."""
-    return 100 * share["median"] if share else None
-
-
-def _over_ours(other: str) -> Callable[[dict, str], float | None]:
+def _over_ours(other: str) -> Figure:
     return lambda case, _: median(case["over_ours"].get(other))
 
 
-def _added(*steps: str) -> Callable[[dict, str], float | None]:
+def _added(*steps: str) -> Figure:
     """How much longer the named steps of building take than those of the model as it is."""
 
     def seconds(case: dict, subject: str) -> float | None:
@@ -37,7 +30,7 @@ TORCH = Kind("against torch", "×", _over_ours(TORCH_SYSTEM))
 INTERCEPTED = Kind(
     "time of the interceptor over accelerate", "×", _over_ours(INTERCEPTOR), at_least=False
 )
-SHARE = Kind("of the way to the ceiling", "%", lambda case, _: percent(case["share"]))
+SHARE = Kind("of the way to the ceiling", "%", lambda case, _: bars.percent(case["share"]))
 TRACE = Kind("added to tracing", "s", _added("trace"), at_least=False)
 BUILD = Kind("added to tracing and compiling", "s", _added("trace", "compile"), at_least=False)
 

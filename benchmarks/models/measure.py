@@ -7,15 +7,16 @@ systems of a model are timed in the same rounds, and their results compared firs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
-from benchmarks.harness import environment, peers, timing
+from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import TORCH
-from benchmarks.harness.timing import Contestant, Quartiles, Series, paired_ratio
+from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
 from benchmarks.models import cases, goals, systems
 from benchmarks.models.cases import CASES, CEILING, FLAX, ROUNDS, SUBJECT, SYSTEMS, Case
 from benchmarks.models.systems import Setting, System
@@ -27,8 +28,11 @@ LONG_SECONDS, LONG_ATTEMPTS = 0.5, 3
 def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
-    wanted, left_out = _systems(args.system or SYSTEMS)
+    asked = {FLAX, *(args.system or SYSTEMS)}
+    left_out = {TORCH: "not installed"} if TORCH in asked and missing("torch") else {}
+    wanted = [name for name in SYSTEMS if name in asked - left_out.keys()]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
+    settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
     chosen = cases.choose(args.model or CASES, args.dtype, args.quick)
     measured = []
     with progress(len(chosen)) as bar:
@@ -37,25 +41,9 @@ def measure(args: argparse.Namespace) -> dict:
         for case in bar.over(chosen, lambda case: case.label):
             measured.append(measure_case(case, wanted, settings, bar.advance))
             gc.collect()  # the weights of one model at a time
-    # Each dtype and allocator has a section of its own.
-    allocator = "" if args.allocator == "keep" else ", system allocator"
-    described = {"systems": wanted, "dtype": args.dtype, **settings.as_dict()}
-    result = {
-        "benchmark": f"models, {args.dtype}{allocator}",
-        "environment": environment.describe(args.threads),
-        "settings": described | {"rounds": settings.rounds or ROUNDS},
-        "left_out": left_out,
-        "cases": measured,
-    }
-    result["bars"] = [] if args.quick else goals.judge(result)
-    return result
-
-
-def _systems(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The systems of a run, and why others are left out."""
-    left_out = {TORCH: "not installed"} if TORCH in wanted and missing("torch") else {}
-    chosen = {FLAX, *wanted} - left_out.keys()
-    return [name for name in SYSTEMS if name in chosen], left_out
+    described = {"systems": wanted, "dtype": args.dtype}
+    parts = {"left_out": left_out, "cases": measured}
+    return settings.result(f"models, {args.dtype}", described, goals.judge, **parts)
 
 
 def measure_case(
@@ -72,16 +60,8 @@ def measure_case(
     built = {name: _build(setting, name, settings.threads) for name in wanted}
     differences = checked(case, built)
     contestants, shortest = _contestants(built.values(), settings)
-    series = settings.read(
-        contestants,
-        ROUNDS,
-        advance,
-        shortest,
-        attempts=LONG_ATTEMPTS if shortest > LONG_SECONDS else timing.MAX_ATTEMPTS,
-    )
-    found = {"replaced": {}, "left": {}}
-    if SUBJECT in built:
-        found = systems.explained(setting)
+    attempts = LONG_ATTEMPTS if shortest > LONG_SECONDS else timing.MAX_ATTEMPTS
+    series = settings.read(contestants, ROUNDS, advance, shortest, attempts)
     return {
         "model": case.name,
         "title": case.title,
@@ -90,9 +70,16 @@ def measure_case(
         "length": case.length or case.sizes.tokens,
         "weights": "random",
         "parameters": setting.parameter_count,
-        **found,
+        **(systems.explained(setting) if SUBJECT in built else {"replaced": {}, "left": {}}),
         "contestants": {
-            name: {**_entry(system, series[name]), **differences[name]}
+            name: {
+                "ms": series[name].quartiles(1e3),
+                "trace_seconds": system.trace_seconds,
+                "compile_seconds": system.compile_seconds,
+                "memory_bytes": system.memory,
+                **series[name].conditions(),
+                **differences[name],
+            }
             for name, system in built.items()
         },
         **compare({name: one.times for name, one in series.items()}),
@@ -112,18 +99,13 @@ def checked(case: Case, built: dict[str, System]) -> dict[str, dict[str, float]]
 
     The ceiling is no model: its result has nothing to agree with.
     """
-    found = {}
-    for name, system in built.items():
-        found[name] = {}
-        if name in (FLAX, CEILING):
-            continue
-        difference = systems.difference(system.result, built[FLAX].result)
+    found = {name: {} for name in built}
+    for name in [name for name in built if name not in (FLAX, CEILING)]:
+        difference = systems.difference(built[name].result, built[FLAX].result)
         tolerance = systems.tolerance(case, name)
         if not difference <= tolerance:
-            raise BenchmarkError(
-                f"{name} is wrong at {case.label}: differs by {difference:.2g}, "
-                f"may by {tolerance:.2g}"
-            )
+            text = f"differs by {difference:.2g}, may by {tolerance:.2g}"
+            raise BenchmarkError(f"{name} is wrong at {case.label}: {text}")
         found[name] = {"difference": difference, "tolerance": tolerance}
     return found
 
@@ -137,25 +119,10 @@ def _contestants(built: Collection[System], settings: Settings) -> tuple[list[Co
     fastest = min(timing.read(system.run, 1).wall for system in built)
     calls = max(1, math.ceil(settings.reading_seconds / fastest))
     contestants = [
-        Contestant(
-            system.name,
-            system.run,
-            settle=peers.settle(system.name, settings.threads),
-            calls=calls,
-        )
-        for system in built
+        Contestant(s.name, s.run, settle=peers.settle(s.name, settings.threads), calls=calls)
+        for s in built
     ]
     return contestants, calls * fastest
-
-
-def _entry(system: System, series: Series) -> dict:
-    return {
-        "ms": Quartiles.of(series.times).scaled(1e3).as_dict(),
-        "trace_seconds": system.trace_seconds,
-        "compile_seconds": system.compile_seconds,
-        "memory_bytes": system.memory,
-        **series.conditions(),
-    }
 
 
 def compare(seconds: dict[str, list[float]]) -> dict:
@@ -168,15 +135,10 @@ def compare(seconds: dict[str, list[float]]) -> dict:
     if ours and ceiling and all(a > b for a, b in zip(flax, ceiling, strict=True)):
         rounds = zip(flax, ours, ceiling, strict=True)
         share = Quartiles.of([(a - b) / (a - c) for a, b, c in rounds]).as_dict()
-    others = {name: times for name, times in seconds.items() if name != SUBJECT}
+    speed = {name: paired_ratio(flax, times).as_dict() for name, times in seconds.items()}
+    over = {name: paired_ratio(times, ours).as_dict() for name, times in seconds.items() if ours}
     return {
-        "speed": {
-            name: paired_ratio(flax, times).as_dict()
-            for name, times in seconds.items()
-            if name != FLAX
-        },
-        "over_ours": {
-            name: paired_ratio(times, ours).as_dict() for name, times in others.items() if ours
-        },
+        "speed": {name: ratio for name, ratio in speed.items() if name != FLAX},
+        "over_ours": {name: ratio for name, ratio in over.items() if name != SUBJECT},
         "share": share,
     }

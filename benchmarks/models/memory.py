@@ -6,15 +6,13 @@ import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-Result = TypeVar("Result")
+from typing import Any
 
 _PROCESS = Path("/proc/self")
 _FORGET_PEAK = "5"  # clear_refs: the peak becomes the present size (proc(5))
 
 
-def growth(call: Callable[[], Result]) -> tuple[Result, int | None]:
+def growth(call: Callable[[], Any]) -> tuple[Any, int | None]:
     """Call something: its result, and the largest growth of the process's resident memory in bytes,
     exact to some pages for each thread; None where the kernel does not tell.
 

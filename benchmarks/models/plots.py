@@ -8,24 +8,16 @@ from matplotlib import pyplot as plt
 
 from benchmarks.harness import plots
 from benchmarks.harness.peers import TORCH
-from benchmarks.models.cases import (
-    ACCELERATE,
-    CEILING,
-    FLAX,
-    INTERCEPTOR,
-    MEANING,
-    PACKED,
-    PARTS,
-    label,
-)
+from benchmarks.models import cases as systems
+from benchmarks.models.cases import MEANING, label
 
 COLOURS = {
-    FLAX: "#d95f0e",
-    PARTS: "#6baed6",
-    ACCELERATE: "#08519c",
-    INTERCEPTOR: "#2171b5",
-    **dict(zip(PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b"), strict=True)),
-    CEILING: "#bdbdbd",
+    systems.FLAX: "#d95f0e",
+    systems.PARTS: "#6baed6",
+    systems.ACCELERATE: "#08519c",
+    systems.INTERCEPTOR: "#2171b5",
+    **dict(zip(systems.PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b"), strict=True)),
+    systems.CEILING: "#bdbdbd",
     TORCH: "#a63603",
 }
 COLUMNS = 4

@@ -8,20 +8,23 @@ from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table, median, number
 from benchmarks.harness.peers import TORCH
 from benchmarks.models.cases import FLAX, MEANING, SUBJECT, label
-from benchmarks.models.goals import percent
 
 HEADING = "Models"
+MODEL = ("model", lambda case: case["title"])
 
 
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     cases, dtype = result["cases"], result["settings"]["dtype"]
     made = [
-        (f"Time, {dtype}: ms per call (median)", _times(cases)),
+        (f"Time, {dtype}: ms per call (median)", _of_systems(cases, _milliseconds)),
         (f"Speed, {dtype}: flax's time over theirs (median)", _speeds(cases)),
-        (f"Peak memory, {dtype}: MB of a call on top of weights and inputs", _memory(cases)),
+        (
+            f"Peak memory, {dtype}: MB of a call on top of weights and inputs",
+            _of_systems(cases, _megabytes),
+        ),
         (f"What accelerate does, {dtype}", _programs(cases)),
-        (f"Difference from flax's result, {dtype}", _differences(cases)),
+        (f"Difference from flax's result, {dtype}", _of_systems(cases, _difference)),
     ]
     made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
     return [(title, rows) for title, rows in made if len(rows[0]) > 1] + bars.tables(result)
@@ -29,36 +32,13 @@ def tables(result: dict) -> list[Table]:
 
 def _names(cases: list[dict]) -> list[str]:
     """The systems of all cases, in the order in which tables show them."""
-    found = {name for case in cases for name in case["contestants"]}
-    return [name for name in MEANING if name in found]
+    return [name for name in MEANING if name in pages.contestants(cases)]
 
 
 def _of_systems(cases: list[dict], shown: Callable[[dict], str]) -> Rows:
     """A row for each model, with what is shown of each system."""
-    names = _names(cases)
-    rows = [["model", *map(label, names)]]
-    for case in cases:
-        entries = [case["contestants"].get(name) for name in names]
-        rows.append([case["title"], *(NONE if e is None else shown(e) for e in entries)])
-    return rows
-
-
-def _times(cases: list[dict]) -> Rows:
-    return _of_systems(cases, _milliseconds)
-
-
-def _memory(cases: list[dict]) -> Rows:
-    def megabytes(entry: dict) -> str:
-        size = entry["memory_bytes"]
-        return NONE if size is None else f"{1e-6 * size:.0f}"
-
-    return _of_systems(cases, megabytes)
-
-
-def _differences(cases: list[dict]) -> Rows:
-    return _of_systems(
-        cases, lambda entry: f"{entry['difference']:.1e}" if "difference" in entry else NONE
-    )
+    columns = pages.of_contestants(_names(cases), shown, label)
+    return pages.rows_of(cases, MODEL, *columns)
 
 
 def _milliseconds(entry: dict) -> str:
@@ -66,39 +46,51 @@ def _milliseconds(entry: dict) -> str:
     return f"{time:.{2 if time < 100 else 0}f}" + pages.doubt(entry)
 
 
+def _megabytes(entry: dict) -> str:
+    size = entry["memory_bytes"]
+    return NONE if size is None else f"{1e-6 * size:.0f}"
+
+
+def _difference(entry: dict) -> str:
+    return f"{entry['difference']:.1e}" if "difference" in entry else NONE
+
+
 def _speeds(cases: list[dict]) -> Rows:
+    def speed(case: dict) -> dict[str, dict]:
+        return case["speed"]
+
     others = [name for name in _names(cases) if name not in (FLAX, SUBJECT, TORCH)]
-    ours = f"{SUBJECT} (quartiles)"
-    rows = [["model", ours, *map(label, others), f"{TORCH} / {SUBJECT}", "share of the ceiling"]]
-    for case in cases:
-        against_torch, share = median(case["over_ours"].get(TORCH)), percent(case["share"])
-        rows.append(
-            [
-                case["title"],
-                pages.spread(case["speed"][SUBJECT]) if SUBJECT in case["speed"] else NONE,
-                *(number(median(case["speed"].get(name))) for name in others),
-                number(against_torch),
-                number(share, 0, " %"),
-            ]
-        )
-    return rows
+    return pages.rows_of(
+        cases,
+        MODEL,
+        *pages.named_columns([SUBJECT], pages.spread, speed, "{} (quartiles)".format),
+        *pages.named_columns(others, lambda ratio: number(ratio["median"]), speed, label),
+        (f"{TORCH} / {SUBJECT}", lambda case: number(median(case["over_ours"].get(TORCH)))),
+        ("share of the ceiling", lambda case: number(bars.percent(case["share"]), 0, " %")),
+    )
 
 
 def _programs(cases: list[dict]) -> Rows:
     """What is replaced and what is left, and the time of tracing and compiling."""
-    rows = [["model", "calls put in", "left", "traced, s", "compiled, s"]]
-    for case in cases:
-        ours, flax = (case["contestants"].get(name) for name in (SUBJECT, FLAX))
-        times = (
-            f"{flax[step]:.2f} → {ours[step]:.2f}" if ours and flax else NONE
-            for step in ("trace_seconds", "compile_seconds")
-        )
-        rows.append([case["title"], _counts(case["replaced"]), _counts(case["left"]), *times])
-    return rows
 
+    def counts(key: str) -> Callable[[dict], str]:
+        return lambda case: ", ".join(f"{n} {name}" for name, n in case[key].items()) or NONE
 
-def _counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in found.items()) or NONE
+    def seconds(step: str) -> Callable[[dict], str]:
+        def text(case: dict) -> str:
+            ours, flax = (case["contestants"].get(name) for name in (SUBJECT, FLAX))
+            return f"{flax[step]:.2f} → {ours[step]:.2f}" if ours and flax else NONE
+
+        return text
+
+    return pages.rows_of(
+        cases,
+        MODEL,
+        ("calls put in", counts("replaced")),
+        ("left", counts("left")),
+        ("traced, s", seconds("trace_seconds")),
+        ("compiled, s", seconds("compile_seconds")),
+    )
 
 
 def remarks(result: dict) -> list[str]:

@@ -33,13 +33,8 @@ _WARM_UP_MODEL = "minilm-32x128"
 
 
 class Setting:
-    """A case with its weights and inputs, which all systems share.
-
-    Attributes:
-        case: The case.
-        parameters: The weights, a pytree.
-        cache: What a decoding model remembers; empty for others.
-        inputs: The other arguments.
+    """A case with its weights, what a decoding model remembers, and the inputs, which all systems
+    share.
     """
 
     def __init__(self, case: Case):
@@ -74,30 +69,19 @@ class Setting:
         return forward
 
 
-def _accelerated(forward: Callable) -> Callable:
-    return quake_jax("accelerate").accelerate(forward)
+def _accelerated(**options) -> Callable[[Callable], Callable]:
+    return lambda forward: quake_jax("accelerate").accelerate(forward, **options)
 
 
-def _in_parts(forward: Callable) -> Callable:
-    return quake_jax("accelerate").accelerate(forward, only=set(PARTS_REPLACED))
+def _inside(context: Callable[[], Any]) -> Callable[[Callable], Callable]:
+    def transform(forward: Callable) -> Callable:
+        def inside(*arguments):
+            with context():
+                return forward(*arguments)
 
+        return inside
 
-def _intercepted(forward: Callable) -> Callable:
-    import quake_jax.linen
-
-    def intercepted(*arguments):
-        with quake_jax.linen.substitute():
-            return forward(*arguments)
-
-    return intercepted
-
-
-def _without_work(forward: Callable) -> Callable:
-    def without_work(*arguments):
-        with _work_left_out():
-            return forward(*arguments)
-
-    return without_work
+    return transform
 
 
 @contextlib.contextmanager
@@ -110,7 +94,8 @@ def _work_left_out() -> Iterator[None]:
             object.__setattr__(context.module, "attention_fn", _sum)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(without_attention), mock.patch.object(nn, "gelu", _same):
+    without_gelu = mock.patch.object(nn, "gelu", lambda x, approximate=True: x)
+    with nn.intercept_methods(without_attention), without_gelu:
         yield
 
 
@@ -119,36 +104,24 @@ def _sum(query, key, value, **_):
     return query + (key + value)[:, : query.shape[1]]
 
 
-def _same(x, approximate=True):
-    return x
-
-
 TRANSFORMS: dict[str, Callable[[Callable], Callable]] = {
     FLAX: lambda forward: forward,
-    PARTS: _in_parts,
-    ACCELERATE: _accelerated,
-    INTERCEPTOR: _intercepted,
-    CEILING: _without_work,
+    PARTS: _accelerated(only=set(PARTS_REPLACED)),
+    ACCELERATE: _accelerated(),
+    INTERCEPTOR: _inside(lambda: quake_jax("linen").linen.substitute()),
+    CEILING: _inside(_work_left_out),
 }
 
 
 @dataclass
 class System:
-    """A model that is ready to run.
-
-    Attributes:
-        name: One of `cases.SYSTEMS`.
-        run: Runs it the given number of times and returns when all are done.
-        result: The result of the first run, an array of float32.
-        memory: Bytes that this run took on top of weights and inputs; None if nobody tells.
-        trace_seconds, compile_seconds: CPU time that they took (JAX only).
-    """
+    """A model that is ready to run, one of `cases.SYSTEMS`."""
 
     name: str
-    run: Callable[[int], None]
-    result: np.ndarray
-    memory: int | None = None
-    trace_seconds: float | None = None
+    run: Callable[[int], None]  # runs it so many times and returns when all are done
+    result: np.ndarray  # of the first run, in float32
+    memory: int | None = None  # bytes that it took on top of weights and inputs, if somebody tells
+    trace_seconds: float | None = None  # of the CPU, in JAX
     compile_seconds: float | None = None
 
 
@@ -163,9 +136,20 @@ def warm_up(names: list[str], dtype: str) -> None:
 
 def build(setting: Setting, name: str) -> System:
     """Compile a system of JAX, a key of `TRANSFORMS` or `PACKED`, and run it once."""
-    function, parameters = _prepared(setting, name)
+    if name in PACKED:
+        pack = quake_jax("pack").pack
+        function, parameters = pack(setting.forward(), *setting.arguments, weights=PACKED[name])
+    else:
+        function, parameters = TRANSFORMS[name](setting.forward()), setting.parameters
     _, cache, *inputs = setting.arguments
-    program, trace_seconds, compile_seconds = _compiled(function, parameters, cache, *inputs)
+    function = jax.jit(function, donate_argnums=1)
+    jax.clear_caches()  # nothing that another system traced or compiled shortens this
+    # CPU time: no reading can be repeated that another process disturbed.
+    start = time.process_time()
+    lowered = function.lower(parameters, cache, *inputs)
+    traced = time.process_time()
+    program = lowered.compile()
+    trace_seconds, compile_seconds = traced - start, time.process_time() - traced
 
     def first_run():
         return jax.block_until_ready(program(parameters, cache, *inputs))
@@ -179,34 +163,8 @@ def build(setting: Setting, name: str) -> System:
             out, cache = program(parameters, cache, *inputs)
         out.block_until_ready()
 
-    return System(
-        name=name,
-        run=run,
-        result=np.asarray(first, np.float32),
-        memory=grown,
-        trace_seconds=trace_seconds,
-        compile_seconds=compile_seconds,
-    )
-
-
-def _prepared(setting: Setting, name: str) -> tuple[Callable, Any]:
-    """A system's function and its parameters."""
-    if name not in PACKED:
-        return TRANSFORMS[name](setting.forward()), setting.parameters
-    pack = quake_jax("pack").pack
-    return pack(setting.forward(), *setting.arguments, weights=PACKED[name])
-
-
-def _compiled(function: Callable, *arguments) -> tuple[jax.stages.Compiled, float, float]:
-    """A system's program, and the CPU seconds of tracing and of compiling it."""
-    function = jax.jit(function, donate_argnums=1)
-    jax.clear_caches()  # nothing that another system traced or compiled shortens this
-    # CPU time: no reading can be repeated that another process disturbed.
-    start = time.process_time()
-    lowered = function.lower(*arguments)
-    traced = time.process_time()
-    program = lowered.compile()
-    return program, traced - start, time.process_time() - traced
+    result = np.asarray(first, np.float32)
+    return System(name, run, result, grown, trace_seconds, compile_seconds)
 
 
 def explained(setting: Setting) -> dict[str, dict[str, int]]:

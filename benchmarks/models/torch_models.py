@@ -17,85 +17,67 @@ from benchmarks.models import memory
 from benchmarks.models.cases import Case
 from benchmarks.models.systems import Setting, System
 
+EPSILON = {"gpt2": 1e-5, "bert": 1e-12, "vit": 1e-6}
 
-def _tensor(array: jax.Array) -> torch.Tensor:
-    return peers.torch_tensor(np.array(array))
+
+def _tensors(tree: Any) -> Any:
+    return jax.tree.map(lambda array: peers.torch_tensor(np.array(array)), tree)
 
 
 class _Linear:
-    """A layer whose weights have torch's layout: (outputs, inputs)."""
+    """A layer whose weights have torch's layout, (outputs, inputs); several side by side."""
 
-    def __init__(self, kernel: torch.Tensor, bias: torch.Tensor):
-        self._kernel, self._bias = kernel.T.contiguous(), bias
+    def __init__(self, *layers: dict[str, torch.Tensor], inputs: int):
+        kernels = [layer["kernel"].reshape(inputs, -1) for layer in layers]
+        self._kernel = torch.cat(kernels, dim=1).T.contiguous()
+        self._bias = torch.cat([layer["bias"].reshape(-1) for layer in layers])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._kernel, self._bias)
 
 
-class _Norm:
-    """A LayerNorm."""
-
-    def __init__(self, weights: dict[str, Any], epsilon: float):
-        self._scale, self._bias, self._epsilon = weights["scale"], weights["bias"], epsilon
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, self._scale.shape, self._scale, self._bias, self._epsilon)
-
-
-class _Attention:
-    """Attention of all positions to all, or with a cache of the last to those before it."""
-
-    def __init__(self, weights: dict[str, Any], cache: dict[str, Any] | None):
-        parts = [weights[name] for name in ("query", "key", "value")]
-        width, self._heads, self._head_size = parts[0]["kernel"].shape
-        self._project = _Linear(
-            torch.cat([part["kernel"].reshape(width, -1) for part in parts], dim=1),
-            torch.cat([part["bias"].reshape(-1) for part in parts]),
-        )
-        self._out = _Linear(weights["out"]["kernel"].reshape(-1, width), weights["out"]["bias"])
-        self._cache = None
-        if cache is not None:
-            cached = (cache["cached_key"], cache["cached_value"])
-            self._cache = [x.transpose(1, 2).contiguous() for x in cached]
-
-    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
-        batch, length, width = x.shape
-        split = self._project(x).view(batch, length, 3, self._heads, self._head_size)
-        query, key, value = split.permute(2, 0, 3, 1, 4).unbind()
-        if self._cache is not None:
-            for kept, new in zip(self._cache, (key, value), strict=True):
-                kept[:, :, -length:] = new
-            (key, value), causal = self._cache, False
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal
-        )
-        return self._out(mixed.transpose(1, 2).reshape(batch, length, width))
+def _norm(x: torch.Tensor, weights: dict[str, torch.Tensor], epsilon: float) -> torch.Tensor:
+    return functional.layer_norm(x, x.shape[-1:], weights["scale"], weights["bias"], epsilon)
 
 
 class _Block:
     """A layer, with the norms before its parts (GPT-2, ViT) or after them (BERT)."""
 
-    def __init__(self, case: Case, weights: dict[str, Any], cache: dict[str, Any] | None):
-        self._after = case.family == "bert"
-        self._causal = case.family == "gpt2"
-        epsilon = {"gpt2": 1e-5, "bert": 1e-12, "vit": 1e-6}[case.family]
-        name = "MultiHeadDotProductAttention_0"
-        self._attention = _Attention(weights[name], None if cache is None else cache[name])
-        self._norms = [_Norm(weights[f"LayerNorm_{i}"], epsilon) for i in (0, 1)]
-        mlp = [weights["Mlp_0"][f"Dense_{i}"] for i in (0, 1)]
-        self._dense = [_Linear(layer["kernel"], layer["bias"]) for layer in mlp]
+    def __init__(self, case: Case, weights: dict[str, Any], cache: dict[str, Any]):
+        self._case, self._norms = case, [weights[f"LayerNorm_{i}"] for i in (0, 1)]
+        name, width = "MultiHeadDotProductAttention_0", case.sizes.width
+        parts = [weights[name][part] for part in ("query", "key", "value")]
+        self._project = _Linear(*parts, inputs=width)
+        self._out = _Linear(weights[name]["out"], inputs=width)
+        self._hidden = _Linear(weights["Mlp_0"]["Dense_0"], inputs=width)
+        self._last = _Linear(weights["Mlp_0"]["Dense_1"], inputs=4 * width)
+        cached = [cache[name][f"cached_{part}"] for part in ("key", "value")] if cache else []
+        self._cache = [x.transpose(1, 2).contiguous() for x in cached]
 
-    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        first, second = self._norms
-        if self._after:
-            x = first(x + self._attention(x, mask, self._causal))
-            return second(x + self._mlp(x))
-        x = x + self._attention(first(x), mask, self._causal)
-        return x + self._mlp(second(x))
+    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        (first, second), epsilon = self._norms, EPSILON[self._case.family]
+        if self._case.family == "bert":
+            x = _norm(x + self._attention(x, mask), first, epsilon)
+            return _norm(x + self._mlp(x, "none"), second, epsilon)
+        x = x + self._attention(_norm(x, first, epsilon), mask)
+        return x + self._mlp(_norm(x, second, epsilon), "tanh")
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        form = "none" if self._after else "tanh"
-        return self._dense[1](functional.gelu(self._dense[0](x), approximate=form))
+    def _attention(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Of all positions to all, or with a cache of the last to those before it."""
+        batch, length, width = x.shape
+        split = self._project(x).view(batch, length, 3, self._case.sizes.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind()
+        for kept, new in zip(self._cache, (key, value), strict=False):
+            kept[:, :, -length:] = new
+        key, value = self._cache or (key, value)
+        causal = self._case.family == "gpt2" and not self._cache
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal
+        )
+        return self._out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def _mlp(self, x: torch.Tensor, form: str) -> torch.Tensor:
+        return self._last(functional.gelu(self._hidden(x), approximate=form))
 
 
 class _Model:
@@ -103,42 +85,38 @@ class _Model:
 
     def __init__(self, setting: Setting):
         case = self._case = setting.case
-        self._weights = jax.tree.map(_tensor, setting.parameters)
-        cache = jax.tree.map(_tensor, setting.cache)
+        weights, cache = _tensors(setting.parameters), _tensors(setting.cache)
         prefix = "PostNormBlock" if case.family == "bert" else "PreNormBlock"
         names = [f"{prefix}_{i}" for i in range(case.sizes.layers)]
-        self._blocks = [
-            _Block(case, self._weights.pop(name), cache[name] if cache else None) for name in names
-        ]
-        self._inputs = list(map(_tensor, setting.inputs))
+        self._blocks = [_Block(case, weights.pop(name), cache.get(name, {})) for name in names]
+        self._weights, self._inputs = weights, list(_tensors(setting.inputs))
         if case.family == "vit":
-            layer = self._weights["patches"]
-            layer["kernel"] = layer["kernel"].permute(3, 2, 0, 1).contiguous()
+            patches = weights["patches"]
+            patches["kernel"] = patches["kernel"].permute(3, 2, 0, 1).contiguous()
             self._inputs = [self._inputs[0].permute(0, 3, 1, 2).contiguous()]
-            self._head = _Linear(*(self._weights["head"][name] for name in ("kernel", "bias")))
+            self._head = _Linear(weights["head"], inputs=case.sizes.width)
         else:
             self._inputs[0] = self._inputs[0].long()
 
     def __call__(self) -> torch.Tensor:
         return {"gpt2": self._gpt2, "bert": self._bert, "vit": self._vit}[self._case.family]()
 
-    def _norm(self, x: torch.Tensor, epsilon: float) -> torch.Tensor:
-        return _Norm(self._weights["LayerNorm_0"], epsilon)(x)
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        return _norm(x, self._weights["LayerNorm_0"], EPSILON[self._case.family])
 
     def _gpt2(self) -> torch.Tensor:
         tokens, positions = self._inputs
         words, places = (self._weights[name]["embedding"] for name in ("words", "places"))
         x = words[tokens] + places[positions.long()]
         for block in self._blocks:
-            x = block(x, None)
-        return functional.linear(self._norm(x[:, -1], 1e-5), words)
+            x = block(x)
+        return functional.linear(self._normed(x[:, -1]), words)
 
     def _bert(self) -> torch.Tensor:
         tokens, is_token = self._inputs
         embeddings = (self._weights[name]["embedding"] for name in ("words", "places", "segments"))
         words, places, segments = embeddings
-        x = words[tokens] + places[: tokens.shape[1]] + segments[0]
-        x = self._norm(x, 1e-12)
+        x = self._normed(words[tokens] + places[: tokens.shape[1]] + segments[0])
         for block in self._blocks:
             x = block(x, is_token[:, None, None, :])
         if not self._case.pools:
@@ -147,15 +125,16 @@ class _Model:
         return functional.normalize((x * kept).sum(1) / kept.sum(1), dim=-1)
 
     def _vit(self) -> torch.Tensor:
-        (images,) = self._inputs
-        layer = self._weights["patches"]
-        x = functional.conv2d(images, layer["kernel"], layer["bias"], self._case.sizes.patch)
+        patches = self._weights["patches"]
+        x = functional.conv2d(
+            *self._inputs, patches["kernel"], patches["bias"], self._case.sizes.patch
+        )
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self._weights["class"].expand(len(x), -1, -1), x], dim=1)
         x = x + self._weights["places"]
         for block in self._blocks:
-            x = block(x, None)
-        return self._head(self._norm(x[:, 0], 1e-6))
+            x = block(x)
+        return self._head(self._normed(x[:, 0]))
 
 
 def build(setting: Setting, threads: int) -> System:

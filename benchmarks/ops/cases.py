@@ -77,6 +77,10 @@ class Case:
     def __str__(self) -> str:
         return f"{self.function} {'×'.join(map(str, self.shape))} {self.dtype}"
 
+    def described(self) -> dict:
+        """What a result says of it."""
+        return {"function": self.function, "shape": list(self.shape), "dtype": self.dtype}
+
 
 def l2_shape(function: str) -> tuple[int, ...]:
     """The shape at which a function's arrays fill the second-level cache."""
@@ -88,12 +92,12 @@ def choose(
     functions: Sequence[str], dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]] | None
 ) -> list[Case]:
     """List the cases of a run; without shapes, each function has its own."""
-    cases = []
-    for dtype in dtypes:
-        for function in functions:
-            for shape in shapes or _shapes(function):
-                cases.append(Case(function, tuple(shape), dtype))
-    return cases
+    return [
+        Case(function, tuple(shape), dtype)
+        for dtype in dtypes
+        for function in functions
+        for shape in shapes or _shapes(function)
+    ]
 
 
 def _shapes(function: str) -> list[tuple[int, ...]]:

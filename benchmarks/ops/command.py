@@ -9,14 +9,14 @@ from benchmarks.ops import cases
 from benchmarks.ops.operators import FUNCTIONS
 
 HELP = "single operators against jax.nn, torch, onnxruntime and a copy"
-OPTIONS = ("threads", "peers", "allocator", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this subcommand."""
     frame.add_repeatable(parser, "--function", FUNCTIONS)
     frame.add_repeatable(parser, "--dtype", cases.DTYPES, "all, or float32 with --quick,")
-    parser.add_argument("--shape", action="append", type=_shape, metavar="N,M,…", help="repeatable")
+    shape = frame.read_by(_shape, "shape such as 128,1024")
+    parser.add_argument("--shape", action="append", type=shape, metavar="N,M,…", help="repeatable")
     few = ", ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, f"{few}, and 4 on float32 in L2,")
     frame.add_rounds(parser, cases.ROUNDS, f"{cases.DRAM_ROUNDS} in DRAM, 3 with --quick")
@@ -25,14 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time jax.nn against itself instead: shows the noise of the method",
     )
-    frame.add_options(parser, *OPTIONS)
+    frame.add_options(parser, *frame.TIMED, "plot")
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 128,1024")
-    return shape
+    return tuple(map(frame.positive, text.replace("x", ",").split(",")))

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from benchmarks.harness import bars
-from benchmarks.harness.bars import Bar, Kind
+from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
-from benchmarks.ops.cases import (
-    GPT_SHAPE,
-    L2_SHAPE,
-    SUBJECT_ORDER,
-    VIT_SHAPE,
-    VOCABULARY_SHAPE,
-    Case,
-    l2_shape,
-)
+from benchmarks.ops import cases as all_cases
+from benchmarks.ops.cases import GPT_SHAPE, SUBJECT_ORDER, VIT_SHAPE, Case, l2_shape
 from benchmarks.ops.operators import FUNCTIONS, OPERATORS
 
 CALL_OVERHEAD_US = 1.0  # of one operator of 16 elements inside a jitted program, over XLA's own
@@ -49,7 +42,7 @@ def share_of_copy(case: dict, name: str) -> float:
     return case["traffic"] * copied / entries[name]["ns_per_element"]
 
 
-def over_bound(case: dict, name: str) -> float | None:
+def _over_bound(case: dict, name: str) -> float | None:
     """Measured cycles over the counted bound; None where either is missing."""
     entry = case["contestants"][name]
     cycles, bound = entry.get("cycles_per_16"), entry.get("bound_cycles_per_16")
@@ -59,42 +52,31 @@ def over_bound(case: dict, name: str) -> float | None:
 # --- Bars
 
 
-def _over_jax(case: dict, name: str) -> float | None:
-    return median(case["ratios"].get(name, {}).get("jax.nn"))
-
-
 def _over_fastest(case: dict, name: str) -> float | None:
     found = fastest(case["ratios"].get(name, {}))
     return found[1]["median"] if found else None
 
 
-def _if_measured(
-    figure: Callable[[dict, str], float | None],
-) -> Callable[[dict, str], float | None]:
+def _if_measured(figure: Figure) -> Figure:
     return lambda case, name: figure(case, name) if name in case["contestants"] else None
 
 
-JAX = Kind("{subject}, against jax.nn", "×", _over_jax)
+JAX = Kind("{subject}, against jax.nn", "×", bars.against("jax.nn"))
 FASTEST = Kind("{subject}, against fastest", "×", _over_fastest)
-COPY = Kind(
-    "{subject}, bandwidth of a copy",
-    "%",
-    _if_measured(lambda case, name: 100 * share_of_copy(case, name)),
-)
-BOUND = Kind("{subject}, over the counted bound", "×", _if_measured(over_bound), at_least=False)
-SCALING = Kind(
-    "{subject}, two threads", "×", lambda entry, _: median(entry["speedup"]), entries="scaling"
-)
+_copied = _if_measured(lambda case, name: 100 * share_of_copy(case, name))
+COPY = Kind("{subject}, bandwidth of a copy", "%", _copied)
+BOUND = Kind("{subject}, over the counted bound", "×", _if_measured(_over_bound), at_least=False)
+SCALING = Kind("{subject}, two threads", "×", lambda e, _: median(e["speedup"]), entries="scaling")
 
-_CACHED = (L2_SHAPE, VIT_SHAPE)
+_CACHED = (all_cases.L2_SHAPE, VIT_SHAPE)
 
 
 def _bars(
     kind: Kind,
     threshold: float,
-    functions: tuple[str, ...],
+    functions: Sequence[str],
     *shapes: tuple[int, ...],
-    dtypes: tuple[str, ...] = ("float32",),
+    dtypes: Sequence[str] = ("float32",),
     order: int = SUBJECT_ORDER,
     **conditions,
 ) -> list[Bar]:
@@ -118,7 +100,7 @@ _FIRST = (
     *_bars(JAX, 2.0, ("sigmoid",), VIT_SHAPE),
 )
 _AGAINST_FASTEST = (
-    *_bars(FASTEST, 1.6, ("softmax", "log_softmax"), *_CACHED, VOCABULARY_SHAPE),
+    *_bars(FASTEST, 1.6, ("softmax", "log_softmax"), *_CACHED, all_cases.VOCABULARY_SHAPE),
     *_bars(FASTEST, 2.5, ("gelu_tanh",), *_CACHED),
     *_bars(FASTEST, 2.0, ("gelu_erf",), *_CACHED),
     *_bars(FASTEST, 1.5, ("sigmoid", "silu", "tanh", "exp")),
@@ -154,14 +136,28 @@ def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
     verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
     if BARS[0].holds(result["environment"]):
-        verdicts += [
-            bars.verdict(
-                f"call overhead, {name}, 16 elements",
-                overhead["difference_us"],
-                CALL_OVERHEAD_US,
-                "µs",
-                at_least=False,
-            )
-            for name, overhead in (result["call_overhead"] or {}).items()
-        ]
+        for function, cost in (result["call_overhead"] or {}).items():
+            name, figure = f"call overhead, {function}, 16 elements", cost["difference_us"]
+            verdicts.append(bars.verdict(name, figure, CALL_OVERHEAD_US, "µs", at_least=False))
     return verdicts
+
+
+# --- Default orders: the highest that takes at most so much longer than order 3, in float32 in L2
+
+ALLOWED = 1.05
+CANDIDATES = ("order 3", "order 4", "order 5")
+
+
+def default_orders(cases: list[dict]) -> list[dict]:
+    """For each function that a run measured with all candidates its name, the time of each
+    candidate relative to order 3 (by order, as median and quartiles), and the `default`.
+    """
+    decided = []
+    for case in cases:
+        times = {order: case["relative_times"].get(order) for order in CANDIDATES}
+        decides = all_cases.decides(case["function"], case["shape"], case["dtype"])
+        if decides and None not in times.values():
+            within = [int(order[-1]) for order, t in times.items() if t["median"] <= ALLOWED]
+            default = max(within, default=SUBJECT_ORDER)
+            decided.append({"function": case["function"], "times": times, "default": default})
+    return decided

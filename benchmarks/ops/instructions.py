@@ -30,15 +30,9 @@ STORAGE = {"float32": ("float", 4), "bfloat16": ("bfloat16", 2), "float16": ("fl
 
 # The model: how many operations of each class a core can start in a cycle. Measured by loops of one
 # instruction, without dependencies, on AMD EPYC of the 9005 series (Zen 5, 512-bit units).
-PER_CYCLE = {
-    "multiply": 2,
-    "add": 2,
-    "permute": 2,
-    "vector": 4,  # all of them together
-    "load": 2,
-    "store": 1,
-    "instruction": 8,
-}
+# Vector: all of the first three together, and others.
+PER_CYCLE = {"multiply": 2, "add": 2, "permute": 2, "vector": 4}
+PER_CYCLE |= {"load": 2, "store": 1, "instruction": 8}
 # Classes by the beginning of the name (the first that fits), and how many operations each is.
 # What is not listed may run in any of the four vector units.
 CLASSES = (
@@ -58,19 +52,12 @@ _BYTES = {"x": 16, "y": 32, "z": 64}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a disassembly.
-
-    Attributes:
-        address: Where it stands.
-        name: Its mnemonic.
-        operands: The operands in AT&T's order, the destination last.
-        target: Where a jump goes.
-    """
+    """One line of a disassembly."""
 
     address: int
     name: str
-    operands: tuple[str, ...]
-    target: int | None = None
+    operands: tuple[str, ...]  # in AT&T's order, the destination last
+    target: int | None = None  # of a jump
 
     @property
     def stores(self) -> int:
@@ -126,16 +113,12 @@ def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
             body = [i for i in instructions if jump.target <= i.address <= jump.address]
             if any(i.results for i in body):
                 loops.append(body)
-    inner = [
-        body
-        for body in loops
-        if not any(
-            other is not body
-            and body[0].address <= other[0].address
-            and other[-1].address <= body[-1].address
-            for other in loops
-        )
-    ]
+
+    def holds(body: list[Instruction], other: list[Instruction]) -> bool:
+        starts, ends = body[0].address <= other[0].address, other[-1].address <= body[-1].address
+        return other is not body and starts and ends
+
+    inner = [body for body in loops if not any(holds(body, other) for other in loops)]
     best = max(inner, key=lambda body: sum("%zmm" in " ".join(i.operands) for i in body))
     return [i for i in best if not i.streams]
 
@@ -155,10 +138,8 @@ def operations(loop: list[Instruction]) -> Counter:
         masked = any("{%k" in operand for operand in operands)
         if name.startswith(_MOVES) and (in_memory or not masked):
             continue  # a load or a store, or a copy of a register, which renaming does
-        kind, count = next(
-            ((kind, count) for names, kind, count in CLASSES if name.startswith(names)),
-            ("vector", 1.0),
-        )
+        found = (known for names, *known in CLASSES if name.startswith(names))
+        kind, count = next(found, ("vector", 1.0))
         total["vector"] += count
         if kind != "vector":
             total[kind] += count
@@ -174,11 +155,7 @@ def bound(instructions: list[Instruction], element_bytes: int) -> float:
 
 
 class Bounds:
-    """The bounds of all kernels on this machine.
-
-    Attributes:
-        left_out: Why there are none, or None.
-    """
+    """The bounds of all kernels on this machine; `left_out` says why there are none."""
 
     def __init__(self, isa: str):
         self._kernels: dict[str, list[Instruction]] = {}
@@ -209,10 +186,8 @@ def _disassembled(isa: str) -> dict[str, list[Instruction]]:
     key = hashlib.sha256(f"{ROOT} {os.getuid()}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"quake_jax_kernels_{key}"
     target = f"quake_{isa}"
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), "-DQUAKE_PYTHON_MODULE=OFF"],
-        ["cmake", "--build", str(folder), "--target", target],
-    ):
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DQUAKE_PYTHON_MODULE=OFF"]
+    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
         subprocess.run(command, capture_output=True, check=True)
     compiled = folder / "CMakeFiles" / f"{target}.dir" / "cpu_kernels" / "isa" / f"{isa}.cc.o"
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(compiled)]

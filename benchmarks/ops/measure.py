@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.harness import environment, hardware, processes
-from benchmarks.harness.errors import BenchmarkError, quake_jax
+from benchmarks.harness.errors import check_result, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import CLOCK, CYCLES_PER_CALL
 from benchmarks.harness.peers import PEERS
-from benchmarks.harness.timing import Contestant, Quartiles, Series, paired_ratio
-from benchmarks.ops import cases, defaults, goals, overhead, systems
-from benchmarks.ops.cases import DTYPES, QUICK_SHAPE, SUBJECT_ORDER, Case
+from benchmarks.harness.timing import Contestant, Series, paired_ratio
+from benchmarks.ops import cases, goals, overhead, systems
+from benchmarks.ops.cases import DTYPES, SUBJECT_ORDER, Case
 from benchmarks.ops.instructions import Bounds
 from benchmarks.ops.operators import FUNCTIONS
 from benchmarks.ops.peers import Peers
@@ -25,14 +25,14 @@ SANE_ERROR = 0.9
 
 def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
-    shapes = args.shape or ([QUICK_SHAPE] if args.quick else None)
+    shapes = args.shape or ([cases.QUICK_SHAPE] if args.quick else None)
     dtypes = args.dtype or (DTYPES[:1] if args.quick else DTYPES)
     chosen = cases.choose(args.function or FUNCTIONS, dtypes, shapes)
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
     if not args.self_check:
         quake_jax("softmax")  # is it there?
-    run = Run(settings, Peers(args.threads, PEERS if args.peers else ()), args.order)
-    run.self_check = args.self_check
+    peers = Peers(args.threads, PEERS if args.peers else ())
+    run = Run(settings, peers, args.order, args.self_check)
     if args.threads == 1 and not (args.quick or args.self_check):
         run.count_cycles()
     compared = [] if args.self_check or args.threads == 1 else scaled(chosen)
@@ -50,12 +50,12 @@ def measure(args: argparse.Namespace) -> dict:
             "self_check": args.self_check,
             **settings.as_dict(),
         },
-        "left_out": run.left_out,
-        "lacking": run.peers.lacking,
+        "left_out": peers.left_out | run.left_out,
+        "lacking": peers.lacking,
         "cases": measured,
         "scaling": speedups,
         "call_overhead": call_overhead,
-        "default_orders": defaults.decide(measured),
+        "default_orders": goals.default_orders(measured),
     }
     comparable = not args.quick and args.allocator == "keep"
     result["bars"] = goals.judge(result) if comparable else []
@@ -64,28 +64,15 @@ def measure(args: argparse.Namespace) -> dict:
 
 @dataclass
 class Run:
-    """What is the same for all cases.
-
-    Attributes:
-        settings: How readings are taken.
-        peers: The libraries outside JAX.
-        orders: Our orders, or None for those that a case has by default.
-        self_check: Whether jax.nn takes the place of ours.
-        clock: The contestant that tells the core's clock, or None.
-        bounds: The counted bounds, or None.
-        left_out: Why something is not measured: text by name.
-    """
+    """What is the same for all cases."""
 
     settings: Settings
     peers: Peers
-    orders: list[int] | None = None
-    self_check: bool = False
+    orders: list[int] | None = None  # ours, or None for those that a case has by default
+    self_check: bool = False  # jax.nn takes the place of ours
     clock: Contestant | None = None
     bounds: Bounds | None = None
-    left_out: dict[str, str] = field(init=False)
-
-    def __post_init__(self):
-        self.left_out = dict(self.peers.left_out)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def count_cycles(self) -> None:
         """State cycles and their bounds, too; what those of several threads are is not clear."""
@@ -108,48 +95,38 @@ class Run:
         called after each reading with its share of the whole.
         """
         buffers = systems.Buffers(case)
-        if self.self_check:
-            ours = [systems.jax_nn(buffers, "jax.nn again")]
-        else:
-            orders = sorted(set(self.orders or cases.orders(case)))
+        orders = sorted(set(self.orders or cases.orders(case)))
+        ours = [systems.jax_nn(buffers, "jax.nn again")]
+        if not self.self_check:
             ours = [systems.quake(buffers, order) for order in orders]
         target = self.settings.reading_seconds
         others = [systems.jax_nn(buffers), *self.peers.contestants(buffers, target)]
         copied = systems.for_copies(buffers)
         copies = systems.copies(copied) + self.peers.copy(copied)
-        errors = checked(case, buffers, ours + others)
+        errors = {}
+        for one in ours + others:
+            one.run(1)
+            errors[one.name] = check_result(one.name, case, buffers.error(), SANE_ERROR)
 
         everyone = ours + others + copies
-        rounds = cases.rounds(case)
         clocks = [self.clock] if self.clock else []
-        series = self.settings.read(everyone + clocks, rounds, advance)
-        contestants = {}
-        for contestant in everyone:
-            name = contestant.name
-            contestants[name] = self._entry(case, contestant, series)
-            if name in errors:
-                contestants[name]["relative_error"] = errors[name]
-        gigahertz = None
-        if clocks:
-            gigahertz = 1e-9 * CYCLES_PER_CALL / Quartiles.of(series[CLOCK].times).median
+        series = self.settings.read(everyone + clocks, cases.rounds(case), advance)
+        contestants = {one.name: self._entry(case, one, series) for one in everyone}
+        for name, error in errors.items():
+            contestants[name]["relative_error"] = error
 
         def compared(all_of: list[Contestant], subject: str) -> dict[str, dict[str, float]]:
-            ratios = {
-                one.name: paired_ratio(series[one.name].times, series[subject].times)
-                for one in all_of
-            }
-            return {name: ratio.as_dict() for name, ratio in ratios.items()}
+            own = series[subject].times
+            return {one.name: paired_ratio(series[one.name].times, own).as_dict() for one in all_of}
 
         subject = f"order {SUBJECT_ORDER}"
         return {
-            "function": case.function,
-            "shape": list(case.shape),
-            "dtype": case.dtype,
+            **case.described(),
             "level": case.level,
             "elements": case.elements,
             "traffic": case.traffic,
-            "rounds": self.settings.rounds or rounds,
-            "gigahertz": gigahertz,
+            "rounds": self.settings.rounds or cases.rounds(case),
+            "gigahertz": 1e-9 * CYCLES_PER_CALL / series[CLOCK].median if clocks else None,
             "copy": min((c.name for c in copies), key=lambda n: contestants[n]["ns_per_element"]),
             "contestants": contestants,
             "ratios": {one.name: compared(others, one.name) for one in ours},
@@ -158,11 +135,11 @@ class Run:
 
     def _entry(self, case: Case, contestant: Contestant, series: dict[str, Series]) -> dict:
         name = contestant.name
-        per_element = Quartiles.of(series[name].times).scaled(1e9 / case.elements)
+        per_element = series[name].quartiles(1e9 / case.elements)
         entry = {
-            "ns_per_element": per_element.median,
-            "ns_per_element_low": per_element.low,
-            "ns_per_element_high": per_element.high,
+            "ns_per_element": per_element["median"],
+            "ns_per_element_low": per_element["low"],
+            "ns_per_element_high": per_element["high"],
             "subtracted_us_per_call": 1e6 * contestant.overhead,
             **series[name].conditions(),
         }
@@ -172,19 +149,6 @@ class Run:
         if name.startswith("order") and self.bounds:
             entry["bound_cycles_per_16"] = self.bounds.cycles(case, int(name.split()[1]))
         return entry
-
-
-def checked(
-    case: Case, buffers: systems.Buffers, contestants: list[Contestant]
-) -> dict[str, float]:
-    """Run each contestant once: its error by name; raise BenchmarkError for a wrong one."""
-    errors = {}
-    for contestant in contestants:
-        contestant.run(1)
-        error = errors[contestant.name] = buffers.error()
-        if not error < SANE_ERROR:
-            raise BenchmarkError(f"{contestant.name} is wrong at {case}: error {error:.2g}")
-    return errors
 
 
 # --- One thread against two
@@ -199,27 +163,12 @@ def scaled(wanted: list[Case]) -> list[Case]:
 def measure_scaling(
     compared: list[Case], settings: Settings, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
-    """One thread against two at order `cases.SUBJECT_ORDER`: for each case its function, shape and
-    dtype, and what `processes.two_threads` finds.
-    """
-    found = processes.two_threads(
-        compared,
-        _quake,
-        settings.rounds or cases.ROUNDS,
-        settings.reading_seconds,
-        settings.allocator == "keep",
-        advance,
-    )
-    return [
-        {
-            "function": case.function,
-            "shape": list(case.shape),
-            "dtype": case.dtype,
-            "order": SUBJECT_ORDER,
-            **entry,
-        }
-        for case, entry in zip(compared, found, strict=True)
-    ]
+    """One thread against two at order `cases.SUBJECT_ORDER`, as of `processes.two_threads`."""
+
+    def describe(case: Case) -> dict:
+        return {**case.described(), "order": SUBJECT_ORDER}
+
+    return processes.two_threads(settings, compared, _quake, describe, cases.ROUNDS, advance)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

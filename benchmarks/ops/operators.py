@@ -43,9 +43,7 @@ class Operator:
 
     Attributes:
         name: What it is called here, on the command line and in JSON. Of a function of one array
-            the row of quake_jax's own table, which gives what is not stated of the next two, and
-            of the last two.
-        kind: Of its operands.
+            the row of quake_jax's own table, which gives what is not stated of the next two.
         jax_nn: In jax.nn or jax.numpy; by default what has its name in jax.nn.
         exact: In NumPy and SciPy, of arrays of float64; by default what has its name in NumPy.
         torch: One call in torch, from torch, its operands x and y (or, where there is only one,
@@ -55,7 +53,8 @@ class Operator:
         onnx: Steps `Operator inputs > output`, of which x and y are the operands and out is the
             result; empty where ONNX has no such operator.
         attributes: Those of the steps of ONNX that have any, by the operator.
-        functor: The template argument of its kernel, where that is one loop.
+        functor: The template argument of its kernel, where that is one loop; by default that of
+            a row.
         beyond: Where else it is measured than in the second-level cache. There the arithmetic
             hides behind memory, for all functions alike.
         quake: Its name in quake_jax, if it has one array and is no row of the table there.
@@ -79,6 +78,7 @@ class Operator:
         if self.is_row:
             fill("jax_nn", self.jax_nn or (lambda x: table.FUNCTIONS[name].exact(x)))
             fill("exact", self.exact or _exact(name))
+            fill("functor", self.functor or "".join(map(str.capitalize, name.split("_"))))
         fill("jax_nn", self.jax_nn or (lambda *x: getattr(jax.nn, name)(*x)))
         fill("exact", self.exact or (lambda *x: getattr(np, name)(*x)))
         fill("torch", self.torch or _aten(name))
@@ -116,6 +116,10 @@ def _glu(x):
     return value * special.expit(gate)
 
 
+def _gelu_(torch, x):
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
 def _aten_elu(alpha: float, scale: float, slope: float) -> Callable:
     """torch's ELU with alpha, scale, and the factor of the exponential's argument."""
     return lambda torch, x, y, out: torch.ops.aten.elu.out(x, alpha, scale, slope, out=out)
@@ -123,27 +127,28 @@ def _aten_elu(alpha: float, scale: float, slope: float) -> Callable:
 
 _TANH_FORM = {"Gelu": {"approximate": "tanh"}}
 
+BOTH = ("L3", "DRAM")  # beyond the second-level cache
 _ALL = (
     Operator(
-        name="softmax",
+        "softmax",
         kind=REDUCTION,
         exact=lambda x: special.softmax(x, axis=-1),
         torch=lambda torch, x, y, out: torch.ops.aten._softmax.out(x, -1, False, out=out),
         onnx="Softmax x > out",
         attributes={"Softmax": {"axis": -1}},
-        beyond=("L3", "DRAM"),
+        beyond=BOTH,
     ),
     Operator(
-        name="log_softmax",
+        "log_softmax",
         kind=REDUCTION,
         exact=lambda x: special.log_softmax(x, axis=-1),
         torch=lambda torch, x, y, out: torch.ops.aten._log_softmax.out(x, -1, False, out=out),
         onnx="LogSoftmax x > out",
         attributes={"LogSoftmax": {"axis": -1}},
-        beyond=("L3", "DRAM"),
+        beyond=BOTH,
     ),
     Operator(
-        name="logsumexp",
+        "logsumexp",
         kind=REDUCTION,
         jax_nn=lambda x: jax.nn.logsumexp(x, axis=-1),
         exact=lambda x: special.logsumexp(x, axis=-1, keepdims=True),
@@ -152,82 +157,40 @@ _ALL = (
         attributes={"ReduceLogSumExp": {"keepdims": 0}},
         options={"axis": -1},
     ),
-    Operator(
-        name="exp",
-        functor="Exp",
-        onnx="Exp x > out",
-        beyond=("L3", "DRAM"),
-    ),
+    Operator("exp", onnx="Exp x > out", beyond=BOTH),
     # ONNX has no exp2 and no expm1: exp(x) - 1 is not expm1 near 0.
-    Operator(name="exp2", functor="Exp2"),
-    Operator(name="expm1", functor="Expm1"),
+    Operator("exp2"),
+    Operator("expm1"),
+    Operator("sigmoid", onnx="Sigmoid x > out", beyond=("L3",)),
     Operator(
-        name="sigmoid",
-        functor="Sigmoid",
-        onnx="Sigmoid x > out",
-        beyond=("L3",),
-    ),
-    Operator(
-        name="log_sigmoid",
-        functor="LogSigmoid",
+        "log_sigmoid",
         torch=lambda torch, x, y, out: torch.ops.aten.log_sigmoid_forward.output(
             x, output=out, buffer=y
         ),
         onnx="Neg x > n; Softplus n > s; Neg s > out",
     ),
+    # onnxruntime fuses the two into its QuickGelu.
+    Operator("silu", onnx="Sigmoid x > s; Mul x s > out", beyond=BOTH),
+    Operator("tanh", onnx="Tanh x > out", beyond=("L3",)),
+    Operator("softplus", onnx="Softplus x > out"),
     Operator(
-        name="silu",
-        functor="Silu",
-        onnx="Sigmoid x > s; Mul x s > out",  # onnxruntime fuses the two into its QuickGelu
-        beyond=("L3", "DRAM"),
-    ),
-    Operator(
-        name="tanh",
-        functor="Tanh",
-        onnx="Tanh x > out",
-        beyond=("L3",),
-    ),
-    Operator(name="softplus", functor="Softplus", onnx="Softplus x > out"),
-    Operator(
-        name="gelu_tanh",
-        functor="GeluTanh",
+        "gelu_tanh",
         torch=_aten("gelu", approximate="tanh"),
         onnx="Gelu x > out",
         attributes=_TANH_FORM,
-        beyond=("L3", "DRAM"),
+        beyond=BOTH,
     ),
+    Operator("gelu_erf", torch=_aten("gelu", approximate="none"), onnx="Gelu x > out", beyond=BOTH),
     Operator(
-        name="gelu_erf",
-        functor="GeluErf",
-        torch=_aten("gelu", approximate="none"),
-        onnx="Gelu x > out",
-        beyond=("L3", "DRAM"),
-    ),
-    Operator(
-        name="quick_gelu",
-        functor="QuickGelu",
+        "quick_gelu",
         torch=lambda torch, x, y, out: torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x),
         onnx="Mul x slope > t; Sigmoid t > s; Mul x s > out",
     ),
-    Operator(
-        name="mish",
-        functor="Mish",
-        onnx="Mish x > out",
-    ),
-    Operator(
-        name="elu",
-        functor="Elu",
-        torch=_aten_elu(1.0, 1.0, 1.0),
-        onnx="Elu x > out",
-    ),
-    Operator(
-        name="selu",
-        functor="Selu",
-        torch=_aten_elu(SELU_ALPHA, SELU_SCALE, 1.0),
-        onnx="Selu x > out",
-    ),
+    Operator("mish", onnx="Mish x > out"),
+    Operator("elu", torch=_aten_elu(1.0, 1.0, 1.0), onnx="Elu x > out"),
+    Operator("selu", torch=_aten_elu(SELU_ALPHA, SELU_SCALE, 1.0), onnx="Selu x > out"),
     Operator(  # several kernels, by alpha
-        name="celu",
+        "celu",
         quake="celu",
         jax_nn=lambda x: jax.nn.celu(x, alpha=CELU_ALPHA),
         exact=lambda x: np.where(x > 0, x, CELU_ALPHA * np.expm1(np.minimum(x, 0) / CELU_ALPHA)),
@@ -237,7 +200,7 @@ _ALL = (
         options={"alpha": CELU_ALPHA},
     ),
     Operator(
-        name="logaddexp",
+        "logaddexp",
         kind=BINARY,
         functor="LogAddExp",
         jax_nn=lambda x, y: jnp.logaddexp(x, y),
@@ -245,20 +208,18 @@ _ALL = (
         onnx="Sub x y > d; Softplus d > s; Add s y > out",  # y + softplus(x - y)
     ),
     Operator(
-        name="bias_gelu",
+        "bias_gelu",
         kind=BIASED,
         functor="Biased<GeluTanh>",
         jax_nn=lambda x, bias: jax.nn.gelu(x + bias),
         exact=lambda x, bias: _exact("gelu_tanh")(x + bias),
-        torch=lambda torch, x, y, out: torch.ops.aten.gelu_(
-            torch.add(x, y, out=out), approximate="tanh"
-        ),
+        torch=lambda torch, x, y, out: _gelu_(torch, torch.add(x, y, out=out)),
         onnx="Add x y > t; Gelu t > out",
         attributes=_TANH_FORM,
         beyond=("L3",),
     ),
     Operator(
-        name="bias_silu",
+        "bias_silu",
         kind=BIASED,
         functor="Biased<Silu>",
         jax_nn=lambda x, bias: jax.nn.silu(x + bias),
@@ -268,7 +229,7 @@ _ALL = (
         beyond=("L3",),
     ),
     Operator(  # of the gated ones the form that torch and jax.nn have as a function
-        name="glu",
+        "glu",
         kind=HALVED,
         functor="Gated<Sigmoid>",
         exact=_glu,
@@ -278,7 +239,7 @@ _ALL = (
         beyond=("L3",),
     ),
     Operator(
-        name="swiglu",
+        "swiglu",
         kind=GATED,
         functor="Gated<Silu>",
         jax_nn=lambda gate, value: jax.nn.silu(gate) * value,
@@ -288,14 +249,12 @@ _ALL = (
         beyond=("L3",),
     ),
     Operator(
-        name="geglu",
+        "geglu",
         kind=GATED,
         functor="Gated<GeluTanh>",
         jax_nn=lambda gate, value: jax.nn.gelu(gate) * value,
         exact=lambda gate, value: _exact("gelu_tanh")(gate) * value,
-        torch=lambda torch, x, y, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out).mul_(
-            y
-        ),
+        torch=lambda torch, x, y, out: _aten("gelu", approximate="tanh")(torch, x, y, out).mul_(y),
         onnx="Gelu x > a; Mul a y > out",
         attributes=_TANH_FORM,
         beyond=("L3",),

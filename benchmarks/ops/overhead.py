@@ -6,6 +6,7 @@ the call.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import jax
@@ -13,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.harness import peers
 from benchmarks.harness.frame import Settings
 from benchmarks.harness.timing import Contestant, Quartiles
 from benchmarks.ops.cases import ROUNDS, SUBJECT_ORDER
 from benchmarks.ops.operators import OPERATORS
 
 ELEMENTS = 16
-# tanh is one instruction to XLA, softmax several; both stay bounded when chained.
-FUNCTIONS = ("tanh", "softmax")
-# XLA would fuse a whole chain of tanh into one kernel, barriers or not: fusion is off there. A
-# softmax it cannot fuse with the next one, and there its fusion of the steps is its due.
+# tanh is one instruction to XLA, softmax several; both stay bounded when chained. XLA would fuse a
+# whole chain of tanh into one kernel, barriers or not: fusion is off there. A softmax it cannot
+# fuse with the next one, and there its fusion of the steps is its due.
 COMPILER_OPTIONS = {"tanh": {"xla_disable_hlo_passes": "fusion"}, "softmax": {}}
 
 
@@ -32,20 +33,16 @@ def measure(settings: Settings) -> dict[str, dict]:
     """
     length = 50 if settings.quick else 1000
     result = {}
-    for function in FUNCTIONS:
-        operator, options = OPERATORS[function], COMPILER_OPTIONS[function]
-        ours = operator.of_quake_jax(SUBJECT_ORDER)
-        contestants = [
-            Contestant("quake_jax", _chain(ours, length, options)),
-            Contestant("jax.nn", _chain(operator.jax_nn, length, options)),
-        ]
+    for function, options in COMPILER_OPTIONS.items():
+        operator = OPERATORS[function]
+        both = {"quake_jax": operator.of_quake_jax(SUBJECT_ORDER), "jax.nn": operator.jax_nn}
+        contestants = [Contestant(name, _chain(f, length, options)) for name, f in both.items()]
         series = settings.read(contestants, ROUNDS)
         per_op = [[1e6 * seconds / length for seconds in one.times] for one in series.values()]
         difference = Quartiles.of([a - b for a, b in zip(*per_op, strict=True)])
-        quake_jax, jax_nn = (Quartiles.of(times).median for times in per_op)
         result[function] = {
-            "quake_jax_us": quake_jax,
-            "jax_nn_us": jax_nn,
+            "quake_jax_us": statistics.median(per_op[0]),
+            "jax_nn_us": statistics.median(per_op[1]),
             "difference_us": difference.median,
             "difference_low_us": difference.low,
             "difference_high_us": difference.high,
@@ -61,9 +58,4 @@ def _chain(operator: Callable, length: int, options: dict) -> Callable[[int], No
 
     x = jnp.asarray(np.linspace(-2, 2, ELEMENTS, dtype=np.float32))
     compiled = jax.jit(chain).lower(x).compile(options)
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            compiled(x).block_until_ready()
-
-    return run
+    return peers.repeat(lambda: compiled(x).block_until_ready(), x)

@@ -9,20 +9,13 @@ from collections.abc import Callable, Iterator
 
 from matplotlib import pyplot as plt
 
-from benchmarks.harness import plots
+from benchmarks.harness import pages, plots
 from benchmarks.ops import goals
 
-COLOURS = {
-    "order 1": "#08306b",
-    "order 2": "#08519c",
-    "order 3": "#2171b5",
-    "order 4": "#4292c6",
-    "order 5": "#9ecae1",
-    "jax.nn": "#d95f0e",
-    "jax.nn again": "#fe9929",
-    "torch": "#a63603",
-    "onnxruntime": "#636363",
-}
+_OURS = ("#08306b", "#08519c", "#2171b5", "#4292c6", "#9ecae1")
+COLOURS = {f"order {order}": colour for order, colour in enumerate(_OURS, 1)}
+COLOURS |= {"jax.nn": "#d95f0e", "jax.nn again": "#fe9929"}
+COLOURS |= {"torch": "#a63603", "onnxruntime": "#636363"}
 COLUMNS = 6
 # A bar this many times as long as the shortest other one would hide the rest: it is cut, and
 # says its length.
@@ -33,16 +26,16 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
     """For each dtype `ops_time_DTYPE` and `ops_error_DTYPE` with each function at its first shape,
     and `ops_large_DTYPE` with the times at the others, if there are any.
     """
-    for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
-        cases = [case for case in result["cases"] if case["dtype"] == dtype]
+    for dtype, cases in pages.by_dtype(result["cases"]).items():
         first = {}
         for case in cases:
             first.setdefault(case["function"], case)
         others = [case for case in cases if case is not first[case["function"]]]
+        first, time = list(first.values()), "ns per element"
         for kind, what, shown, panel in (
-            ("time", "ns per element", list(first.values()), _bars),
-            ("large", "ns per element", others, _bars),
-            ("error", "largest relative error against ns per element", list(first.values()), _dots),
+            ("time", time, first, _bars),
+            ("large", time, others, _bars),
+            ("error", f"largest relative error against {time}", first, _dots),
         ):
             if shown:
                 figure = _grid(shown, panel)
@@ -75,16 +68,9 @@ def _bars(axis: plt.Axes, case: dict) -> None:
         axis.barh(place, 0, color=COLOURS[name], label=name)  # for the legend, without the hatch
         axis.barh(place, shown, color=COLOURS[name], **cut)
         if time > limit:
-            axis.text(
-                shown,
-                place,
-                f"{time:.2f} ",
-                color="white",
-                fontsize=7,
-                ha="right",
-                va="center",
-                bbox={"facecolor": COLOURS[name], "edgecolor": "none", "pad": 1},
-            )
+            box = {"facecolor": COLOURS[name], "edgecolor": "none", "pad": 1}
+            style = {"color": "white", "fontsize": 7, "ha": "right", "va": "center"}
+            axis.text(shown, place, f"{time:.2f} ", bbox=box, **style)
     axis.set_yticks([])
     axis.invert_yaxis()
 
@@ -93,15 +79,10 @@ def _dots(axis: plt.Axes, case: dict) -> None:
     """Error against time, one point per contestant."""
     for name in goals.systems(case):
         entry = case["contestants"][name]
-        axis.loglog(
-            entry["ns_per_element"],
-            max(entry["relative_error"], 1e-9),
-            "o" if name.startswith("order") else "s",
-            markersize=5,
-            linestyle="none",
-            color=COLOURS[name],
-            label=name,
-        )
+        marker = "o" if name.startswith("order") else "s"
+        style = {"markersize": 5, "linestyle": "none", "color": COLOURS[name], "label": name}
+        at = entry["ns_per_element"], max(entry["relative_error"], 1e-9)
+        axis.loglog(*at, marker, **style)
     axis.grid(alpha=0.3)
     axis.minorticks_off()
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import bars, pages
-from benchmarks.harness.pages import NONE, Rows, Table
+from benchmarks.harness.pages import NONE, Rows, Table, number, spread
 from benchmarks.ops import goals
 from benchmarks.ops.cases import SUBJECT_ORDER
 from benchmarks.ops.operators import CELU_ALPHA
@@ -14,63 +14,66 @@ HEADING = "Operators"
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
-        cases = [case for case in result["cases"] if case["dtype"] == dtype]
+    for dtype, cases in pages.by_dtype(result["cases"]).items():
         subject = goals.subject(cases[0])
         made += [
             (f"Time, {dtype}: ns per element (median)", _times(cases)),
             (f"Speed of {subject}, {dtype}: their time over ours (median)", _speeds(cases)),
         ]
-    scaling = [
-        [f"{_label(e)} {e['dtype']}, order {e['order']}", pages.spread(e["speedup"])]
-        for e in result["scaling"]
-    ]
-    made += pages.two_threads("operator", scaling)
+
+    def scaled(entry: dict) -> str:
+        return f"{_label(entry)} {entry['dtype']}, order {entry['order']}"
+
+    made += pages.two_threads("operator", scaled, result["scaling"])
     if result["call_overhead"]:
         made.append(_overheads(result["call_overhead"]))
     made += bars.tables(result)
-    if result["default_orders"]:
-        made.append(_defaults(result["default_orders"]))
+    if decided := result["default_orders"]:
+        times = pages.named_columns(decided[0]["times"], spread, lambda entry: entry["times"])
+        default = ("default", lambda entry: str(entry["default"]))
+        rows = pages.rows_of(decided, ("operator", lambda one: one["function"]), *times, default)
+        made.append((f"Default order: time relative to order {SUBJECT_ORDER}, float32 in L2", rows))
     return made
 
 
 def _times(cases: list[dict]) -> Rows:
     names = [
         name
-        for name in pages.names(map(goals.systems, cases))
+        for name in pages.names_in(map(goals.systems, cases))
         # Order 4 is measured only to decide the default order, which has a table of its own.
         if name != "order 4" or all(name in case["contestants"] for case in cases)
     ]
-    rows = [["operator", *names, "copy"]]
-    for case in cases:
-        entries = [case["contestants"].get(name) for name in (*names, case["copy"])]
-        rows.append([_label(case), *map(_nanoseconds, entries)])
-    return rows
+    copy = ("copy", lambda case: _nanoseconds(case["contestants"][case["copy"]]))
+    columns = pages.of_contestants(names, _nanoseconds)
+    return pages.rows_of(cases, ("operator", _label), *columns, copy)
 
 
-def _nanoseconds(entry: dict | None) -> str:
-    return NONE if entry is None else f"{entry['ns_per_element']:.3f}{pages.doubt(entry)}"
+def _nanoseconds(entry: dict) -> str:
+    return f"{entry['ns_per_element']:.3f}{pages.doubt(entry)}"
 
 
 def _speeds(cases: list[dict]) -> Rows:
-    others = pages.names(ratios for case in cases for ratios in case["ratios"].values())
-    head = ["operator", *others, "fastest (quartiles)", "share of copy"]
-    rows = [[*head, "cycles/16", "bound", "largest error"]]
-    for case in cases:
-        subject = goals.subject(case)
-        ratios, entry = case["ratios"][subject], case["contestants"][subject]
-        fastest = goals.fastest(ratios)
-        rows.append(
-            [
-                _label(case),
-                *(pages.number(pages.median(ratios.get(name))) for name in others),
-                pages.spread(fastest[1]) if fastest else NONE,
-                f"{100 * goals.share_of_copy(case, subject):.0f} %",
-                pages.number(entry.get("cycles_per_16")),
-                pages.number(entry.get("bound_cycles_per_16")),
-                f"{entry['relative_error']:.1e}",
-            ]
-        )
+    def ratios(case: dict) -> dict:
+        return case["ratios"][goals.subject(case)]
+
+    def ours(case: dict) -> dict:
+        return case["contestants"][goals.subject(case)]
+
+    def fastest(case: dict) -> str:
+        found = goals.fastest(ratios(case))
+        return spread(found[1]) if found else NONE
+
+    others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
+    rows = pages.rows_of(
+        cases,
+        ("operator", _label),
+        *pages.named_columns(others, lambda ratio: number(ratio["median"]), ratios),
+        ("fastest (quartiles)", fastest),
+        ("share of copy", lambda c: f"{100 * goals.share_of_copy(c, goals.subject(c)):.0f} %"),
+        ("cycles/16", lambda case: number(ours(case).get("cycles_per_16"))),
+        ("bound", lambda case: number(ours(case).get("bound_cycles_per_16"))),
+        ("largest error", lambda case: f"{ours(case)['relative_error']:.1e}"),
+    )
     # Several threads have no cycles, another CPU has no bound.
     return pages.without_empty_columns(rows)
 
@@ -82,15 +85,6 @@ def _overheads(measured: dict[str, dict]) -> Table:
         difference = f"{o['difference_us']:+.3f} {quartiles}"
         rows.append([name, f"{o['quake_jax_us']:.3f}", f"{o['jax_nn_us']:.3f}", difference])
     return "One call of 16 elements inside a jitted program, µs", rows
-
-
-def _defaults(all_decided: list[dict]) -> Table:
-    orders = list(all_decided[0]["times"])
-    rows = [["operator", *orders, "default"]]
-    for decided in all_decided:
-        times = [pages.spread(decided["times"][order]) for order in orders]
-        rows.append([decided["function"], *times, str(decided["default"])])
-    return f"Default order: time relative to order {SUBJECT_ORDER}, float32 in L2", rows
 
 
 def _label(case: dict) -> str:

@@ -28,12 +28,9 @@ class Buffers(buffers.Buffers):
     def __init__(self, case: Case):
         self.case = case
         random = np.random.default_rng(0)
-        drawn = []
-        for shape in case.operand_shapes:
-            values = random.standard_normal(shape, dtype=np.float32)
-            values *= 2
-            drawn.append(jnp.array(values.astype(jnp.dtype(case.dtype))))
-        super().__init__(drawn, case.out_shape, case.dtype)
+        drawn = (2 * random.standard_normal(s, dtype=np.float32) for s in case.operand_shapes)
+        operands = [jnp.array(values.astype(jnp.dtype(case.dtype))) for values in drawn]
+        super().__init__(operands, case.out_shape, case.dtype)
 
     def error(self) -> float:
         """Largest relative error of what the last contestant wrote, on the first rows."""
@@ -81,11 +78,9 @@ def quake(buffers: Buffers, order: int) -> Contestant:
 def copies(buffers: Buffers) -> list[Contestant]:
     """Copies of the operand to the output; the fastest one is the limit for the operators."""
 
-    def numpy_copy(calls: int) -> None:
+    def in_numpy(calls: int) -> None:
         for _ in range(calls):
             np.copyto(buffers.target, buffers.sources[0])
 
-    return [
-        Contestant("copy (XLA)", buffers.runner(lambda x, *_: x)),
-        Contestant("copy (NumPy)", numpy_copy),
-    ]
+    in_xla = buffers.runner(lambda x, *_: x)
+    return [Contestant("copy (XLA)", in_xla), Contestant("copy (NumPy)", in_numpy)]

@@ -11,7 +11,6 @@ DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 TOKENS = 512
-OPTIONS = ("threads", "embedding-checkpoint", "quick", "json", "markdown", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=frame.positive, default=TOKENS, help=f"of each generation ({TOKENS})"
     )
-    frame.add_options(parser, *OPTIONS)
+    files = ("json", "markdown", "plot")
+    frame.add_options(parser, "threads", "embedding-checkpoint", "quick", *files)

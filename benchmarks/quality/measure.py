@@ -6,7 +6,6 @@ The models are the examples', with the kernels put in by the one line that the e
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 
 from benchmarks.harness import environment
@@ -56,9 +55,8 @@ def measure(args: argparse.Namespace) -> dict:
 def sizes_of(args: argparse.Namespace) -> dict[str, int | None]:
     """The sizes of the sets, as `make_tasks` takes them."""
     if args.quick:
-        return {"copies": 1, "windows": 2, "generations": 1, "tokens": 32, "sections": 12}
-    full = {"copies": 20, "windows": None, "generations": 16, "sections": None}
-    return {**full, "tokens": args.tokens}
+        return dict(copies=1, windows=2, generations=1, tokens=32, sections=12)
+    return dict(copies=20, windows=None, generations=16, tokens=args.tokens, sections=None)
 
 
 def make_tasks(checkpoint: str | None, sizes: dict[str, int | None]) -> list:
@@ -71,15 +69,11 @@ def make_tasks(checkpoint: str | None, sizes: dict[str, int | None]) -> list:
         from benchmarks.quality.tasks import Digits, Search, Text
 
         search = [] if checkpoint is None else [Search(checkpoint, sizes["sections"])]
-        return [
-            Digits(sizes["copies"]),
-            Text(sizes["windows"], sizes["generations"], sizes["tokens"]),
-            *search,
-        ]
+        text = Text(sizes["windows"], sizes["generations"], sizes["tokens"])
+        return [Digits(sizes["copies"]), text, *search]
     except ModuleNotFoundError as error:
-        raise BenchmarkError(
-            f"{error.name} is not installed: pip install '.[examples,bench]'"
-        ) from error
+        text = f"{error.name} is not installed: pip install '.[examples,bench]'"
+        raise BenchmarkError(text) from error
     except Exception as error:
         from _command import UserError  # what the examples raise for what the user can put right
 
@@ -91,10 +85,6 @@ def make_tasks(checkpoint: str | None, sizes: dict[str, int | None]) -> list:
 def describe(threads: int) -> dict:
     """Describe this machine and the software on it, as far as this benchmark uses it."""
     described = environment.describe(threads)
-    versions = described["versions"]
-    described["versions"] = {
-        "python": described["python"],
-        "flax": importlib.metadata.version("flax"),
-        **{name: versions[name] for name in ("jax", "jaxlib", "numpy", "quake_jax")},
-    }
-    return described
+    used = ("flax", "jax", "jaxlib", "numpy", "quake_jax")
+    versions = {name: described["versions"][name] for name in used}
+    return described | {"versions": {"python": described["python"], **versions}}

@@ -53,20 +53,13 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
 def _panel(axis: plt.Axes, rows: list[dict], key: str) -> None:
     """One figure of all orders, dtypes side by side."""
     places = {order: i for i, order in enumerate(dict.fromkeys(row["order"] for row in rows))}
+    style = {"fmt": "o", "markersize": 4, "capsize": 2}
     for shift, (dtype, colour) in zip((-0.1, 0.1), COLOURS.items(), strict=True):
         shown = [row for row in rows if row["dtype"] == dtype and key in row]
+        at = [places[row["order"]] + shift for row in shown]
         values = [row[key]["value"] for row in shown]
         # A bootstrap's interval need not hold its figure; a bar cannot be negative.
         below = [max(0.0, row[key]["value"] - row[key]["low"]) for row in shown]
         above = [max(0.0, row[key]["high"] - row[key]["value"]) for row in shown]
-        axis.errorbar(
-            [places[row["order"]] + shift for row in shown],
-            values,
-            yerr=[below, above],
-            fmt="o",
-            markersize=4,
-            capsize=2,
-            color=colour,
-            label=dtype,
-        )
+        axis.errorbar(at, values, [below, above], color=colour, label=dtype, **style)
     axis.set_xticks(list(places.values()), list(map(str, places)))

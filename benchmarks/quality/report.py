@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import bars
-from benchmarks.harness.pages import NONE, Rows, Table, number
+from benchmarks.harness import bars, pages
+from benchmarks.harness.pages import NONE, Column, Table, number
 from benchmarks.quality import statistics
 
 HEADING = "Quality"
@@ -18,8 +18,8 @@ LIMITS = {
     "text": {"perplexity_change": (0.1, "%")},
 }
 # Of packed weights the most that each figure may lose, by format.
-_TENTH = dict.fromkeys(("float32", "bfloat16", "int8"), 0.1)
-_HALF = dict.fromkeys(("float32", "bfloat16", "int8"), 0.5)
+_WEIGHTS = ("float32", "bfloat16", "int8")
+_TENTH, _HALF = dict.fromkeys(_WEIGHTS, 0.1), dict.fromkeys(_WEIGHTS, 0.5)
 LOSSES = {
     "digits": {
         "accuracy_change": (_TENTH, "points", -1),
@@ -27,7 +27,7 @@ LOSSES = {
     },
     "text": {"perplexity_change": (_HALF | {"int4": 2.0}, "%", 1)},
 }
-SAME_NEAREST = {"float32": 99.0, "bfloat16": 99.0, "int8": 99.0}
+SAME_NEAREST = dict.fromkeys(_WEIGHTS, 99.0)
 
 
 def interval(digits: int, unit: str = "", sign: str = "") -> Callable[[dict], str]:
@@ -79,17 +79,20 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
+    first = ("weights" if are_weights(result) else "order", lambda row: str(row["order"]))
     for name, task in result["tasks"].items():
-        title, columns = TABLES[name]
-        for dtype in dict.fromkeys(row["dtype"] for row in task["rows"]):
-            first = "weights" if are_weights(result) else "order"
-            rows: Rows = [[first, *(heading for _, heading, _ in columns)]]
-            for row in task["rows"]:
-                if row["dtype"] == dtype:
-                    cells = [write(row[key]) if key in row else NONE for key, _, write in columns]
-                    rows.append([str(row["order"]), *cells])
-            made.append((f"{title}, {dtype}", rows))
+        title, figures = TABLES[name]
+        columns = [figure_column(*figure) for figure in figures]
+        for dtype, rows in pages.by_dtype(task["rows"]).items():
+            made.append((f"{title}, {dtype}", pages.rows_of(rows, first, *columns)))
     return made + bars.tables(result)
+
+
+def figure_column(
+    key: str, heading: str, write: Callable[[Any], str], of: Callable[[dict], dict] = dict
+) -> Column:
+    """The column of a figure of a task."""
+    return heading, lambda row: write(of(row)[key]) if key in of(row) else NONE
 
 
 def are_weights(result: dict) -> bool:
@@ -98,8 +101,9 @@ def are_weights(result: dict) -> bool:
 
 
 def judge(result: dict) -> list[dict]:
-    """Return the verdicts: from `LEAST_ORDER` up, no figure may change by more than its limit; no
-    format of packed weights may lose more than its own."""
+    """The verdicts: from `LEAST_ORDER` up, no figure may change by more than its limit; no format
+    of packed weights may lose more than its own.
+    """
     return _judged_weights(result) if are_weights(result) else _judged_orders(result)
 
 
@@ -115,22 +119,16 @@ def _judged_weights(result: dict) -> list[dict]:
                     made.append(bars.verdict(bar, loss, limit, unit, at_least=False))
             if "same_nearest" in row and row["order"] in SAME_NEAREST:
                 wanted, found = SAME_NEAREST[row["order"]], _value(row["same_nearest"])
-                made.append(
-                    bars.verdict(f"{name}: same nearest", found, wanted, "%", at_least=True)
-                )
+                made.append(bars.verdict(f"{name}: same nearest", found, wanted, "%", True))
     return made
 
 
 def _judged_orders(result: dict) -> list[dict]:
     made = []
     for name, limits in LIMITS.items():
-        rows = result["tasks"][name]["rows"]
-        for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            judged = [
-                row
-                for row in rows
-                if row["dtype"] == dtype and row["order"] != "exact" and row["order"] >= LEAST_ORDER
-            ]
+        for dtype, rows in pages.by_dtype(result["tasks"][name]["rows"]).items():
+            orders = (row for row in rows if row["order"] != "exact")
+            judged = [row for row in orders if row["order"] >= LEAST_ORDER]
             for key, (limit, unit) in limits.items():
                 if judged:
                     largest = max(abs(_value(row[key])) for row in judged)

@@ -35,9 +35,8 @@ def _options(variant: Variant) -> dict[str, Variant]:
 class Digits:
     """Classification: scikit-learn's handwritten digits that the shipped ViT was not trained on.
 
-    Args:
-        copies: Of each digit that many are also shifted, turned, scaled and sheared, as in
-            training: 450 digits alone cannot show a tenth of a point.
+    So many copies of each are also shifted, turned, scaled and sheared, as in training: 450 digits
+    alone cannot show a tenth of a point.
     """
 
     name = "digits"
@@ -64,9 +63,8 @@ class Digits:
         import vit_model
 
         config, _, params, _ = vit_model.load(self._folder, dtype)
-        logits = vit.logits_of(
-            vit_model.Classifier(config, params, **_options(variant)), self._images
-        )
+        model = vit_model.Classifier(config, params, **_options(variant))
+        logits = vit.logits_of(model, self._images)
         return {"predictions": logits.argmax(-1).reshape(-1, len(self._truth))}
 
     def figures(self, found: Outputs, reference: Outputs | None) -> dict[str, Any]:
@@ -77,27 +75,24 @@ class Digits:
             "accuracy": wilson(int(right[0].sum()), right.shape[1]),
             "distorted_accuracy": bootstrap(100 * right[1:].mean(axis=0)),
         }
-        if reference is not None:
-            changed = predictions != reference["predictions"]
-            gain = 100.0 * (right.astype(int) - (reference["predictions"] == self._truth))
-            figures |= {
-                "changed": int(changed[0].sum()),
-                "accuracy_change": float(gain[0].mean()),
-                "distorted_changed": int(changed[1:].sum()),
-                "distorted_accuracy_change": bootstrap(gain[1:].mean(axis=0)),
-            }
-        return figures
+        if reference is None:
+            return figures
+        changed = predictions != reference["predictions"]
+        gain = 100.0 * (right.astype(int) - (reference["predictions"] == self._truth))
+        return figures | {
+            "changed": int(changed[0].sum()),
+            "accuracy_change": float(gain[0].mean()),
+            "distorted_changed": int(changed[1:].sum()),
+            "distorted_accuracy_change": bootstrap(gain[1:].mean(axis=0)),
+        }
 
 
 class Text:
-    """Language modelling: the shipped GPT on topics of Python's documentation that were held out.
+    """Language modelling: the shipped GPT on topics of Python's documentation that were held out,
+    in so many windows of the model's context, None for all.
 
-    Args:
-        windows: How many windows of the model's context, None for all.
-        generations: How many texts are continued greedily; each prompt is half a context. With 0
-            there are no figures of continuations.
-        tokens: How many tokens each continuation has. Beyond the context, the latest half of it is
-            read again.
+    So many texts as there are generations are continued greedily, by so many tokens; each prompt is
+    half a context. Beyond the context, the latest half of it is read again.
     """
 
     name = "text"
@@ -148,40 +143,31 @@ class Text:
                 continuations[row, i] = token
                 if reference is not None and token != reference["continuations"][row, i]:
                     break
-        return {
-            "losses": np.array(losses),
-            "likeliest": np.array(likeliest),
-            "continuations": continuations,
-        }
+        found = {"losses": np.array(losses), "likeliest": np.array(likeliest)}
+        return found | {"continuations": continuations}
 
     def figures(self, found: Outputs, reference: Outputs | None) -> dict[str, Any]:
         """Return the perplexity and, where there is a reference, the agreement with it."""
         figures: dict[str, Any] = {"perplexity": bootstrap(found["losses"], math.exp)}
-        if reference is not None:
-            same = (found["likeliest"] == reference["likeliest"]).mean(axis=1)
-            figures |= {
-                "perplexity_change": bootstrap(
-                    found["losses"] - reference["losses"], lambda mean: 100 * math.expm1(mean)
-                ),
-                "same_greedy": bootstrap(100 * same),
-            }
-            alike = found["continuations"] == reference["continuations"]
-            if len(alike):
-                # What comes after the first difference does not count.
-                until = np.logical_and.accumulate(alike, axis=1).sum(axis=1)
-                figures |= {
-                    "same_continuations": wilson(int(alike.all(axis=1).sum()), len(alike)),
-                    "tokens_alike": bootstrap(until),
-                }
+        if reference is None:
+            return figures
+        change = found["losses"] - reference["losses"]
+        figures["perplexity_change"] = bootstrap(change, lambda mean: 100 * math.expm1(mean))
+        same = (found["likeliest"] == reference["likeliest"]).mean(axis=1)
+        figures["same_greedy"] = bootstrap(100 * same)
+        alike = found["continuations"] == reference["continuations"]
+        if len(alike):
+            figures["same_continuations"] = wilson(int(alike.all(axis=1).sum()), len(alike))
+            # What comes after the first difference does not count.
+            until = np.logical_and.accumulate(alike, axis=1).sum(axis=1)
+            figures["tokens_alike"] = bootstrap(until)
         return figures
 
 
 class Search:
-    """Search by meaning: the nearest of the other sections of Python's documentation, for each.
-
-    Args:
-        checkpoint: Folder or hub id of a BERT that embeds sentences.
-        sections: How many, evenly spread; None for all.
+    """Search by meaning: the nearest of the other sections of Python's documentation, for each of
+    so many, evenly spread, None for all; the checkpoint is a folder or hub id of a BERT that embeds
+    sentences.
     """
 
     name = "search"

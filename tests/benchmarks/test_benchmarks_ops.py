@@ -13,7 +13,6 @@ import pytest
 from benchmarks.harness import errors, pages
 from benchmarks.ops import (
     cases,
-    defaults,
     goals,
     instructions,
     measure,
@@ -271,7 +270,7 @@ def test_the_default_is_the_highest_order_that_costs_little(fourth, fifth, defau
             "relative_times": {name: {"median": time} for name, time in times.items()},
         }
 
-    decided = defaults.decide([case("exp", cases.L2_SHAPE), case("tanh", cases.VIT_SHAPE)])
+    decided = goals.default_orders([case("exp", cases.L2_SHAPE), case("tanh", cases.VIT_SHAPE)])
     assert [(one["function"], one["default"]) for one in decided] == [("exp", default)]
 
 
@@ -282,7 +281,7 @@ def test_the_default_needs_all_candidates():
         "dtype": "float32",
         "relative_times": {"order 3": {"median": 1.0}, "order 5": {"median": 1.0}},
     }
-    assert defaults.decide([case]) == []
+    assert goals.default_orders([case]) == []
 
 
 # --- The command
