@@ -30,7 +30,7 @@ from collections.abc import Callable
 import jax
 import pytest
 from jax._src.interpreters import mlir
-from support import ONE_DEVICE, ROOT
+from support import ONE_DEVICE, ROOT, compiled_as_users_do
 
 # `pytest -m quick`: at least one file of every family, of those that take seconds.
 QUICK = (
@@ -97,11 +97,9 @@ sys.path.append(str(ROOT))
 @pytest.fixture(scope="module")
 def optimized():
     """Programs compiled as users have them, for tests of what `jax.numpy` computes."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # of operations that an earlier file has compiled without
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with compiled_as_users_do():
+        jax.clear_caches()  # of operations that an earlier file has compiled without
+        yield
 
 
 @pytest.fixture

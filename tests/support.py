@@ -1,5 +1,6 @@
 """What several test files share: functions, bounds, subprocesses."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -27,6 +28,15 @@ ONE_DEVICE = re.sub(r"\S*device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
 
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = (1, 2, 3, 4, 5)
+
+
+@contextlib.contextmanager
+def compiled_as_users_do():
+    """With XLA's optimizations, which tests do without (conftest.py)."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def in_float64(function: Callable, *arguments, **keywords):

@@ -72,25 +72,25 @@ def of_one_process():
     return texts
 
 
-@pytest.mark.parametrize(
-    ("mode", "parts"), [("data", (2, 1)), ("tensor", (1, 2)), ("both", (2, 2))], ids=str
-)
-def test_processes_give_the_results_of_one(mode, parts, of_one_process):
-    # It fails by itself if the logits are not those of one device, too.
-    count = parts[0] * parts[1]
-    result = run("--processes", str(count), "--mode", mode, *PROMPTS)
-    assert continuations(result) == of_one_process
+def assert_divided(printed: str, texts: int, heads: int) -> None:
     split = re.search(
-        r"(\d) processes, \1 devices: texts divided by (\d), heads .* by (\d)", result.stdout
+        r"(\d) processes, \1 devices: texts divided by (\d), heads .* by (\d)", printed
     )
-    assert tuple(map(int, split.groups())) == (count, *parts)
-    assert "The same tokens as in one process" in result.stdout
+    assert tuple(map(int, split.groups())) == (texts * heads, texts, heads)
+    # It fails by itself if the logits are not those of one device, too.
+    assert "The same tokens as in one process" in printed
+
+
+def test_processes_give_the_results_of_one(of_one_process):
+    result = run("--processes", "4", "--mode", "both", *PROMPTS)
+    assert continuations(result) == of_one_process
+    assert_divided(result.stdout, texts=2, heads=2)
 
 
 def test_packed_weights_give_the_results_of_one_process():
     result = run("--mode", "tensor", "--weights", "int8", *PROMPTS)
     assert len(continuations(result)) == 2
-    assert "The same tokens as in one process" in result.stdout
+    assert_divided(result.stdout, texts=1, heads=2)
     local, whole = re.search(r"has ([\d.]+) of ([\d.]+) MB.* weights int8", result.stdout).groups()
     assert float(local) < 0.8 * float(whole)
 
@@ -101,13 +101,13 @@ def distributed_gpt(monkeypatch):
     return importlib.import_module("distributed_gpt")
 
 
-def test_processes_that_are_started_one_by_one(distributed_gpt):
+def test_processes_that_are_started_one_by_one(distributed_gpt, of_one_process):
     """As on several machines."""
     workers = []
     try:
         with distributed_gpt.reserve_port() as reserved:
             address = f"127.0.0.1:{reserved.getsockname()[1]}"
-            options = ["--coordinator", address, "--mode", "both", *PROMPTS]
+            options = ["--coordinator", address, "--mode", "data", *PROMPTS]
             for i in range(2):
                 workers.append(start(*options, "--process-id", str(i)))
             ends = [worker.communicate(timeout=TIMEOUT + 60) for worker in workers]
@@ -115,7 +115,8 @@ def test_processes_that_are_started_one_by_one(distributed_gpt):
         for worker in workers:
             kill(worker)
     assert [worker.returncode for worker in workers] == [0, 0], ends
-    assert "texts divided by 1, heads and hidden units by 2" in ends[0][0]
+    assert_divided(ends[0][0], texts=2, heads=1)
+    assert [line for line in ends[0][0].splitlines() if line[:2] == "- "] == of_one_process
     assert "- '" not in ends[1][0]
 
 
