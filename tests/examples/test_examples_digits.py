@@ -117,13 +117,13 @@ def test_trained_checkpoint_is_classified_with(tmp_path, capsys, monkeypatch):
     assert share in out and "changed" not in out
 
 
-def test_classifies_digits_and_prints_the_table():
-    process = run_example("--order", "2", "--weights", "int8", script="vit.py")
-    assert process.returncode == 0, process.stderr
-    assert "predicted (true); of all 450 held-out digits" in process.stdout
+def test_classifies_digits_and_prints_the_table(capsys):
+    assert vit.run(["--order", "2", "--weights", "int8"]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted (true); of all 450 held-out digits" in printed
     rows = re.findall(
         r"^ +(exact|\d|int8) +([\d.]+)% +(\d+) +(\S+) +([\d.]+)x +([\d.]+) *$",
-        process.stdout,
+        printed,
         re.MULTILINE,
     )
     assert [row[0] for row in rows] == ["exact", "1", "2", "3", "5", "int8"]
