@@ -48,6 +48,11 @@ def test_float_row_that_is_not_finite(value, format):
     np.testing.assert_array_equal(y[2], expected[2])
 
 
+@functools.cache
+def traced_pack(format):
+    return jax.jit(functools.partial(pack, format=format))
+
+
 @formats
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 40])  # XLA's maximum may lose a NaN in the first one
@@ -60,7 +65,7 @@ def test_weights_that_are_not_finite(format, value, row):
         pack(weight, format)
     with pytest.raises(ValueError, match=re.escape(f"got {value} at row {row}, column 7") + "$"):
         pack(weight[1], format)
-    packed = jax.jit(functools.partial(pack, format=format))(weight[1])
+    packed = traced_pack(format)(weight[1])
     found = np.isnan(np.asarray(quake_jax.dense(jnp.ones((3, k)), packed)))
     if np.isnan(value) or format.startswith("int"):
         assert found[:, 7].all()

@@ -1,5 +1,7 @@
 """JAX's transformations of every function: derivatives, batching, control flow, export."""
 
+import functools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -77,19 +79,22 @@ def operands_and_tangents(function, shape, dtype="float32"):
 def test_jvp_and_grad(function, dtype):
     x, t = operands_and_tangents(function, (3, 8), dtype)
     every = tuple(range(len(x)))
-    expected = exactly(lambda x, t: jax.jvp(function.exact, x, t)[1], x, t)
-    expected_gradients = exactly(jax.grad(weighted(function.exact), every), *x)
-    for order in (1, 3, 5) if dtype == "float32" else (3,):
 
-        def quake(*x, order=order):
-            return function.quake(*x, order=order)
+    def of(f):
+        return lambda x, t: (*jax.jvp(f, x, t), jax.grad(weighted(f), every)(*x))
 
-        y, dy = jax.jit(lambda x, t, f=quake: jax.jvp(f, x, t))(x, t)
+    # All orders in a program: compiling each would take longer.
+    kernels = {
+        order: functools.partial(function.quake, order=order)
+        for order in ((1, 3, 5) if dtype == "float32" else (3,))
+    }
+    _, expected, expected_gradients = exactly(of(function.exact), x, t)
+    found = jax.jit(lambda *a: {order: of(f)(*a) for order, f in kernels.items()})(x, t)
+    values = jax.jit(lambda *x: {order: f(*x) for order, f in kernels.items()})(*x)
+    for order, (y, dy, gradients) in found.items():
         assert dy.dtype == y.dtype == dtype
-        np.testing.assert_array_equal(y, quake(*x))
+        np.testing.assert_array_equal(y, values[order])
         assert_derivative(dy, expected, function, order, dtype)
-
-        gradients = jax.jit(jax.grad(weighted(quake), every))(*x)
         for gradient, e in zip(gradients, expected_gradients, strict=True):
             assert gradient.dtype == dtype
             assert_derivative(gradient, e, function, order, dtype)
@@ -103,15 +108,18 @@ def test_second_and_third_derivatives(function):
     def quake(*x):
         return function.quake(*x, order=4)
 
-    hessian = jax.jit(jax.hessian(weighted(quake), every))(*x)
-    expected = exactly(jax.hessian(weighted(function.exact), every), *x)
+    def second_and_third(f):
+        def third(*x):
+            return jax.vmap(jax.grad(jax.grad(jax.grad(f))))(*x) if function in ELEMENTWISE else ()
+
+        return lambda *x: (jax.hessian(weighted(f), every)(*x), third(*x))
+
+    hessian, third = jax.jit(second_and_third(quake))(*x)
+    expected, expected_third = exactly(second_and_third(function.exact), *x)
     for actual, e in zip(jax.tree.leaves(hessian), jax.tree.leaves(expected), strict=True):
         assert_derivative(actual, e, function, 4)
-    if function in ELEMENTWISE:
-        third = jax.jit(jax.vmap(jax.grad(jax.grad(jax.grad(quake)))))(*x)
-        expected = exactly(jax.vmap(jax.grad(jax.grad(jax.grad(function.exact)))), *x)
-        tolerance = 4 * TERMS * scale_of_error(function, 4)
-        np.testing.assert_allclose(third, expected, atol=tolerance, rtol=tolerance)
+    tolerance = 4 * TERMS * scale_of_error(function, 4)
+    np.testing.assert_allclose(third, expected_third, atol=tolerance, rtol=tolerance)
 
 
 def slope(function, x: float) -> float:
@@ -130,9 +138,9 @@ def test_derivatives_at_special_points(function):
             points += [sign * 40.0, sign * 1e4, sign * 1e30, sign * jnp.inf]
             expected += [far] * 4
     x = jnp.array(points)
-    slopes = jax.jit(jax.vmap(jax.grad(lambda a: function.quake(a, order=5))))
-    np.testing.assert_allclose(slopes(x), expected, atol=4 * scale_of_error(function, 5))
-    second = jax.jit(jax.vmap(jax.grad(jax.grad(lambda a: function.quake(a, order=5)))))(x)
+    slope_of = jax.grad(lambda a: function.quake(a, order=5))
+    first, second = jax.jit(jax.vmap(lambda a: (slope_of(a), jax.grad(slope_of)(a))))(x)
+    np.testing.assert_allclose(first, expected, atol=4 * scale_of_error(function, 5))
     assert np.isfinite(second).all()
 
 
