@@ -131,7 +131,8 @@ def pack(
     alone, `dense` takes the product's place, with the bias, activation, gate and residual that
     follow it; query, key and value of the same rows are one call. The weights of these are packed
     once, here; loops, branches, remat and vmap inside are no obstacle, but what has a derivative
-    rule of its own and shard_map are left as they are.
+    rule of its own and shard_map are left as they are. Weights that are made of codes and scales,
+    such as those of qwix's `QArray`, keep these where the format that they get has them too.
 
     Args:
       fun: function of parameters and other arguments; or a sequence of (function, arguments), such
@@ -147,7 +148,9 @@ def pack(
       activations, group_size, scale_method: as in `pack_weight`, for the integer formats.
       rules: pairs of a regular expression and one of these dtypes, or None for weights that are
         left alone. The first one counts whose expression matches the path of a parameter, joined by
-        "/", as a whole. The exceptions of "int4" are not made for what a rule names.
+        "/", as a whole. The exceptions of "int4" are not made for what a rule names. The parts of
+        a `QArray` have its path, and its groups of rows that share a scale if they are multiples of
+        32.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:

@@ -74,10 +74,14 @@ class Format:
         }
 
 
+# Of parameters that have no say in how the weights are packed that are made of them too.
+_ANY = Format(None)
+
+
 def origin(parameter, chosen: Format) -> frozenset[Format]:
     """The formats of an array of the parameters: that chosen for it, if it can be a weight."""
     is_float = jnp.issubdtype(parameter.dtype, jnp.floating)
-    return frozenset((chosen if is_float else Format(None),))
+    return frozenset((chosen if is_float or chosen.is_rule else _ANY,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +209,10 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
 def _format(w: Value) -> Format:
     """The most exact format of the parameters that a weight is made of."""
     exactness = [None, *ROWS]
-    return min(w.origins, key=lambda f: (exactness.index(f.dtype), repr(f)))
+    formats = w.origins - {_ANY}
+    if not formats:
+        raise Reject("it is made of integers alone, and no rule names them", NAME)
+    return min(formats, key=lambda f: (exactness.index(f.dtype), repr(f)))
 
 
 def candidates(node: Node, matches: list[Match]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
