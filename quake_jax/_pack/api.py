@@ -148,17 +148,19 @@ def pack(
       activations, group_size, scale_method: as in `pack_weight`, for the integer formats.
       rules: pairs of a regular expression and one of these dtypes, or None for weights that are
         left alone. The first one counts whose expression matches the path of a parameter, joined by
-        "/", as a whole. The exceptions of "int4" are not made for what a rule names. The parts of
-        a `QArray` have its path, and its groups of rows that share a scale if they are multiples of
-        32.
+        "/", as a whole. The exceptions of "int4" are not made for what a rule names, and a tied
+        embedding that a rule packs in bfloat16 is not kept for its rows. The parts of a `QArray`
+        have its path, and its groups of rows that share a scale if they are multiples of 32.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:
       (fast, packed), where `fast(packed, *args, **kwargs)` takes arguments of any shape; for a
       sequence of functions, fast is a tuple. `packed` has the structure of params, with a
       `PackedWeight` for each parameter that is packed, None for one that nothing needs any more,
-      and a `PackedLeaf` where a parameter is packed more than once or needed besides. `fast.report`
-      says what was done; `fast.repack(params)` packs other parameters of the same shapes.
+      and a `PackedLeaf` where a parameter is packed more than once or needed besides. (The rows of
+      a tied embedding are read from the packed weight in float32, or in bfloat16 if the program
+      reads it so.) `fast.report` says what was done; `fast.repack(params)` packs other parameters
+      of the same shapes.
 
     Raises:
       TypeError: if fun is neither a function nor pairs of one and a tuple; if rules are no pairs.

@@ -228,7 +228,11 @@ CASES = {
         {"scale + w": (K, K)},
     ),
     "tied embedding": Case(
-        lambda p, i: p[i] @ p.T, normal(200, K), (np.arange(7),), {"": (K, 200)}, kept=("",)
+        lambda p, i: p[i] @ p.T,
+        normal(200, K),
+        (np.arange(7),),
+        {"": (K, 200)},
+        ("dense(float32)", "rows of the packed embedding (float32)"),
     ),
     "bias, activation and residual": Case(
         lambda p, x: x + (jax.nn.gelu(x @ p["a"] + p["c"]) @ p["b"] + p["d"]),
@@ -530,6 +534,66 @@ def test_functions_share_the_parameters():
     assert len(first.report.layers) == 2 and first.report is second.report
     assert_close(first(packed, X), prefill(unpacked(packed), X))
     assert_close(second(packed, X[:1]), step(unpacked(packed), X[:1], scale=2.0))
+
+
+def _tied(p, i, take=lambda p, i: jnp.take(p, i, axis=0), dtype="float32"):
+    return take(p.astype(dtype), i), take(p.astype(dtype), i) @ p.astype(dtype).T
+
+
+@pytest.mark.parametrize(
+    "weights, rules, keywords, is_kept",
+    [
+        ("float32", None, {}, False),
+        ("float32", None, {"dtype": "bfloat16"}, False),
+        ("bfloat16", None, {}, True),
+        ("bfloat16", None, {"dtype": "bfloat16"}, False),
+        ("int8", [("", "bfloat16")], {}, False),
+        ("int8", None, {}, True),
+        ("int8", [("", "int8")], {}, True),
+        ("int4", None, {}, True),
+        ("float32", None, {"take": lambda p, i: p.at[i].get(mode="clip")}, False),
+        ("float32", None, {"take": lambda p, i: p[i[0, 0]]}, False),
+        ("float32", None, {"take": lambda p, i: p[i[0, 0], None]}, False),
+        ("float32", None, {"take": lambda p, i: jax.vmap(lambda i: p[i])(i)}, False),
+        # No rows of the table, or other numbers.
+        ("float32", None, {"take": lambda p, i: p[:, :K][i]}, False),
+        ("float32", None, {"take": lambda p, i: p[i, :8].repeat(8, -1)}, True),
+        ("float32", None, {"take": lambda p, i: p[:K].T[i % K]}, True),
+        ("float32", None, {"take": lambda p, i: jnp.take(p, i, 0, fill_value=3.0)}, True),
+    ],
+)
+def test_rows_of_a_tied_embedding(weights, rules, keywords, is_kept):
+    fun = functools.partial(_tied, **keywords)
+    table = jnp.asarray(normal(200, K))
+    # Negative ones count from the end; those outside are NaN, or the nearest.
+    indices = jnp.array([[199, 0, 17], [-1, 200, -201]])
+    if "take" in keywords:
+        indices = jnp.abs(indices) % 200
+    fast, packed = quake_jax.pack(
+        fun, table, indices, weights=weights, rules=rules, order=5, activations="auto"
+    )
+    report = fast.report
+    assert [x.path for x in report.kept] == [""] * is_kept
+    assert len(report.layers) == 1 and report.layers[0].is_kept is is_kept
+    assert any(r.startswith("rows of the packed") for r in replacements(fast)) is not is_kept
+    if is_kept and "take" not in keywords:
+        (left,) = (x for x in report.programs[0].left if x.name == "dense")
+        assert "are read as they were" in left.reason and left.count == 2
+    rows, wanted = fast(packed, indices)[0], fun(table, indices)[0]
+    if rules and not is_kept:
+        wanted = wanted.astype(jnp.bfloat16).astype(jnp.float32)
+    assert rows.dtype == wanted.dtype
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (rows, wanted)))
+
+
+def test_rows_for_a_function_without_the_product():
+    def embed(p, i):
+        return p[i]
+
+    pairs = ((_tied, (np.arange(3),)), (embed, (np.arange(3),)))
+    (first, second), packed = quake_jax.pack(pairs, normal(200, K), weights="float32")
+    assert packed.array is not None and first.report.layers[0].is_kept
+    np.testing.assert_array_equal(second(packed, np.arange(3)), first(packed, np.arange(3))[0])
 
 
 def test_rules():

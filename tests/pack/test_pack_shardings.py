@@ -140,6 +140,27 @@ def test_a_model_on_a_mesh(weights, kind):
             np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P(), P("a")], ids=["whole", "split"])
+def test_a_tied_embedding_on_a_mesh(spec, kind):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(128, 64)), jnp.float32)
+    tokens = jnp.asarray([[3, 127, 64], [0, 1, 2]])
+
+    def tied(p, i):
+        out = jax.typeof(p).sharding if any(jax.typeof(p).sharding.spec) else None
+        rows = p.at[i].get(out_sharding=None if out is None else P())
+        return rows, rows @ p.T
+
+    expected = tied(table, tokens)
+    with jax.set_mesh(make_mesh(kind)):
+        table = jax.device_put(table, spec)
+        fast, packed = quake_jax.pack(tied, table, tokens, weights="float32")
+        assert isinstance(packed, quake_jax.PackedWeight)
+        rows, product = jax.jit(fast)(packed, tokens)
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_allclose(product, expected[1], rtol=1e-4, atol=1e-4)
+
+
 def test_packed_functions_refuse_parts_in_shard_map():
     mesh, x = make_mesh(), jnp.ones((8, 64))
     fast, packed = quake_jax.pack(mlp, parameters(), x, weights="int8")
