@@ -107,6 +107,7 @@ class _Program:
         for slot in self._slots:
             operands += self._plan.weight(entries, slot)
         used = [x for x, is_used in zip(operands, self._is_used, strict=True) if is_used]
+        used = [*map(jax_names.varying_as, used, self._closed.in_avals)]
         results = jax_names.jaxpr_as_fun(self._closed)(*used)
         return jax.tree.unflatten(self._tree, results)
 

@@ -321,7 +321,7 @@ def rows(node: Node, matches: Sequence[Match]) -> Match | None:
     mode = _taking(node)
     if mode is None:
         return None
-    table = node.inputs[0]
+    table = _uncast(node.inputs[0])
     chains = (chain for match in matches if isinstance(match, _Layers) for chain in match.chains)
     chain = next((c for c in chains if _has_rows_as_columns(c, table)), None)
     if chain is None or any(any(v.aval.sharding.spec) for v in node.inputs):
@@ -337,19 +337,26 @@ def rows(node: Node, matches: Sequence[Match]) -> Match | None:
         f"rows of the packed embedding ({dtype})",
         node,
         frozenset((node,)),
-        tuple(node.inputs[:2]),
+        (table, node.inputs[1]),
         _rows,
         (("product", product), ("mode", mode)),
     )
 
 
+def _uncast(value: Value) -> Value:
+    """What a value is before casts that only say along which axes of a mesh it varies."""
+    while value.primitive in views.IDENTITIES:
+        value = value.node.inputs[0]
+    return value
+
+
 def _has_rows_as_columns(chain: _Chain, table: Value) -> bool:
-    product, w = chain.product, chain.w
+    product, w = chain.product, _uncast(chain.w)
     if table.ndim != 2 or product.stack or product.in_call:
         return False
     if w is table:
         return product.w_order == (1, 0)
-    turned = w.primitive == "transpose" and w.node.inputs[0] is table
+    turned = w.primitive == "transpose" and _uncast(w.node.inputs[0]) is table
     return turned and w.ndim == 2 and product.w_order == (0, 1)
 
 
