@@ -8,8 +8,10 @@ and of codes that are 1 and zero points that are 0 the scales, where these lie i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from quake_jax._dense import foreign, layout
@@ -92,6 +94,7 @@ def taken_over(program, arrays: Sequence, kinds: Sequence[str]):
     return _packed(weight, made(CODES), made(SCALES), **parameters)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations"))
 def _packed(weight, codes, scales, *, dtype: str, group_size: int | None, activations: str | None):
     *lead, k, n = weight.shape
     by_group = scales.reshape(*lead, k // group_size if group_size else 1, group_size or k, n)

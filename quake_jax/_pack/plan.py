@@ -16,6 +16,7 @@ import numpy as np
 
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import refusal
+from quake_jax._core.progress import progress
 from quake_jax._dense import pack_primitive
 from quake_jax._dense.layout import LARGEST
 from quake_jax._dense.packed import PackedWeight, pack_weight
@@ -180,10 +181,12 @@ class Plan:
                 raise refusal("pack", f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
         weights: dict[int, list] = {}
         layers = []
-        for slot in self.slots:
-            made, error = self._made(slot, [leaves[i] for i in slot.inputs])
-            weights.setdefault(slot.leaf, []).append(made)
-            layers.append(self._layer(slot, error))
+        with progress("packing", len(self.slots), after=1.0) as advance:
+            for slot in self.slots:
+                made, error = self._made(slot, [leaves[i] for i in slot.inputs])
+                weights.setdefault(slot.leaf, []).append(made)
+                layers.append(self._layer(slot, error))
+                advance()
         entries = [self._entry(i, leaf, tuple(weights.get(i, ()))) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(self._tree, entries), layers
 

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import io
+import itertools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 
 import quake_jax
+from quake_jax._core import progress
 from quake_jax._rewrite import engine
 
 K, N, ROWS = 64, 96, 32
@@ -704,6 +708,22 @@ def test_rich_draws_the_report():
     drawn = console.export_text()
     for text in ("w[0]", "total", "dropped: v", "quake_jax.dense(int8)", "test_pack.py"):
         assert text in drawn and text in str(fast.report)
+
+
+def test_progress_on_a_terminal(capsys, monkeypatch):
+    def drawn(step: float) -> str:
+        clock = types.SimpleNamespace(monotonic=itertools.count(0.0, step).__next__)
+        monkeypatch.setattr(progress, "time", clock)
+        fast, _ = quake_jax.pack(lambda p, x: x @ p["a"] @ p["b"], PAIR, X, weights="int8")
+        fast.repack(PAIR)
+        captured = capsys.readouterr()
+        assert not captured.out
+        return captured.err
+
+    assert not drawn(2.0)  # stderr is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert not drawn(0.01)
+    assert "packing" in drawn(2.0) and "1/2" in drawn(0.9)
 
 
 def test_explain():
