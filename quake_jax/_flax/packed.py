@@ -177,7 +177,7 @@ def _layer(path: str, kernel, packing: _Packing, before: int) -> tuple[PackedKer
         except ValueError as failure:
             raise ValueError(f"quake_jax.nnx.pack: {path}: {failure}") from failure
         if not isinstance(kernel, jax_names.Tracer):
-            error = float(relative_error(packing.weight(kernel), made))
+            error = relative_error(packing.weight(kernel), made)
     after = sum(map(bytes_of, jax.tree.leaves(made)))
     form = made.dtype, made.group_size, made.activations
     return PackedKernel(made), Layer((path,), packing.shape, *form, before, after, error, False)

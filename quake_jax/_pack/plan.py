@@ -241,7 +241,7 @@ class Plan:
                 weight, made = jax.tree.map(lambda a, b: jnp.where(is_same, a, b), own, general)
         if isinstance(weight, jax_names.Tracer):
             return made, None
-        return made, float(relative_error(weight, made))
+        return made, relative_error(weight, made)
 
     def entries(self, packed) -> list:
         """What stands in the places of the parameters."""
@@ -310,9 +310,19 @@ def _before_packing(program):
     return lambda *arrays: function(*arrays)[0]
 
 
+def relative_error(weight, packed: PackedWeight) -> float:
+    """The norm of what packing changed, relative to that of a weight."""
+    weight = with_split_columns(jnp.asarray(weight))
+    # Of the layers of a stack one after the other: unpacked they take the memory of the model.
+    is_whole = len(weight.devices()) > 1
+    layers = [()] if is_whole else np.ndindex(weight.shape[:-2])
+    squares = [_squares(weight, packed, index) for index in layers]
+    size, difference = np.sum(squares, axis=0) if squares else (0.0, 0.0)
+    return float(np.sqrt(difference / size)) if size > 0 else 0.0
+
+
 @jax.jit
-def relative_error(weight, packed: PackedWeight):
-    weight = with_split_columns(weight).astype(jnp.float32)
-    size = jnp.sqrt(jnp.sum(weight**2))
-    difference = jnp.sqrt(jnp.sum((packed.unpack() - weight) ** 2))
-    return jnp.where(size > 0, difference / size, 0.0)
+def _squares(weight, packed: PackedWeight, index):
+    """The sums of the squares of a weight, or of one of a stack, and of what packing changed."""
+    weight, packed = weight[index].astype(jnp.float32), packed[index]
+    return jnp.sum(weight**2), jnp.sum((packed.unpack() - weight) ** 2)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import quake_jax
 from quake_jax._core import progress
+from quake_jax._pack import plan
 from quake_jax._rewrite import engine
 
 K, N, ROWS = 64, 96, 32
@@ -724,6 +725,20 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert not drawn(0.01)
     assert "packing" in drawn(2.0) and "1/2" in drawn(0.9)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_errors_of_stacks_are_measured_layer_by_layer(weights):
+    shape = jax.ShapeDtypeStruct((16, 256, 512), jnp.float32)
+    packed = jax.eval_shape(lambda w: quake_jax.pack_weight(w, weights), shape)
+    index = (jax.ShapeDtypeStruct((), jnp.int32),)
+    compiled = plan._squares.lower(shape, packed, index).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * 256 * 512 * 4
+    stack = normal(3, K, K)
+    packed = quake_jax.pack_weight(stack, weights)
+    wanted = np.linalg.norm(packed.unpack() - stack) / np.linalg.norm(stack)
+    assert plan.relative_error(stack, packed) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+    assert plan.relative_error(0 * stack, packed) == 0
 
 
 def test_explain():
