@@ -98,6 +98,7 @@ __all__ = [
     "unnamed",
     "use_shardy_partitioner",
     "user_frames",
+    "varying_as",
     "with_weak_type",
     "without_dead_code",
     "without_mesh",
@@ -243,6 +244,12 @@ def equation_context(equation):
         axes = [(name, mesh.shape[name]) for name in mesh.manual_axes] if varies else []
         with extend_axis_env_nd(axes):
             yield
+
+
+def varying_as(x, aval):
+    """An array, within shard_map, as one that varies along the axes of a mesh that aval does."""
+    axes = aval.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def is_reference(x) -> bool:

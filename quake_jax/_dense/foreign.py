@@ -76,9 +76,14 @@ def of_awq(name: str, qweight, qzeros, scales) -> tuple:
     return in_order(qweight), in_order(qzeros), scales
 
 
+def is_qarray(x) -> bool:
+    """Whether x has what qwix's arrays have."""
+    return all(hasattr(x, field) for field in ("qvalue", "scale", "zero_point", "qtype"))
+
+
 def of_qarray(name: str, qarray) -> tuple:
     """Codes (…, K, N), zero points and scales (…, G, N), and whether codes are from 0 to 15."""
-    if not all(hasattr(qarray, field) for field in ("qvalue", "scale", "zero_point", "qtype")):
+    if not is_qarray(qarray):
         raise TypeError(f"quake_jax.{name}: qarray must be a QArray of qwix; got {qarray!r}")
     codes = _known(name, "qarray.qvalue", as_array(qarray.qvalue, name, "qarray.qvalue"))
     zeros = optional_array(qarray.zero_point, name, "qarray.zero_point")

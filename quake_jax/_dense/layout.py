@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 PANEL = 16
 # Groups along K are whole vectors of every instruction set.
@@ -81,6 +82,15 @@ def from_words(codes, dtype: str, k: int, n: int):
     x = jnp.transpose(codes, (*range(axes), axes + 1, axes + 3, axes, axes + 2))
     x = x.reshape(*lead, words * rows, panels, PANEL)
     return x.reshape(*lead, words * rows, panels * PANEL)[..., :k, :n]
+
+
+def columns(codes, indices, dtype: str, k: int):
+    """The columns of codes without leading axes, of "float32" or "bfloat16", as rows (…, K)."""
+    # Where types say how arrays are split, those of panels would not say how the rows are.
+    to = PartitionSpec() if jax.sharding.get_abstract_mesh().explicit_axes else None
+    places = codes.at[indices // PANEL, :, indices % PANEL]
+    words = places.get(mode="promise_in_bounds", out_sharding=to)
+    return words.reshape(*indices.shape, codes.shape[1] * ROWS[dtype])[..., :k]
 
 
 def columns_to_panels(x, *, groups: bool):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 
 import jax
@@ -508,10 +509,26 @@ def pack_weight(
         raise refusal(name, "group_size", f'None for dtype "{dtype}"', repr(group_size))
     static = {"dtype": dtype, "group_size": group_size, "activations": activations}
     split = sharding.with_split_columns(jnp.asarray(weight))
-    packed, is_finite = _pack(split, method=scale_method, **static)
+    # One layer of a stack after the other takes the memory of one besides that of the result.
+    is_here = not isinstance(split, jax_names.Tracer) and len(split.devices()) == 1
+    packing = _pack_stack if split.ndim > 2 and is_here else _pack
+    packed, is_finite = packing(split, method=scale_method, **static)
     if not isinstance(is_finite, jax_names.Tracer) and not is_finite:
         _refuse_values(np.asarray(weight), dtype)
     return packed
+
+
+_STATIC = ("dtype", "group_size", "activations", "method")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _pack_stack(weight, **static):
+    """As `_pack`."""
+    *lead, k, n = weight.shape
+    weights = weight.reshape(math.prod(lead), k, n)
+    packed, is_finite = lax.map(lambda w: _pack(w, **static), weights)
+    packed = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), packed)
+    return packed, jnp.all(is_finite)
 
 
 def _refuse_values(weight: np.ndarray, dtype: str) -> None:
@@ -528,7 +545,7 @@ def _refuse_values(weight: np.ndarray, dtype: str) -> None:
     raise refusal("pack_weight", "weight", what, f"{weight[at]} at {where}")
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "group_size", "activations", "method"))
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _pack(weight, *, dtype, group_size, activations, method):
     """The packed weight, and whether all of it is finite."""
     static = {"dtype": dtype, "group_size": group_size, "activations": activations}

@@ -18,6 +18,7 @@ from jax import lax
 
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import KERNEL_DTYPES
+from quake_jax._core.progress import progress
 from quake_jax._dense.api import dense
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._pack.plan import bytes_of, relative_error
@@ -176,7 +177,7 @@ def _layer(path: str, kernel, packing: _Packing, before: int) -> tuple[PackedKer
         except ValueError as failure:
             raise ValueError(f"quake_jax.nnx.pack: {path}: {failure}") from failure
         if not isinstance(kernel, jax_names.Tracer):
-            error = float(relative_error(packing.weight(kernel), made))
+            error = relative_error(packing.weight(kernel), made)
     after = sum(map(bytes_of, jax.tree.leaves(made)))
     form = made.dtype, made.group_size, made.activations
     return PackedKernel(made), Layer((path,), packing.shape, *form, before, after, error, False)
@@ -191,37 +192,40 @@ def pack(model: nnx.Pytree, rules: Rules) -> PackReport:
         if isinstance(holder, _CHANGING)
         for _, x in nnx.iter_graph(holder.layer_instance)
     }
-    for path, variable, holders in _parameters(model):
-        value = variable.get_value()
-        packings, reasons = {}, {}
-        for where, module, attribute in holders:
-            try:
-                if id(module) in changed:
-                    raise Reject(f"nnx.{changed[id(module)]} changes it in each call", NAME)
-                packings[where] = _packing(module, attribute, path, rules)
-            except Reject as reject:
-                reasons[where] = str(reject)
-        if reasons:
-            # Who needs the array keeps it for all.
-            shared = f"it is shared with {next(iter(reasons))}"
-            reasons |= dict.fromkeys(packings, shared)
-            for where, _, attribute in holders:
-                if len(getattr(value, "shape", ())) > 1 and attribute != "bias":
-                    report.add(NAME, None, reasons[where], where)
-            if hasattr(value, "dtype"):
-                size = sum(map(bytes_of, jax.tree.leaves(value)))
-                kept.append(Kept(path, value.shape, str(value.dtype), size))
-            continue
-        made = {}
-        for where, module, _ in holders:
-            packing = packings[where]
-            if packing not in made:
-                before = 0 if made else bytes_of(value)
-                made[packing], layer = _layer(path, value, packing, before)
-                layers.append(layer)
-            new.append((module, value.dtype, made[packing]))
-            parts = [dict(packing.parameters)["dtype"], *["bias"] * (module.bias is not None)]
-            report.add(NAME, f"quake_jax.dense({', '.join(parts)})", "", where)
+    parameters = [*_parameters(model)]
+    with progress("packing", len(parameters), after=1.0) as advance:
+        for path, variable, holders in parameters:
+            advance()
+            value = variable.get_value()
+            packings, reasons = {}, {}
+            for where, module, attribute in holders:
+                try:
+                    if id(module) in changed:
+                        raise Reject(f"nnx.{changed[id(module)]} changes it in each call", NAME)
+                    packings[where] = _packing(module, attribute, path, rules)
+                except Reject as reject:
+                    reasons[where] = str(reject)
+            if reasons:
+                # Who needs the array keeps it for all.
+                shared = f"it is shared with {next(iter(reasons))}"
+                reasons |= dict.fromkeys(packings, shared)
+                for where, _, attribute in holders:
+                    if len(getattr(value, "shape", ())) > 1 and attribute != "bias":
+                        report.add(NAME, None, reasons[where], where)
+                if hasattr(value, "dtype"):
+                    size = sum(map(bytes_of, jax.tree.leaves(value)))
+                    kept.append(Kept(path, value.shape, str(value.dtype), size))
+                continue
+            made = {}
+            for where, module, _ in holders:
+                packing = packings[where]
+                if packing not in made:
+                    before = 0 if made else bytes_of(value)
+                    made[packing], layer = _layer(path, value, packing, before)
+                    layers.append(layer)
+                new.append((module, value.dtype, made[packing]))
+                parts = [dict(packing.parameters)["dtype"], *["bias"] * (module.bias is not None)]
+                report.add(NAME, f"quake_jax.dense({', '.join(parts)})", "", where)
     for module, dtype, kernel in new:  # all or, after an error above, none
         module.kernel, module.param_dtype = kernel, dtype
         # The same object, so that all who hold it have the packed layer. Modules forbid a plain

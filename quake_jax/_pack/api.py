@@ -107,6 +107,7 @@ class _Program:
         for slot in self._slots:
             operands += self._plan.weight(entries, slot)
         used = [x for x, is_used in zip(operands, self._is_used, strict=True) if is_used]
+        used = [*map(jax_names.varying_as, used, self._closed.in_avals)]
         results = jax_names.jaxpr_as_fun(self._closed)(*used)
         return jax.tree.unflatten(self._tree, results)
 
@@ -131,7 +132,8 @@ def pack(
     alone, `dense` takes the product's place, with the bias, activation, gate and residual that
     follow it; query, key and value of the same rows are one call. The weights of these are packed
     once, here; loops, branches, remat and vmap inside are no obstacle, but what has a derivative
-    rule of its own and shard_map are left as they are.
+    rule of its own and shard_map are left as they are. Weights that are made of codes and scales,
+    such as those of qwix's `QArray`, keep these where the format that they get has them too.
 
     Args:
       fun: function of parameters and other arguments; or a sequence of (function, arguments), such
@@ -147,15 +149,19 @@ def pack(
       activations, group_size, scale_method: as in `pack_weight`, for the integer formats.
       rules: pairs of a regular expression and one of these dtypes, or None for weights that are
         left alone. The first one counts whose expression matches the path of a parameter, joined by
-        "/", as a whole. The exceptions of "int4" are not made for what a rule names.
+        "/", as a whole. The exceptions of "int4" are not made for what a rule names, and a tied
+        embedding that a rule packs in bfloat16 is not kept for its rows. The parts of a `QArray`
+        have its path, and its groups of rows that share a scale if they are multiples of 32.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:
       (fast, packed), where `fast(packed, *args, **kwargs)` takes arguments of any shape; for a
       sequence of functions, fast is a tuple. `packed` has the structure of params, with a
       `PackedWeight` for each parameter that is packed, None for one that nothing needs any more,
-      and a `PackedLeaf` where a parameter is packed more than once or needed besides. `fast.report`
-      says what was done; `fast.repack(params)` packs other parameters of the same shapes.
+      and a `PackedLeaf` where a parameter is packed more than once or needed besides. (The rows of
+      a tied embedding are read from the packed weight in float32, or in bfloat16 if the program
+      reads it so.) `fast.report` says what was done; `fast.repack(params)` packs other parameters
+      of the same shapes.
 
     Raises:
       TypeError: if fun is neither a function nor pairs of one and a tuple; if rules are no pairs.

@@ -16,13 +16,16 @@ import numpy as np
 
 from quake_jax._core import jax_names
 from quake_jax._core.drop_in import refusal
+from quake_jax._core.progress import progress
 from quake_jax._dense import pack_primitive
+from quake_jax._dense.layout import LARGEST
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.sharding import with_split_columns
 from quake_jax._dense.trees import pytree
+from quake_jax._pack import codes
 from quake_jax._pack.report import Kept, Layer, joined_paths
 from quake_jax._pack.rules import Rules
-from quake_jax._rewrite.dense import origin
+from quake_jax._rewrite.dense import Format, origin
 
 
 @pytree(("array", "weights"), ())
@@ -61,11 +64,29 @@ class Slot:
 
 def _key(program, inputs) -> tuple:
     """What is equal for two packings of the same parameters in the same way."""
-    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    # Without addresses, the mesh in force, and its axes along which values vary in a shard_map.
+    text = re.sub(r"0x[0-9a-f]+|\n *ctx_mesh=.*|\{V:[^}]*\}", "", str(program))
     digest = hashlib.sha256(text.encode())
     for constant in program.consts:
         digest.update(np.asarray(constant).tobytes())
     return inputs, digest.hexdigest()
+
+
+def _path(keys) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _format(node, chosen: Format) -> Format:
+    """How weights of a parameter are packed, from what is chosen for it.
+
+    Those of an array of qwix in its own groups.
+    """
+    size = codes.tile_of(node) if codes.is_quantized(node) else None
+    if size is None or chosen.dtype not in LARGEST:
+        return chosen
+    # The exceptions of "int4" would take 4 bits, in groups, for 8, in none.
+    is_rule = chosen.is_rule or codes.has_four_bits(node)
+    return dataclasses.replace(chosen, group_size=size, is_rule=is_rule)
 
 
 def abstract(x) -> jax.ShapeDtypeStruct:
@@ -86,12 +107,21 @@ class Plan:
 
     def __init__(self, params, rules: Rules):
         found, self._tree = jax.tree_util.tree_flatten_with_path(params)
-        self.paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+        self.paths = [_path(path) for path, _ in found]
         self._leaves = [abstract(x) if _is_array(x) else x for _, x in found]
         self.params = jax.tree.unflatten(self._tree, self._leaves)
         # Of the leaves that are arrays, which alone are inputs of programs.
         self._arrays = [i for i, x in enumerate(self._leaves) if _is_array(x)]
-        self._rules = rules
+        # What reports and rules call them, how weights that are made of them are packed, and what
+        # they are in weights that are quantised already.
+        self._names, self._formats, self._roles = [], [], []
+        nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=codes.is_quantized)
+        for path, node in nodes:
+            leaves = jax.tree.leaves(node)
+            name = _path(path)
+            self._names += [name] * len(leaves)
+            self._formats += [_format(node, rules.format_of(name))] * len(leaves)
+            self._roles += codes.roles(leaves, node)
         self.slots: list[Slot] = []
         self._by_key: dict[tuple, Slot] = {}
         self._kept: set[int] = set()
@@ -100,7 +130,12 @@ class Plan:
     @property
     def origins(self) -> list[frozenset]:
         """For each array of the parameters the format of the weights that are made of it."""
-        return [origin(self._leaves[i], self._rules.format_of(self.paths[i])) for i in self._arrays]
+        return [self._origin(i) for i in self._arrays]
+
+    def _origin(self, i: int) -> frozenset:
+        if self._names[i] != self.paths[i]:  # the codes of an array of qwix are a weight
+            return frozenset((self._formats[i],))
+        return origin(self._leaves[i], self._formats[i])
 
     def slot(self, program, inputs: tuple[int, ...]) -> Slot:
         """Where a packed weight is; `inputs` counts the arrays of the parameters."""
@@ -123,7 +158,10 @@ class Plan:
         return self._by_key[key]
 
     def name(self, slot: Slot) -> str:
-        return joined_paths(self.paths[i] for i in slot.inputs)
+        return joined_paths(self._named(slot))
+
+    def _named(self, slot: Slot) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._names[i] for i in slot.inputs))
 
     def keep(self, index: int) -> None:
         """Say that a program needs one of the arrays of the parameters as it is."""
@@ -143,10 +181,12 @@ class Plan:
                 raise refusal("pack", f"params {path}", expected, f"{leaf.shape} and {leaf.dtype}")
         weights: dict[int, list] = {}
         layers = []
-        for slot in self.slots:
-            made, error = self._made(slot, [leaves[i] for i in slot.inputs])
-            weights.setdefault(slot.leaf, []).append(made)
-            layers.append(self._layer(slot, error))
+        with progress("packing", len(self.slots), after=1.0) as advance:
+            for slot in self.slots:
+                made, error = self._made(slot, [leaves[i] for i in slot.inputs])
+                weights.setdefault(slot.leaf, []).append(made)
+                layers.append(self._layer(slot, error))
+                advance()
         entries = [self._entry(i, leaf, tuple(weights.get(i, ()))) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(self._tree, entries), layers
 
@@ -161,11 +201,10 @@ class Plan:
         return [self.paths[i] for i in self._arrays if i not in used]
 
     def _layer(self, slot: Slot, error: float | None) -> Layer:
-        paths = tuple(self.paths[i] for i in slot.inputs)
         before = sum(bytes_of(self._leaves[i]) for i in slot.inputs if i not in self._kept)
         after = sum(map(bytes_of, jax.tree.leaves(slot.static)))
         return Layer(
-            paths,
+            self._named(slot),
             slot.static.shape,
             slot.static.dtype,
             slot.static.group_size,
@@ -188,17 +227,21 @@ class Plan:
         """A packed weight and its relative error; abstract, and none, for abstract arrays."""
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
             return slot.static, None
-        packing = slot.program.eqns[-1]
         weight = _before_packing(slot.program)(*arrays)
+        parameters = dict(slot.program.eqns[-1].params)
         try:
-            parameters = dict(packing.params)
             made = pack_weight(weight, parameters.pop("dtype"), **parameters)
         except ValueError as error:
-            named = ", ".join(self.paths[i] for i in slot.inputs)
-            raise ValueError(f"quake_jax.pack: params {named}: {error}") from error
+            raise ValueError(f"quake_jax.pack: params {self.name(slot)}: {error}") from error
+        if slot.static.dtype in LARGEST:
+            own = codes.taken_over(slot.program, arrays, [self._roles[i] for i in slot.inputs])
+            if own is not None:
+                is_same, *own = own
+                general = [weight.astype(jnp.float32), made]
+                weight, made = jax.tree.map(lambda a, b: jnp.where(is_same, a, b), own, general)
         if isinstance(weight, jax_names.Tracer):
             return made, None
-        return made, float(relative_error(weight, made))
+        return made, relative_error(weight, made)
 
     def entries(self, packed) -> list:
         """What stands in the places of the parameters."""
@@ -267,9 +310,19 @@ def _before_packing(program):
     return lambda *arrays: function(*arrays)[0]
 
 
+def relative_error(weight, packed: PackedWeight) -> float:
+    """The norm of what packing changed, relative to that of a weight."""
+    weight = with_split_columns(jnp.asarray(weight))
+    # Of the layers of a stack one after the other: unpacked they take the memory of the model.
+    is_whole = len(weight.devices()) > 1
+    layers = [()] if is_whole else np.ndindex(weight.shape[:-2])
+    squares = [_squares(weight, packed, index) for index in layers]
+    size, difference = np.sum(squares, axis=0) if squares else (0.0, 0.0)
+    return float(np.sqrt(difference / size)) if size > 0 else 0.0
+
+
 @jax.jit
-def relative_error(weight, packed: PackedWeight):
-    weight = with_split_columns(weight).astype(jnp.float32)
-    size = jnp.sqrt(jnp.sum(weight**2))
-    difference = jnp.sqrt(jnp.sum((packed.unpack() - weight) ** 2))
-    return jnp.where(size > 0, difference / size, 0.0)
+def _squares(weight, packed: PackedWeight, index):
+    """The sums of the squares of a weight, or of one of a stack, and of what packing changed."""
+    weight, packed = weight[index].astype(jnp.float32), packed[index]
+    return jnp.sum(weight**2), jnp.sum((packed.unpack() - weight) ** 2)

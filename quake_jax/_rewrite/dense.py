@@ -4,7 +4,7 @@ The graph knows what depends on parameters alone, and in which formats these are
 (`Value.origins`). A product is replaced by `dense` of a weight that the program packs itself;
 `quake_jax.pack` lifts the packing out. What stands behind a product is fused: a bias, an activation
 that was found before, a gate, a residual. Products of the same rows become one call, which takes in
-a norm before them that nothing else reads.
+a norm before them that nothing else reads. Rows of a tied embedding are columns of such a weight.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from quake_jax._core.drop_in import KERNEL_DTYPES
-from quake_jax._dense import pack_primitive
+from quake_jax._dense import layout, pack_primitive
 from quake_jax._dense.api import LONGEST, dense
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
 from quake_jax._rewrite import activations, norms, views
@@ -74,10 +75,14 @@ class Format:
         }
 
 
+# Of parameters that have no say in how the weights are packed that are made of them too.
+_ANY = Format(None)
+
+
 def origin(parameter, chosen: Format) -> frozenset[Format]:
     """The formats of an array of the parameters: that chosen for it, if it can be a weight."""
     is_float = jnp.issubdtype(parameter.dtype, jnp.floating)
-    return frozenset((chosen if is_float else Format(None),))
+    return frozenset((chosen if is_float or chosen.is_rule else _ANY,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +210,10 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
 def _format(w: Value) -> Format:
     """The most exact format of the parameters that a weight is made of."""
     exactness = [None, *ROWS]
-    return min(w.origins, key=lambda f: (exactness.index(f.dtype), repr(f)))
+    formats = w.origins - {_ANY}
+    if not formats:
+        raise Reject("it is made of integers alone, and no rule names them", NAME)
+    return min(formats, key=lambda f: (exactness.index(f.dtype), repr(f)))
 
 
 def candidates(node: Node, matches: list[Match]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
@@ -299,6 +307,88 @@ def joined(matches: Sequence[_Layers]) -> Iterator[tuple[Match, tuple[Match, ...
         yield _match(chains, norm), (*matches, norm)
     if len(chains) > 1:
         yield _match(chains), tuple(matches)
+
+
+def rows(node: Node, matches: Sequence[Match]) -> Match | None:
+    """The rows of a tied embedding, from the weight that a product packs of it.
+
+    A product with all rows of a table has them as the columns of its weight. So the table itself is
+    not needed, if those are what it holds.
+
+    Raises:
+      Reject: if they are not.
+    """
+    mode = _taking(node)
+    if mode is None:
+        return None
+    table = _uncast(node.inputs[0])
+    chains = (chain for match in matches if isinstance(match, _Layers) for chain in match.chains)
+    chain = next((c for c in chains if _has_rows_as_columns(c, table)), None)
+    if chain is None or any(any(v.aval.sharding.spec) for v in node.inputs):
+        return None
+    product = chain.product
+    dtype = dict(product.packing)["dtype"]
+    as_bfloat16 = table.dtype == jnp.bfloat16 or _format(table).is_rule
+    if dtype != "float32" and not (dtype == "bfloat16" and as_bfloat16):
+        reason = f"rows of an embedding that is packed in {dtype} are read as they were"
+        raise Reject(reason, NAME, (chain.last,))
+    return Match(
+        NAME,
+        f"rows of the packed embedding ({dtype})",
+        node,
+        frozenset((node,)),
+        (table, node.inputs[1]),
+        _rows,
+        (("product", product), ("mode", mode)),
+    )
+
+
+def _uncast(value: Value) -> Value:
+    """What a value is before casts that only say along which axes of a mesh it varies."""
+    while value.primitive in views.IDENTITIES:
+        value = value.node.inputs[0]
+    return value
+
+
+def _has_rows_as_columns(chain: _Chain, table: Value) -> bool:
+    product, w = chain.product, _uncast(chain.w)
+    if table.ndim != 2 or product.stack or product.in_call:
+        return False
+    if w is table:
+        return product.w_order == (1, 0)
+    turned = w.primitive == "transpose" and _uncast(w.node.inputs[0]) is table
+    return turned and w.ndim == 2 and product.w_order == (0, 1)
+
+
+def _taking(node: Node) -> str | None:
+    """What becomes of indices outside where a node takes rows of a matrix; None if it does not."""
+    if node.primitive not in ("gather", "dynamic_slice") or node.inputs[0].ndim != 2:
+        return None
+    p, (_, width) = node.params, node.inputs[0].shape
+    if p["slice_sizes"] != (1, width):
+        return None
+    if node.primitive == "dynamic_slice":
+        return "clip"
+    dims = p["dimension_numbers"]
+    places = dims.offset_dims, dims.collapsed_slice_dims, dims.start_index_map
+    if places != ((node.output.ndim - 1,), (0,), (0,)):
+        return None
+    fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and p["fill_value"] is not None and p["fill_value"] == p["fill_value"]:
+        return None
+    return "fill" if fills else "clip"
+
+
+def _rows(table, indices, *, product, mode, order):
+    count, width = table.shape
+    indices = indices[..., 0] if indices.ndim else indices[None]
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)
+    inside = (indices >= 0) & (indices < count)
+    near = jnp.clip(indices, 0, count - 1)
+    packed = product.packed(jnp.transpose(table) if product.w_order == (0, 1) else table)
+    found = layout.columns(packed.codes, near, packed.dtype, width).astype(table.dtype)
+    return jnp.where(inside[..., None], found, jnp.nan) if mode == "fill" else found
 
 
 @dataclasses.dataclass(frozen=True)

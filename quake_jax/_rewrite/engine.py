@@ -223,6 +223,8 @@ class _Level:
             for node in self._graph.nodes:
                 self._try_dense(node)
             self._join_dense()
+            for node in self._graph.nodes:
+                self._try_rows(node)
             for match in [*self._matches]:
                 if norms.is_slow_alone(match):
                     self._put_back(match)
@@ -310,6 +312,15 @@ class _Level:
             return
         with self._failures(node):
             self._take_first(dense.candidates(node, self._matches))
+
+    def _try_rows(self, node: Node) -> None:
+        """Take the rows of a tied embedding from the weight that a product packs of it."""
+        if self._is_taken(node):
+            return
+        with self._failures(node):
+            match = dense.rows(node, self._matches)
+            if match is not None:
+                self._take_first([(match, ())])
 
     def _join_dense(self) -> None:
         """Make one call of the products of the same rows, and of the norm before them."""

@@ -287,6 +287,24 @@ def _closed_like(old, new):
     return old.replace(jaxpr=new) if hasattr(old, "consts") else new
 
 
+def _of_no_mesh(program):
+    """The program of an expression without its casts in a `jax.shard_map`.
+
+    They say that a weight differs along an axis of the mesh, as the rows do that it is multiplied
+    by. Of parameters that do not, the packed weight does not either.
+    """
+    names: dict = {}
+    equations = []
+    for equation in program.eqns:
+        operands = [names.get(v, v) if _is_variable(v) else v for v in equation.invars]
+        if equation.primitive.name in ("pvary", "pcast"):
+            names.update(zip(equation.outvars, operands, strict=True))
+        else:
+            equations.append(equation.replace(invars=operands))
+    jaxpr = with_inputs(program.jaxpr, program.jaxpr.invars, equations)
+    return jaxprs.closed(jaxpr, program.consts)
+
+
 def lifted(closed, known: Sequence[bool]):
     """A program without packings, whose leaves are further inputs, and their expressions.
 
@@ -300,6 +318,6 @@ def lifted(closed, known: Sequence[bool]):
     index = {v: i for i, v in enumerate(closed.jaxpr.invars)}
     found = []
     for expression in expressions:
-        program = lifter.closed(expression, index)
+        program = _of_no_mesh(lifter.closed(expression, index))
         found.append((program, tuple(index[v] for v in program.jaxpr.invars)))
     return jaxprs.closed(new, closed.consts), found

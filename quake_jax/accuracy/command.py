@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -13,7 +12,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import _quake_jax_cpu as _cpu
@@ -22,6 +20,7 @@ import jax
 import quake_jax
 from quake_jax._core.config import ORDERS
 from quake_jax._core.constants import MAX_REL_ERROR
+from quake_jax._core.progress import progress
 from quake_jax.accuracy import attention
 from quake_jax.accuracy.elementwise import (
     DTYPES,
@@ -148,28 +147,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """Yield what prints a line and what advances the bar, which needs rich and a terminal."""
-    try:
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError:
-        shown = False
-    else:
-        shown = sys.stderr.isatty()
-    if not shown:
-        yield lambda line: print(line, flush=True), lambda: None
-        return
-    from rich.console import Console
-
-    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
-    # Redirected, rich would send the lines to the terminal even if the output is a file.
-    console, redirect = Console(stderr=True), sys.stdout.isatty()
-    with Progress(*columns, console=console, redirect_stdout=redirect) as progress:
-        task = progress.add_task("accuracy", total=total)
-        yield lambda line: print(line, flush=True), lambda: progress.advance(task)
-
-
 def _cpu_name() -> str:
     try:
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
@@ -217,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     total = len(functions) * sum(len(parts_of_inputs(dtype, args.stride)) for dtype in dtypes)
     total += len(attention.CASES) * len(dtypes) if args.attention else 0
     try:
-        with _progress(total) as (show, advance):
+        with progress("accuracy", total) as advance:
             for dtype in dtypes:
                 for function in functions:
                     measured = measure(
@@ -231,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
                         kernels=args.program or _cpu,
                     )
                     for order in sorted({r.order for r in measured}):
-                        show(summary([r for r in measured if r.order == order]))
+                        print(summary([r for r in measured if r.order == order]), flush=True)
                     results += measured
             for dtype in dtypes if args.attention else ():
                 measured_cases = []
@@ -239,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
                     measured_cases += attention.measure(case, dtype, orders=orders)
                     advance()
                 for order in orders:
-                    show(attention.summary([r for r in measured_cases if r.order == order]))
+                    those = [r for r in measured_cases if r.order == order]
+                    print(attention.summary(those), flush=True)
                 of_attention += measured_cases
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import io
+import itertools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 
 import quake_jax
+from quake_jax._core import progress
+from quake_jax._pack import plan
 from quake_jax._rewrite import engine
 
 K, N, ROWS = 64, 96, 32
@@ -228,7 +233,11 @@ CASES = {
         {"scale + w": (K, K)},
     ),
     "tied embedding": Case(
-        lambda p, i: p[i] @ p.T, normal(200, K), (np.arange(7),), {"": (K, 200)}, kept=("",)
+        lambda p, i: p[i] @ p.T,
+        normal(200, K),
+        (np.arange(7),),
+        {"": (K, 200)},
+        ("dense(float32)", "rows of the packed embedding (float32)"),
     ),
     "bias, activation and residual": Case(
         lambda p, x: x + (jax.nn.gelu(x @ p["a"] + p["c"]) @ p["b"] + p["d"]),
@@ -532,6 +541,66 @@ def test_functions_share_the_parameters():
     assert_close(second(packed, X[:1]), step(unpacked(packed), X[:1], scale=2.0))
 
 
+def _tied(p, i, take=lambda p, i: jnp.take(p, i, axis=0), dtype="float32"):
+    return take(p.astype(dtype), i), take(p.astype(dtype), i) @ p.astype(dtype).T
+
+
+@pytest.mark.parametrize(
+    "weights, rules, keywords, is_kept",
+    [
+        ("float32", None, {}, False),
+        ("float32", None, {"dtype": "bfloat16"}, False),
+        ("bfloat16", None, {}, True),
+        ("bfloat16", None, {"dtype": "bfloat16"}, False),
+        ("int8", [("", "bfloat16")], {}, False),
+        ("int8", None, {}, True),
+        ("int8", [("", "int8")], {}, True),
+        ("int4", None, {}, True),
+        ("float32", None, {"take": lambda p, i: p.at[i].get(mode="clip")}, False),
+        ("float32", None, {"take": lambda p, i: p[i[0, 0]]}, False),
+        ("float32", None, {"take": lambda p, i: p[i[0, 0], None]}, False),
+        ("float32", None, {"take": lambda p, i: jax.vmap(lambda i: p[i])(i)}, False),
+        # No rows of the table, or other numbers.
+        ("float32", None, {"take": lambda p, i: p[:, :K][i]}, False),
+        ("float32", None, {"take": lambda p, i: p[i, :8].repeat(8, -1)}, True),
+        ("float32", None, {"take": lambda p, i: p[:K].T[i % K]}, True),
+        ("float32", None, {"take": lambda p, i: jnp.take(p, i, 0, fill_value=3.0)}, True),
+    ],
+)
+def test_rows_of_a_tied_embedding(weights, rules, keywords, is_kept):
+    fun = functools.partial(_tied, **keywords)
+    table = jnp.asarray(normal(200, K))
+    # Negative ones count from the end; those outside are NaN, or the nearest.
+    indices = jnp.array([[199, 0, 17], [-1, 200, -201]])
+    if "take" in keywords:
+        indices = jnp.abs(indices) % 200
+    fast, packed = quake_jax.pack(
+        fun, table, indices, weights=weights, rules=rules, order=5, activations="auto"
+    )
+    report = fast.report
+    assert [x.path for x in report.kept] == [""] * is_kept
+    assert len(report.layers) == 1 and report.layers[0].is_kept is is_kept
+    assert any(r.startswith("rows of the packed") for r in replacements(fast)) is not is_kept
+    if is_kept and "take" not in keywords:
+        (left,) = (x for x in report.programs[0].left if x.name == "dense")
+        assert "are read as they were" in left.reason and left.count == 2
+    rows, wanted = fast(packed, indices)[0], fun(table, indices)[0]
+    if rules and not is_kept:
+        wanted = wanted.astype(jnp.bfloat16).astype(jnp.float32)
+    assert rows.dtype == wanted.dtype
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (rows, wanted)))
+
+
+def test_rows_for_a_function_without_the_product():
+    def embed(p, i):
+        return p[i]
+
+    pairs = ((_tied, (np.arange(3),)), (embed, (np.arange(3),)))
+    (first, second), packed = quake_jax.pack(pairs, normal(200, K), weights="float32")
+    assert packed.array is not None and first.report.layers[0].is_kept
+    np.testing.assert_array_equal(second(packed, np.arange(3)), first(packed, np.arange(3))[0])
+
+
 def test_rules():
     params = {"a": {"w": SQUARE}, "b": {"w": SQUARE}, "c": {"w": SQUARE}}
 
@@ -640,6 +709,36 @@ def test_rich_draws_the_report():
     drawn = console.export_text()
     for text in ("w[0]", "total", "dropped: v", "quake_jax.dense(int8)", "test_pack.py"):
         assert text in drawn and text in str(fast.report)
+
+
+def test_progress_on_a_terminal(capsys, monkeypatch):
+    def drawn(step: float) -> str:
+        clock = types.SimpleNamespace(monotonic=itertools.count(0.0, step).__next__)
+        monkeypatch.setattr(progress, "time", clock)
+        fast, _ = quake_jax.pack(lambda p, x: x @ p["a"] @ p["b"], PAIR, X, weights="int8")
+        fast.repack(PAIR)
+        captured = capsys.readouterr()
+        assert not captured.out
+        return captured.err
+
+    assert not drawn(2.0)  # stderr is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert not drawn(0.01)
+    assert "packing" in drawn(2.0) and "1/2" in drawn(0.9)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_errors_of_stacks_are_measured_layer_by_layer(weights):
+    shape = jax.ShapeDtypeStruct((16, 256, 512), jnp.float32)
+    packed = jax.eval_shape(lambda w: quake_jax.pack_weight(w, weights), shape)
+    index = (jax.ShapeDtypeStruct((), jnp.int32),)
+    compiled = plan._squares.lower(shape, packed, index).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * 256 * 512 * 4
+    stack = normal(3, K, K)
+    packed = quake_jax.pack_weight(stack, weights)
+    wanted = np.linalg.norm(packed.unpack() - stack) / np.linalg.norm(stack)
+    assert plan.relative_error(stack, packed) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+    assert plan.relative_error(0 * stack, packed) == 0
 
 
 def test_explain():

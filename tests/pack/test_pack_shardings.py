@@ -140,16 +140,70 @@ def test_a_model_on_a_mesh(weights, kind):
             np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P(), P("a")], ids=["whole", "split"])
+def test_a_tied_embedding_on_a_mesh(spec, kind):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(128, 64)), jnp.float32)
+    tokens = jnp.asarray([[3, 127, 64], [0, 1, 2]])
+
+    def tied(p, i):
+        out = jax.typeof(p).sharding if any(jax.typeof(p).sharding.spec) else None
+        rows = p.at[i].get(out_sharding=None if out is None else P())
+        return rows, rows @ p.T
+
+    expected = tied(table, tokens)
+    with jax.set_mesh(make_mesh(kind)):
+        table = jax.device_put(table, spec)
+        fast, packed = quake_jax.pack(tied, table, tokens, weights="float32")
+        assert isinstance(packed, quake_jax.PackedWeight)
+        rows, product = jax.jit(fast)(packed, tokens)
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_allclose(product, expected[1], rtol=1e-4, atol=1e-4)
+
+
+def scanned(w, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+
+def computed(w, x):
+    return x @ jax.jit(lambda w: 2 * w + 1)(w)
+
+
+IN_SHARD_MAP = {
+    "model": (mlp, parameters(), "int8"),
+    "scan": (scanned, jnp.stack([parameters()["up"][:, :64]] * 3), "int8"),
+    "computed weight": (computed, parameters()["up"], "float32"),
+    "tied embedding": (lambda p, i: p[i] @ p.T, parameters()["down"], "float32"),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("case", IN_SHARD_MAP)
+def test_packed_functions_in_shard_map(case, check_vma):
+    fun, params, weights = IN_SHARD_MAP[case]
+    rng = np.random.default_rng(2)
+    takes_rows = case == "tied embedding"
+    x = rng.integers(0, 256, 8) if takes_rows else rng.normal(size=(8, 64)).astype(np.float32)
+    fast, packed = quake_jax.pack(fun, params, x, weights=weights)
+    expected = jax.jit(fast)(packed, x)
+    with jax.set_mesh(make_mesh()):
+        np.testing.assert_array_equal(jax.jit(fast)(packed, x), expected)
+        f = jax.shard_map(fast, in_specs=(P(), P("b")), out_specs=P("b"), check_vma=check_vma)
+        np.testing.assert_array_equal(f(packed, x), expected)
+        if not takes_rows:
+            of_parts = jax.grad(lambda x: jnp.sum(f(packed, x) ** 2))(x)
+            whole = jax.grad(lambda x: jnp.sum(fast(packed, x) ** 2))(x)
+            np.testing.assert_allclose(of_parts, whole, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_functions_refuse_parts_in_shard_map():
     mesh, x = make_mesh(), jnp.ones((8, 64))
     fast, packed = quake_jax.pack(mlp, parameters(), x, weights="int8")
     with jax.set_mesh(mesh):
         specs = quake_jax.packed_shardings(packed, SHARDINGS)
-        keywords = {"out_specs": P("b"), "check_vma": False}
-        f = jax.shard_map(fast, in_specs=(specs, P("b")), **keywords)
-        with pytest.raises(
-            ValueError, match="must be an array of shape .*in the body of jax.shard_map"
-        ):
-            jax.eval_shape(f, packed, x)
-        f = jax.shard_map(fast, in_specs=(P(), P("b")), **keywords)
-        np.testing.assert_array_equal(f(packed, x), fast(packed, x))
+        for check_vma in (True, False):
+            f = jax.shard_map(fast, in_specs=(specs, P("b")), out_specs=P("b"), check_vma=check_vma)
+            with pytest.raises(
+                ValueError, match="must be an array of shape .*in the body of jax.shard_map"
+            ):
+                jax.eval_shape(f, packed, x)
