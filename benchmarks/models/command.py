@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, help=f"{weights} by default")
     installed = f"all that are installed and have the --weights (and {FLAX} always)"
     frame.add_repeatable(parser, "--system", SYSTEMS, installed)
+    shares = "also say where the time of packed models goes: dense layers, attention, XLA, …"
+    parser.add_argument("--profile", action="store_true", help=shares)
     frame.add_rounds(parser, ROUNDS, "2 with --quick")
     frame.add_options(parser, "threads", "allocator", "quick", "json", "markdown", "plot")
 

@@ -17,7 +17,7 @@ from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
 from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
-from benchmarks.models import cases, goals, systems
+from benchmarks.models import cases, goals, profile, systems
 from benchmarks.models.cases import (
     CASES,
     CEILING,
@@ -49,7 +49,8 @@ def measure(args: argparse.Namespace) -> dict:
         bar.show("warm-up")
         systems.warm_up(wanted, args.dtype)
         for case in bar.over(chosen, lambda case: case.label):
-            measured.append(measure_case(case, wanted, settings, bar.advance, left_out))
+            entry = measure_case(case, wanted, settings, bar.advance, left_out, args.profile)
+            measured.append(entry)
             gc.collect()  # the weights of one model at a time
     described = {"systems": wanted, "dtype": args.dtype}
     parts = {"left_out": left_out, "cases": measured}
@@ -79,15 +80,16 @@ def measure_case(
     settings: Settings,
     advance: Callable[[float], None],
     left_out: dict[str, str] | None = None,
+    profiled: bool = False,
 ) -> dict:
     """Measure all systems of one model.
 
     Its entry of the result has `contestants` with milliseconds, memory and what building them took;
     `speed`, how many times as long the model as it is took; `over_ours`, the same for each other
     system against `cases.SUBJECT`; `ratios`, the same for peers of the same precision against each
-    packed one; `share` of the way to the ceiling; `replaced` and `left`, what `explain` says.
-    BenchmarkError if a system's result is not the model's; a peer is left out then, and `left_out`
-    gets the reason.
+    packed one; `share` of the way to the ceiling; `profile`, if `profiled`, where the time of each
+    packed one goes; `replaced` and `left`, what `explain` says. BenchmarkError if a system's result
+    is not the model's; a peer is left out then, and `left_out` gets the reason.
     """
     setting = Setting(case)
     left_out = {} if left_out is None else left_out
@@ -120,6 +122,11 @@ def measure_case(
             for name, system in built.items()
         },
         **compare({name: one.times for name, one in series.items()}),
+        "profile": {
+            name: profile.shares(system)
+            for name, system in built.items()
+            if profiled and name in PACKED
+        },
     }
 
 

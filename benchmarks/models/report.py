@@ -22,6 +22,11 @@ from benchmarks.models.cases import (
 
 HEADING = "Models"
 MODEL = ("model", lambda case: case["title"])
+# Of a case and the name of one of its packed systems.
+_OF_PAIRS = (
+    (MODEL[0], lambda pair: MODEL[1](pair[0])),
+    ("weights", lambda pair: PACKED[pair[1]]),
+)
 
 
 def tables(result: dict) -> list[Table]:
@@ -31,6 +36,7 @@ def tables(result: dict) -> list[Table]:
         *_of_systems(cases, f"Time, {dtype}: ms per call (median)", _milliseconds),
         (f"Speed, {dtype}: flax's time over theirs (median)", _speeds(cases)),
         (f"Packed weights against flax and peers, {dtype}", _packed(cases)),
+        (f"Where the time of packed models goes, {dtype}", _profiles(cases)),
         *_of_systems(
             cases, f"Peak memory, {dtype}: MB of a call on top of weights and inputs", _megabytes
         ),
@@ -104,14 +110,23 @@ def _packed(cases: list[dict]) -> Rows:
 
     return pages.rows_of(
         pairs,
-        (MODEL[0], lambda pair: MODEL[1](pair[0])),
-        ("weights", lambda pair: PACKED[pair[1]]),
+        *_OF_PAIRS,
         ("flax / ours", lambda pair: number(median(pair[0]["speed"].get(pair[1])))),
         goal(goals.PACKED_FLAX),
         ("fastest peer of the same precision / ours", fastest),
         goal(goals.PEER),
         (f"{STATIC} / ours", lambda p: number(median(p[0]["ratios"][p[1]].get(STATIC)))),
     )
+
+
+def _profiles(cases: list[dict]) -> Rows:
+    """The shares of the time of each model and packed format."""
+    pairs = [(case, name) for case in cases for name in case["profile"]]
+    kinds = pages.names_in(case["profile"][name] for case, name in pairs)
+    shares = pages.named_columns(
+        kinds, lambda share: number(100 * share, 0, " %"), lambda pair: pair[0]["profile"][pair[1]]
+    )
+    return pages.rows_of(pairs, *_OF_PAIRS, *shares)
 
 
 def _programs(cases: list[dict]) -> Rows:
@@ -183,6 +198,13 @@ def remarks(result: dict) -> list[str]:
             "by what its precision explains, else it is left out. OpenVINO's cache grows while it "
             "decodes, and starts over after about 32 tokens: on average it is as long as the "
             "others'."
+        )
+    if any(case["profile"] for case in result["cases"]):
+        lines.append(
+            "Where the time goes: by the profiler's events of a call's instructions. Other kernels "
+            "are norms and activations of ours that no dense layer takes in. XLA's copies are "
+            "those that move alone, its rest what it fuses, embeddings and convolutions. Dispatch "
+            "is the time between instructions, with what profiling adds."
         )
     lines += bars.not_judged_remarks(result)
     lines += pages.isa_remarks(result)

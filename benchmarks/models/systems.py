@@ -142,6 +142,7 @@ class System:
     memory: int | None = None  # bytes that it took on top of weights and inputs, if somebody tells
     trace_seconds: float | None = None  # of the CPU, in JAX
     compile_seconds: float | None = None
+    program: Any = None  # JAX's compiled one
 
 
 def warm_up(names: list[str], dtype: str) -> None:
@@ -185,7 +186,7 @@ def build(setting: Setting, name: str) -> System:
         out.block_until_ready()
 
     result = np.asarray(first, np.float32)
-    return System(name, run, result, grown, trace_seconds, compile_seconds)
+    return System(name, run, result, grown, trace_seconds, compile_seconds, program)
 
 
 def explained(setting: Setting) -> dict[str, dict[str, int]]:

@@ -22,7 +22,16 @@ from benchmarks.harness import bars, errors, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
 from benchmarks.harness.peers import TORCH
-from benchmarks.models import cases, flax_models, goals, measure, memory, report, systems
+from benchmarks.models import (
+    cases,
+    flax_models,
+    goals,
+    measure,
+    memory,
+    profile,
+    report,
+    systems,
+)
 from benchmarks.models.cases import (
     ACCELERATE,
     CASES,
@@ -308,6 +317,32 @@ def test_an_older_quake_jax_is_one_line(monkeypatch):
 # --- Times
 
 
+def test_instructions_have_kinds():
+    program = """
+  %quake_dense.3 = (f32[1,8]) custom-call(%x), custom_call_target="quake_jax_dense", api_version=4
+  %quake_packed.1 = f32[8] custom-call(%x), custom_call_target="quake_jax_dot_product_attention"
+  %norm = f32[8] custom-call(%x), custom_call_target="quake_jax_layer_norm"
+  %transpose_copy_fusion.2 = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+  ROOT %add_fusion = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+"""
+    kinds = profile.DENSE, profile.ATTENTION, profile.OTHERS, profile.COPIES, profile.XLA
+    assert tuple(profile.kinds_of(program).values()) == kinds
+
+
+def test_a_loop_does_not_count_what_its_body_does():
+    events = [("loop", 0, 100), ("a", 10, 20), ("inner", 40, 50), ("b", 45, 5), ("a", 100, 7)]
+    assert profile.own_times(events) == {"loop": 30, "a": 27, "inner": 45, "b": 5}
+
+
+@needs_accelerate
+def test_a_profile_is_of_the_whole_time():
+    system = systems.build(setting_of(small("bert-8x128")), "pack-int8")
+    shares = profile.shares(system)
+    assert list(shares) == list(profile.KINDS)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares[kind] for kind in (profile.DENSE, profile.ATTENTION, profile.XLA)) > 0
+
+
 def test_the_rounds_are_compared():
     times = {
         FLAX: [4.0, 8.0],
@@ -370,6 +405,7 @@ def entry_of(bar, figure):
             ours: {name: ratio for name in PEERS if PEERS[name] == PACKED[ours]} for ours in PACKED
         },
         "share": {name: value / 100 for name, value in ratio.items()},
+        "profile": {"pack-int8": dict.fromkeys(profile.KINDS, 1 / 6)},
     }
 
 
@@ -467,11 +503,12 @@ def test_tables_show_what_was_measured():
     result["bars"] = goals.judge(result)
     titles = [title.partition(",")[0] for title, _ in report.tables(result)]
     assert titles[:3] == ["Time", "Time", "Speed"]
-    times, others, speeds, packed, memory, theirs, programs, differences, _, judged = (
+    times, others, speeds, packed, shares, memory, theirs, programs, differences, _, judged = (
         dict(_columns(rows)) for _, rows in report.tables(result)
     )
     assert times["flax"] == ["1.00"] and times["ceiling (not a model)"] == ["1.00"]
     assert not set(others) & set(times) - {"model"} and others[STATIC] == ["1.00"]
+    assert shares["weights"] == ["int8"] and shares["dense layers"] == ["17 %"]
     assert packed["weights"] == list(cases.WEIGHTS)
     assert packed["fastest peer of the same precision / ours"][2] == "1.50 onnxruntime-int8"
     assert packed[f"{STATIC} / ours"] == ["–", "–", "1.50", "–"]
