@@ -61,7 +61,7 @@ MEANING = {
     "torch-bfloat16": "eager, all in bfloat16",
     "torch-bfloat16-compiled": "the same by torch.compile with frozen weights",
     "zentorch-bfloat16": "the same by its backend",
-    "openvino-bfloat16": "inference precision bf16",
+    "openvino-bfloat16": "inference precision bf16, the cache as well",
     "onnxruntime-int8": "quantize_dynamic, weights by column and activations as a whole",
     "openvino-int8": f"{_COMPRESSED.format('8 bits')}, activations quantised in groups of 64 where "
     "the CPU has VNNI",
@@ -169,8 +169,6 @@ def systems(wanted: Iterable[str] | None, weights: Iterable[str] | None) -> list
 
 def not_for(name: str, case: Case) -> str | None:
     """Why a system takes no part in a case, if so."""
-    if name in PEERS and name not in (TORCH, FLAX_BFLOAT16) and case.dtype != "float32":
-        return "it converts float32 weights"
     if name == STATIC and case.decodes:
         return "a cache that grows has no range beforehand"
     if name == "onnxruntime-int4" and not case.decodes:

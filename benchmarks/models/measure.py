@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
     asked = cases.systems(args.system, args.weights)
-    left_out = {name: reason for name in asked if (reason := cannot_run(name))}
+    left_out = {name: reason for name in asked if (reason := cannot_run(name, args.dtype))}
     wanted = [name for name in asked if name not in left_out]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
     settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
@@ -59,8 +59,10 @@ def measure(args: argparse.Namespace) -> dict:
     return result | {"bars_not_judged": bars.not_judged(held, result)}
 
 
-def cannot_run(name: str) -> str | None:
-    """Why this machine cannot run a system, if so."""
+def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:
+    """Why this machine cannot run a system on models of a dtype, if so."""
+    if name in PEERS and name != TORCH and dtype != goals.DTYPE:
+        return f"for models in {goals.DTYPE}"
     if name not in PEERS or name == FLAX_BFLOAT16:
         return None
     library = name.partition("-")[0]

@@ -167,6 +167,9 @@ class _Model(torch.nn.Module):
         return self._head(self._normed(x[:, 0]))
 
 
+_compiled: list[Case] = []  # of which models are compiled
+
+
 def build(setting: Setting, name: str, threads: int) -> System:
     """Convert the weights and run the model once, eager or compiled."""
     torch.set_num_threads(threads)
@@ -176,7 +179,9 @@ def build(setting: Setting, name: str, threads: int) -> System:
     if name not in (TORCH, "torch-bfloat16"):
         from torch._inductor import config
 
-        torch._dynamo.reset()
+        if _compiled != [setting.case]:  # few recompilations are allowed, and they keep weights
+            torch._dynamo.reset()
+            _compiled[:] = [setting.case]
         config.freezing = True
         backend = "zentorch" if name.startswith("zentorch") else "inductor"
         model = torch.compile(model, backend=backend)
@@ -230,9 +235,10 @@ def build_openvino(setting: Setting, name: str, threads: int) -> System:
             {x: array.shape for x, array in zip(converted.inputs, inputs, strict=True)}
         )
     converted = _compressed(converted, name, inputs)
-    options = peers.openvino_options(threads, "bf16" if "bfloat16" in name else "f32") | {
+    precision = "bf16" if "bfloat16" in name else "f32"
+    options = peers.openvino_options(threads, precision) | {
         # Its default is 8 bits, which GPT-2's decoding does not bear.
-        "KV_CACHE_PRECISION": "f32",
+        "KV_CACHE_PRECISION": precision,
         # As large as makes a whole number of groups of every layer here, and of the weights' own.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if "int4" in name else 64,
     }

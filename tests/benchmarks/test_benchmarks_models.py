@@ -235,6 +235,8 @@ def test_who_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(measure, "missing", lambda *names: [])
     monkeypatch.setattr(measure.peers, "cpu_has", lambda *flags: True)
     assert not any(measure.cannot_run(name) for name in SYSTEMS)
+    peers = [name for name in SYSTEMS if measure.cannot_run(name, "bfloat16")]
+    assert peers == [name for name in PEERS if name != TORCH]
 
 
 def test_a_peer_that_fails_or_is_wrong_is_left_out(monkeypatch):
