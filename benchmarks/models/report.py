@@ -193,7 +193,7 @@ def remarks(result: dict) -> list[str]:
             "XLA for CPUs multiplies matrices in float32: every system but torch converts its "
             "weights in each call, and when it decodes the whole cache as well."
         )
-    if any(case["ratios"] for case in result["cases"]):
+    if settings["dtype"] == goals.DTYPE and any(case["ratios"] for case in result["cases"]):
         lines.append(
             "Goals of packed weights are for one thread and CPUs with AVX-512, BF16 and VNNI. "
             "Peers of the same precision: those that quantise activations in the call, as ours "
