@@ -23,8 +23,7 @@ def name_of(format_: str) -> str:
 
 def _ratio(entry: dict, subject: str, others: Iterable[str]) -> float | None:
     """Speed of ours over that of the fastest of these others which were measured."""
-    ratios = entry["ratios"].get(name_of(subject), {})
-    return min((ratios[other]["median"] for other in others if other in ratios), default=None)
+    return bars.least(entry, name_of(subject), others)
 
 
 def against(*others: str) -> Figure:
@@ -177,13 +176,6 @@ def judge(result: dict) -> list[dict]:
             found = bars.figures(wanted, result, case_of)
             verdicts += bars.mean_verdict(f"{subject}, {name}", wanted, found, threshold)
     return verdicts
-
-
-def not_judged(result: dict) -> dict[str, int]:
-    """How many bars hold for other instruction sets alone, by the name of the least one."""
-    at = result["environment"]
-    same = [bar for bar in BARS if bar.threads == at["threads"]]
-    return Counter(bar.isa for bar in same if not bar.holds(at))
 
 
 def not_measured(result: dict) -> dict[str, int]:

@@ -16,7 +16,7 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import environment, processes
+from benchmarks.harness import bars, environment, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import BFLOAT16, FMA, INT8, Ceilings
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
         norms=norms,
         packing=packing,
     )
-    result["bars_not_judged"] = goals.not_judged(result)
+    result["bars_not_judged"] = bars.not_judged(goals.BARS, result)
     result["bars_not_measured"] = goals.not_measured(result)
     return result
 

@@ -4,7 +4,6 @@ faster one in torch, and onnxruntime fuses it with the bias.
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,9 +12,8 @@ import numpy as np
 
 from benchmarks.dense.cases import LONG_FLOPS, PEERS, Shape
 from benchmarks.dense.systems import Entry, Layer, distinct
-from benchmarks.harness import environment, peers
+from benchmarks.harness import peers
 
-BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 SMALL = Shape(1, 128, 16)  # its call is what a call from Python costs
 # Of a layer in a form: what multiplies with every copy once, the result, the number of copies.
 Made = tuple[Callable[[], object], Callable[[], np.ndarray], int]
@@ -37,15 +35,15 @@ class Peers(peers.Libraries):
         self._target = target
         makes = (libraries[name](threads).items() for name in self.names)
         self._makes: dict[str, Make] = dict(make for of_library in makes for make in of_library)
-        if not _has(*BFLOAT16_FLAGS):
-            reason = "emulated or float32 without instructions for it"
-            self.left_out["bfloat16 in torch beyond small layers, and in OpenVINO"] = reason
+        if not peers.cpu_has(*peers.BFLOAT16_FLAGS):
+            which = "bfloat16 in torch beyond small layers, and in OpenVINO"
+            self.left_out[which] = peers.NO_BFLOAT16
 
     def entries(self, layer: Layer, form: str) -> Iterator[Entry]:
         """The contestants of one form of a layer."""
         shape = layer.shape
         for name, make in self._makes.items():
-            slow = name == "torch bfloat16" and not _has(*BFLOAT16_FLAGS)
+            slow = name == "torch bfloat16" and not peers.cpu_has(*peers.BFLOAT16_FLAGS)
             if form == "all" or shape.k % _block(name) or slow and shape.flops > LONG_FLOPS:
                 continue
             library = name.split()[0]
@@ -76,19 +74,6 @@ def _bytes(name: str) -> float:
     return known.get(name.partition(" ")[2], 0.5 + 4 / _block(name))
 
 
-def _has(*flags: str) -> bool:
-    """Whether the CPU has one of these extensions; unknown ones are taken to be there."""
-    known = platform.machine() in ("x86_64", "AMD64")
-    return not known or bool(set(flags) & set(environment.cpu_flags()))
-
-
-def _saturates() -> bool:
-    """Whether sums of two products of 8 bits saturate in other libraries, as they do without VNNI:
-    torch then takes x in 7 bits, the others the weight, as their documents recommend.
-    """
-    return not _has("avx512_vnni", "avx_vnni")
-
-
 def _quantized(layer: Layer, steps: int = 127) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes (K, N) of the weight, and the scales of its columns."""
     scales = np.abs(layer.weight).max(0) / steps
@@ -102,7 +87,7 @@ def _torch(threads: int) -> dict[str, Make]:
     torch = peers.torch(threads)
     # The faster of torch's libraries for int8: few rows are 2 to 4 times faster in fbgemm on a CPU
     # without VNNI, and many rows as fast.
-    engine = "fbgemm" if _saturates() else "onednn"
+    engine = "fbgemm" if peers.saturates() else "onednn"
 
     def make(name: str, layer: Layer, form: str) -> Made:
         dtype = torch.bfloat16 if name == "torch bfloat16" else torch.float32
@@ -122,7 +107,7 @@ def _torch(threads: int) -> dict[str, Make]:
             weights = [prepack(quantized, bias) for _ in range(count)]
 
             def multiply(w):
-                return torch.ops.quantized.linear_dynamic(x, w, _saturates())
+                return torch.ops.quantized.linear_dynamic(x, w, peers.saturates())
         else:
             weight = torch.from_numpy(layer.weight.T.copy()).to(dtype)
             weights = [weight.clone() for _ in range(count)]
@@ -162,7 +147,7 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
     if bits in ("float32", "bfloat16"):  # of OpenVINO, an option of the same model
         weight, domain = layer.weight, ""
     elif bits == "int8":
-        weight, scales = _quantized(layer, 63 if _saturates() else 127)
+        weight, scales = _quantized(layer, 63 if peers.saturates() else 127)
         arrays |= {"scales": scales, "zeros": np.zeros(n, np.int8)}
         if static:  # it has no other int8: the range of x is known beforehand
             weight = np.ascontiguousarray(weight.T)
@@ -174,7 +159,7 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
         operator, inputs = "DynamicQuantizeMatMul", "x w scales zeros bias"
     else:
         block, width = _block(name), int(bits[0])
-        weight, arrays["scales"] = _in_blocks(layer.weight, block, width)
+        weight, arrays["scales"] = peers.onnx_blocks(layer.weight, block, width)
         attributes = {"K": k, "N": n, "bits": width, "block_size": block, "accuracy_level": 4}
         operator, inputs = "MatMulNBits", "x w scales   bias"
     for i, copy in enumerate(distinct(weight, count)):
@@ -195,17 +180,6 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
     return peers.onnx_model(nodes, {"x": (m, k)}, outputs, constants, "float32"), count
 
 
-def _in_blocks(weight: np.ndarray, block: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of MatMulNBits (N, blocks, bytes) and the scales (N · blocks) of its blocks."""
-    columns = weight.T.reshape(weight.shape[1], -1, block)
-    half = 1 << (bits - 1)
-    scales = np.abs(columns).max(-1, keepdims=True) / (half - 1)
-    codes = (np.rint(columns / scales) + half).astype(np.uint8)
-    if bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return np.ascontiguousarray(codes), scales.astype(np.float32).reshape(-1)
-
-
 def _onnxruntime(threads: int) -> dict[str, Make]:
     def make(name: str, layer: Layer, form: str) -> Made:
         model, count = _model(name, layer, form)
@@ -213,7 +187,7 @@ def _onnxruntime(threads: int) -> dict[str, Make]:
         spare = np.empty_like(held.target)  # the order of the products is onnxruntime's
         arrays = {f"out{i}": held.target if i == count - 1 else spare for i in range(count)}
         arrays["x"] = held.sources[0]
-        call = peers.onnxruntime_call(model, threads, arrays, "float32")
+        call = peers.onnxruntime_call(model, threads, arrays)
         return call, lambda: held.target, count
 
     return {name: partial(make, name) for name in PEERS if name.startswith("onnxruntime")}
@@ -225,11 +199,7 @@ def _openvino(threads: int) -> dict[str, Make]:
     def make(name: str, layer: Layer, form: str) -> Made:
         precision = name.partition(" ")[2]
         model, count = _model(name, layer, form)
-        options = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
-        }
+        options = peers.openvino_options(threads, "bf16" if precision == "bfloat16" else "f32")
         core = openvino.Core()
         request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
         request.set_input_tensor(openvino.Tensor(layer.x, shared_memory=True))

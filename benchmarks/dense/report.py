@@ -156,8 +156,7 @@ def remarks(result: dict) -> list[str]:
         *pages.isa_remarks(result),
     ]
     if result["bars"]:
-        parts = (f"{count} for {isa}" for isa, count in result["bars_not_judged"].items())
-        lines.append(f"Bars not judged, which need other instructions: {', '.join(parts)}.")
+        lines += bars.not_judged_remarks(result)
         parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
         lines.append(f"Bars not measured: {'; '.join(parts) or 'none'}.")
     return lines + pages.reading_remarks(result)

@@ -6,6 +6,7 @@ Which ones is for each subject to say, in its module `goals`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,12 @@ class Bar:
 def against(other: str) -> Figure:
     """How many times as long the other takes."""
     return lambda entry, subject: median(entry["ratios"].get(subject, {}).get(other))
+
+
+def least(entry: dict, subject: str, others: Iterable[str]) -> float | None:
+    """Speed of a contestant over that of the fastest of these others which were measured."""
+    ratios = entry["ratios"].get(subject, {})
+    return min((ratios[other]["median"] for other in others if other in ratios), default=None)
 
 
 def percent_of(limit: str) -> Figure:
@@ -124,6 +131,20 @@ def mean_verdict(
         return []
     mean = math.exp(math.fsum(math.log(figure) for _, figure in found) / len(found))
     return [verdict(name, mean, threshold, "×", at_least=True)]
+
+
+def not_judged(bars: Iterable[Bar], result: dict) -> dict[str, int]:
+    """How many bars hold for other instruction sets alone, by the name of the least one."""
+    at = result["environment"]
+    same = [bar for bar in bars if bar.threads == at["threads"]]
+    return Counter(bar.isa for bar in same if not bar.holds(at))
+
+
+def not_judged_remarks(result: dict) -> list[str]:
+    """Say how many that are, if any."""
+    parts = [f"{count} for {isa}" for isa, count in result["bars_not_judged"].items()]
+    told = f"Bars not judged, which need other instructions: {', '.join(parts)}."
+    return [told] if parts else []
 
 
 def tables(result: dict) -> list[Table]:

@@ -76,7 +76,7 @@ def describe(threads: int) -> dict:
     is None. `threads` is the number that was given to `prepare`.
     """
     versions = {}
-    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "openvino"):
+    for name in ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "openvino", "nncf"):
         versions[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -212,7 +212,10 @@ def reading_remarks(result: dict) -> list[str]:
         *doubt_remarks(sum(entry["doubtful"] for entry in entries)),
     ]
     if result["left_out"]:
-        reasons = (f"{name} ({why})" for name, why in result["left_out"].items())
+        by_reason: dict[str, list[str]] = {}
+        for name, why in result["left_out"].items():
+            by_reason.setdefault(why, []).append(name)
+        reasons = (f"{', '.join(names)} ({why})" for why, names in by_reason.items())
         lines.append(f"Left out: {'; '.join(reasons)}.")
     return lines
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
-from benchmarks.harness import timing
+from benchmarks.harness import environment, timing
 from benchmarks.harness.errors import missing
 from benchmarks.harness.timing import Contestant
 
 TORCH, ONNXRUNTIME, OPENVINO = "torch", "onnxruntime", "openvino"
 PEERS = (TORCH, ONNXRUNTIME)
 _PACKAGES = {TORCH: (TORCH,), ONNXRUNTIME: (ONNXRUNTIME, "onnx"), OPENVINO: (OPENVINO, "onnx")}
+# A CPU without them: torch emulates products of bfloat16, OpenVINO's are float32.
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+NO_BFLOAT16 = "emulated or float32 without instructions for it"
 # With several threads, how long the idle ones go on spinning after a call (measured, and rounded
 # up: 4 ms for torch's OpenMP, 30 ms for onnxruntime).
 _SETTLE_SECONDS = {TORCH: 0.01, ONNXRUNTIME: 0.05}
@@ -50,6 +54,28 @@ class Libraries:
     ) -> Contestant:
         """A contestant of a library, by default that of its name."""
         return Contestant(name, run, overhead, settle(library or name, self._threads))
+
+
+def cpu_has(*flags: str) -> bool:
+    """Whether the CPU has one of these extensions; unknown ones are taken to be there."""
+    known = platform.machine() in ("x86_64", "AMD64")
+    return not known or bool(set(flags) & set(environment.cpu_flags()))
+
+
+def saturates() -> bool:
+    """Whether sums of two products of 8 bits saturate in other libraries, as they do without VNNI:
+    torch then takes x in 7 bits, the others the weight, as their documents recommend.
+    """
+    return not cpu_has("avx512_vnni", "avx_vnni")
+
+
+def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
+    """How OpenVINO computes results alone on so many threads."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
 
 
 def settle(name: str, threads: int) -> float:
@@ -109,14 +135,21 @@ def onnx_nodes(steps: str, attributes: dict[str, dict] | None = None) -> list:
 
 
 def onnx_model(
-    nodes: list, inputs: dict[str, tuple], outputs: dict[str, tuple], constants: list, dtype: str
+    nodes: list,
+    inputs: dict[str, tuple],
+    outputs: dict[str, tuple],
+    constants: list,
+    dtype: str,
+    dtypes: dict[str, str] | None = None,
 ) -> bytes:
-    """A model in ONNX, with the shapes of its inputs and outputs, which have one dtype."""
+    """A model in ONNX, with the shapes of its inputs and outputs, which have one dtype but those
+    with another in `dtypes`.
+    """
     from onnx import helper
 
-    of = onnx_type(dtype)
+    types = {name: onnx_type((dtypes or {}).get(name, dtype)) for name in (*inputs, *outputs)}
     described = (
-        [helper.make_tensor_value_info(name, of, shape) for name, shape in shapes.items()]
+        [helper.make_tensor_value_info(name, types[name], shape) for name, shape in shapes.items()]
         for shapes in (inputs, outputs)
     )
     graph = helper.make_graph(nodes, "model", *described, constants)
@@ -132,10 +165,25 @@ def onnx_type(dtype: str) -> int:
     return getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))
 
 
+def onnx_blocks(weight: Any, block: int, bits: int) -> tuple[Any, Any]:
+    """The codes of MatMulNBits (N, blocks, bytes) and the scales (N · blocks) of its blocks."""
+    import numpy as np
+
+    columns = weight.T.reshape(weight.shape[1], -1, block)
+    half = 1 << (bits - 1)
+    scales = np.abs(columns).max(-1, keepdims=True) / (half - 1)
+    codes = (np.rint(columns / scales) + half).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return np.ascontiguousarray(codes), scales.astype(np.float32).reshape(-1)
+
+
 def onnxruntime_call(
-    model: bytes, threads: int, arrays: dict[str, Any], dtype: str
+    model: bytes | str, threads: int, arrays: dict[str, Any]
 ) -> Callable[[], None]:
-    """A call of a model in onnxruntime on these arrays, the outputs' names beginning with "out"."""
+    """A call of a model, or of that in a file, in onnxruntime on these arrays, the outputs' names
+    beginning with "out".
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -146,5 +194,5 @@ def onnxruntime_call(
     binding.arrays = arrays  # keeps the memory alive
     for name, array in arrays.items():
         bind = binding.bind_output if name.startswith("out") else binding.bind_input
-        bind(name, "cpu", 0, onnx_type(dtype), array.shape, array.ctypes.data)
+        bind(name, "cpu", 0, onnx_type(array.dtype.name), array.shape, array.ctypes.data)
     return lambda: session.run_with_iobinding(binding)

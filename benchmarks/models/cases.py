@@ -9,16 +9,40 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.harness.peers import TORCH
+from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
 
 DTYPES = ("float32", "bfloat16")
 
 FLAX, PARTS, ACCELERATE, INTERCEPTOR = "flax", "softmax-gelu", "accelerate", "interceptor"
+FLAX_BFLOAT16 = "flax-bfloat16"
 CEILING = "ceiling"
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 # The formats of weights, by the names of the systems that pack them.
-PACKED = {f"pack-{weights}": weights for weights in ("float32", "bfloat16", "int8", "int4")}
-SYSTEMS = (FLAX, PARTS, ACCELERATE, INTERCEPTOR, *PACKED, CEILING, TORCH)
+PACKED = {f"pack-{weights}": weights for weights in WEIGHTS}
+# Others by name: which of ours has the same precision. The first part is the library.
+PEERS = {
+    TORCH: "float32",
+    "torch-compiled": "float32",
+    ONNXRUNTIME: "float32",
+    OPENVINO: "float32",
+    FLAX_BFLOAT16: "bfloat16",
+    "torch-bfloat16": "bfloat16",
+    "torch-bfloat16-compiled": "bfloat16",
+    "zentorch-bfloat16": "bfloat16",
+    "openvino-bfloat16": "bfloat16",
+    "onnxruntime-int8": "int8",
+    "openvino-int8": "int8",
+    "openvino-int8-static": "int8",
+    "onnxruntime-int4": "int4",
+    "openvino-int4": "int4",
+}
+STATIC = "openvino-int8-static"
+_OURS = (FLAX, PARTS, ACCELERATE, INTERCEPTOR, *PACKED, CEILING)
+SYSTEMS = (*_OURS, *PEERS)
+# Of the weights of each system.
+PRECISIONS = dict.fromkeys(_OURS, "float32") | PACKED | PEERS
 SUBJECT = ACCELERATE
+_COMPRESSED = "its weights in {} by NNCF"
 MEANING = {
     FLAX: "the jitted model as it is, the others' weights and inputs are its own",
     PARTS: 'accelerate(model, only={"softmax", "gelu"}), without fused attention',
@@ -30,6 +54,20 @@ MEANING = {
     },
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
+    "torch-compiled": "torch.compile with frozen weights",
+    ONNXRUNTIME: "the graph of its optimizer for Transformers",
+    OPENVINO: "converted from torch, a float32 cache",
+    FLAX_BFLOAT16: "the jitted model with weights and activations in bfloat16",
+    "torch-bfloat16": "eager, all in bfloat16",
+    "torch-bfloat16-compiled": "the same by torch.compile with frozen weights",
+    "zentorch-bfloat16": "the same by its backend",
+    "openvino-bfloat16": "inference precision bf16, the cache as well",
+    "onnxruntime-int8": "quantize_dynamic, weights by column and activations as a whole",
+    "openvino-int8": f"{_COMPRESSED.format('8 bits')}, activations quantised in groups of 64 where "
+    "the CPU has VNNI",
+    STATIC: "weights and activations quantised before, by NNCF from the inputs",
+    "onnxruntime-int4": "MatMulNBits, groups of 32, the last layer in 8 bits",
+    "openvino-int4": f"{_COMPRESSED.format('4 bits')} in groups of 32, activations in 8",
 }
 
 ROUNDS = 5
@@ -61,6 +99,7 @@ class Sizes:
         return (self.image // self.patch) ** 2 + 1
 
 
+EPSILON = {"gpt2": 1e-5, "bert": 1e-12, "vit": 1e-6}  # of the norms of a family
 GPT2_SMALL = Sizes(layers=12, width=768, heads=12, vocabulary=50257, positions=1024)
 BERT_BASE = Sizes(layers=12, width=768, heads=12, vocabulary=30522, positions=512)
 MINILM_L6 = Sizes(layers=6, width=384, heads=12, vocabulary=30522, positions=512)
@@ -111,6 +150,7 @@ _ALL = (
     _gpt2("gpt2-prefill-128", "prefill 128", 128),
     _gpt2("gpt2-decode-1024", "a token after 1023", 1024, decodes=True),
     Case("bert-8x384", "BERT-base, 8×384", "bert", BERT_BASE, 8, 384),
+    Case("bert-1x128", "BERT-base, 1×128", "bert", BERT_BASE, 1, 128),
     Case("bert-8x128", "BERT-base, 8×128", "bert", BERT_BASE, 8, 128),
     Case("minilm-32x128", "MiniLM-L6, 32×128", "bert", MINILM_L6, 32, 128, pools=True),
     _vit("vit-b16", "ViT-B/16", VIT_B16, 8),
@@ -119,6 +159,21 @@ _ALL = (
     _vit("vit-ti16", "ViT-Ti/16", VIT_TI16, 1),
 )
 CASES = {case.name: case for case in _ALL}
+
+
+def systems(wanted: Iterable[str] | None, weights: Iterable[str] | None) -> list[str]:
+    """The systems with these names, or whose weights have one of these formats; and `FLAX`."""
+    of = [name for name in SYSTEMS if PRECISIONS[name] in (weights or WEIGHTS)]
+    return [name for name in SYSTEMS if name in {FLAX, *(wanted or of)}]
+
+
+def not_for(name: str, case: Case) -> str | None:
+    """Why a system takes no part in a case, if so."""
+    if name == STATIC and case.decodes:
+        return "a cache that grows has no range beforehand"
+    if name == "onnxruntime-int4" and not case.decodes:
+        return "its fused attention has no 4 bits"
+    return None
 
 
 def choose(names: Iterable[str], dtype: str, quick: bool) -> list[Case]:

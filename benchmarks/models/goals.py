@@ -6,7 +6,18 @@ from benchmarks.harness import bars
 from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
 from benchmarks.harness.peers import TORCH as TORCH_SYSTEM
-from benchmarks.models.cases import CASES, FLAX, INTERCEPTOR, SUBJECT, Case
+from benchmarks.models.cases import (
+    CASES,
+    FLAX,
+    INTERCEPTOR,
+    PACKED,
+    STATIC,
+    SUBJECT,
+    Case,
+)
+
+DTYPE = "float32"  # of the models that are judged
+BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
 
 
 def _over_ours(other: str) -> Figure:
@@ -25,11 +36,38 @@ def _added(*steps: str) -> Figure:
     return seconds
 
 
+def _over_flax(case: dict, subject: str) -> float | None:
+    return median(case["speed"].get(subject))
+
+
+def fastest(case: dict, subject: str) -> tuple[float, str] | None:
+    """How many times as long as ours the fastest peer of the same precision takes, and which it is:
+    of those that quantise activations in the call, as ours does.
+    """
+    ratios = case["ratios"].get(subject, {})
+    found = [(ratio["median"], name) for name, ratio in ratios.items() if name != STATIC]
+    return min(found, default=None)
+
+
+def _fastest_peer(case: dict, subject: str) -> float | None:
+    found = fastest(case, subject)
+    return found and found[0]
+
+
+def _over_subject(case: dict, subject: str) -> float | None:
+    """Speed of packed weights in the model's own dtype over accelerate's."""
+    ratio = median(case["over_ours"].get(subject))
+    return ratio and 1 / ratio
+
+
 JITTED = Kind("against jitted Flax", "×", _over_ours(FLAX))
 TORCH = Kind("against torch", "×", _over_ours(TORCH_SYSTEM))
 INTERCEPTED = Kind(
     "time of the interceptor over accelerate", "×", _over_ours(INTERCEPTOR), at_least=False
 )
+PACKED_FLAX = Kind("{subject} against jitted Flax", "×", _over_flax)
+PEER = Kind("{subject} against the fastest peer of the same precision", "×", _fastest_peer)
+PACKED_SUBJECT = Kind("{subject} against accelerate", "×", _over_subject)
 SHARE = Kind("of the way to the ceiling", "%", lambda case, _: bars.percent(case["share"]))
 TRACE = Kind("added to tracing", "s", _added("trace"), at_least=False)
 BUILD = Kind("added to tracing and compiling", "s", _added("trace", "compile"), at_least=False)
@@ -37,10 +75,29 @@ BUILD = Kind("added to tracing and compiling", "s", _added("trace", "compile"), 
 _GPT, _BERT, _VIT, _VIT_TINY = "gpt2-prefill-1024", "bert-8x384", "vit-b16-8", "vit-ti16-8"
 # The goals of the first form of this benchmark, and those of the full one.
 _SPEEDS = {_GPT: (1.35, 1.38), _BERT: (1.25, 1.26), _VIT: (1.05, 1.06), _VIT_TINY: (1.2, 1.25)}
+# Those of packed weights against jitted Flax in float32.
+_DECODE = "gpt2-decode-1024"
+_PACKED_SPEEDS: dict[str, dict[str, float]] = {
+    _GPT: {"bfloat16": 2.3, "int8": 3.5},
+    _BERT: {"bfloat16": 2.2, "int8": 3.4},
+    "bert-1x128": {"bfloat16": 2.3, "int8": 4.0},
+    _VIT: {"bfloat16": 2.0, "int8": 3.2},
+    "minilm-32x128": {"bfloat16": 2.3, "int8": 3.2},
+    _VIT_TINY: {"bfloat16": 1.9, "int8": 2.6},
+    _DECODE: {"int8": 3.0, "int4": 4.0},
+}
+# And against the fastest peer.
+_PEER_SPEEDS = {"float32": 1.0, "bfloat16": 1.0, "int8": 1.1}
+_PEER_DECODES = _PEER_SPEEDS | {"int8": 1.3, "int4": 1.3}
 
 
-def _bar(kind: Kind, model: str, threshold: float) -> Bar:
-    return Bar(kind, CASES[model], threshold, SUBJECT)
+def _bar(kind: Kind, model: str, threshold: float, subject: str = SUBJECT) -> Bar:
+    isa = "avx512" if PACKED.get(subject, DTYPE) == DTYPE else BF16
+    return Bar(kind, CASES[model], threshold, subject, isa)
+
+
+def _of_packed(kind: Kind, model: str, thresholds: dict[str, float]) -> list[Bar]:
+    return [_bar(kind, model, least, f"pack-{weights}") for weights, least in thresholds.items()]
 
 
 BARS = (
@@ -51,7 +108,16 @@ BARS = (
     _bar(SHARE, _GPT, 75),
     _bar(SHARE, _BERT, 75),
     *(_bar(TORCH, model, 1.0) for model in CASES),
+    *(bar for one, least in _PACKED_SPEEDS.items() for bar in _of_packed(PACKED_FLAX, one, least)),
+    *(
+        bar
+        for model, case in CASES.items()
+        for bar in _of_packed(PEER, model, _PEER_DECODES if case.decodes else _PEER_SPEEDS)
+    ),
 )
+# The bars whose figures have this geometric mean at least.
+MEAN = tuple(_bar(PACKED_SUBJECT, model, 1.0, "pack-float32") for model in CASES)
+MEAN_THRESHOLD = 1.08
 
 
 def case_of(entry: dict) -> Case:
@@ -59,8 +125,17 @@ def case_of(entry: dict) -> Case:
     return CASES[entry["model"]]
 
 
+def wanted(kind: Kind, case: dict, subject: str) -> float | None:
+    """The goal of a figure, if it has one."""
+    same = (b for b in BARS if (b.kind, b.case.name, b.subject) == (kind, case["model"], subject))
+    return max((bar.threshold for bar in same), default=None)
+
+
 def judge(result: dict) -> list[dict]:
     """Compare a run in float32 with the bars: verdicts on those that it measured."""
-    if result["settings"]["dtype"] != "float32":
+    if result["settings"]["dtype"] != DTYPE:
         return []
-    return bars.verdicts(bars.figures(BARS, result, case_of))
+    of_mean = bars.figures(MEAN, result, case_of)
+    name = "pack-float32 against accelerate, geometric mean"
+    mean = bars.mean_verdict(name, MEAN, of_mean, MEAN_THRESHOLD)
+    return bars.verdicts(bars.figures(BARS, result, case_of)) + mean

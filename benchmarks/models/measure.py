@@ -12,13 +12,23 @@ import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import peers, timing
+from benchmarks.harness import bars, peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
-from benchmarks.harness.peers import TORCH
+from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
 from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
-from benchmarks.models import cases, goals, systems
-from benchmarks.models.cases import CASES, CEILING, FLAX, ROUNDS, SUBJECT, SYSTEMS, Case
+from benchmarks.models import cases, goals, profile, systems
+from benchmarks.models.cases import (
+    CASES,
+    CEILING,
+    FLAX,
+    FLAX_BFLOAT16,
+    PACKED,
+    PEERS,
+    ROUNDS,
+    SUBJECT,
+    Case,
+)
 from benchmarks.models.systems import Setting, System
 
 # A reading of a second that was disturbed would most likely be disturbed again.
@@ -28,9 +38,9 @@ LONG_SECONDS, LONG_ATTEMPTS = 0.5, 3
 def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
-    asked = {FLAX, *(args.system or SYSTEMS)}
-    left_out = {TORCH: "not installed"} if TORCH in asked and missing("torch") else {}
-    wanted = [name for name in SYSTEMS if name in asked - left_out.keys()]
+    asked = cases.systems(args.system, args.weights)
+    left_out = {name: reason for name in asked if (reason := cannot_run(name, args.dtype))}
+    wanted = [name for name in asked if name not in left_out]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
     settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
     chosen = cases.choose(args.model or CASES, args.dtype, args.quick)
@@ -39,25 +49,56 @@ def measure(args: argparse.Namespace) -> dict:
         bar.show("warm-up")
         systems.warm_up(wanted, args.dtype)
         for case in bar.over(chosen, lambda case: case.label):
-            measured.append(measure_case(case, wanted, settings, bar.advance))
+            entry = measure_case(case, wanted, settings, bar.advance, left_out, args.profile)
+            measured.append(entry)
             gc.collect()  # the weights of one model at a time
     described = {"systems": wanted, "dtype": args.dtype}
     parts = {"left_out": left_out, "cases": measured}
-    return settings.result(f"models, {args.dtype}", described, goals.judge, **parts)
+    result = settings.result(f"models, {args.dtype}", described, goals.judge, **parts)
+    held = [] if args.quick or args.dtype != goals.DTYPE else goals.BARS
+    return result | {"bars_not_judged": bars.not_judged(held, result)}
+
+
+def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:
+    """Why this machine cannot run a system on models of a dtype, if so."""
+    if name in PEERS and name != TORCH and dtype != goals.DTYPE:
+        return f"for models in {goals.DTYPE}"
+    if name not in PEERS or name == FLAX_BFLOAT16:
+        return None
+    library = name.partition("-")[0]
+    needed = [library, *(TORCH for _ in "-" if library in (OPENVINO, "zentorch"))]
+    needed += ["onnx"] if library == ONNXRUNTIME else []
+    needed += ["nncf"] if library == OPENVINO and "int" in name else []
+    if absent := missing(*needed):
+        return f"{' and '.join(absent)} not installed"
+    if "bfloat16" in name and not peers.cpu_has(*peers.BFLOAT16_FLAGS):
+        return peers.NO_BFLOAT16
+    return None
 
 
 def measure_case(
-    case: Case, wanted: list[str], settings: Settings, advance: Callable[[float], None]
+    case: Case,
+    wanted: list[str],
+    settings: Settings,
+    advance: Callable[[float], None],
+    left_out: dict[str, str] | None = None,
+    profiled: bool = False,
 ) -> dict:
     """Measure all systems of one model.
 
     Its entry of the result has `contestants` with milliseconds, memory and what building them took;
     `speed`, how many times as long the model as it is took; `over_ours`, the same for each other
-    system against `cases.SUBJECT`; `share` of the way to the ceiling; `replaced` and `left`, what
-    `explain` says. BenchmarkError if a system's result is not the model's.
+    system against `cases.SUBJECT`; `ratios`, the same for peers of the same precision against each
+    packed one; `share` of the way to the ceiling; `profile`, if `profiled`, where the time of each
+    packed one goes; `replaced` and `left`, what `explain` says. BenchmarkError if a system's result
+    is not the model's; a peer is left out then, and `left_out` gets the reason.
     """
     setting = Setting(case)
-    built = {name: _build(setting, name, settings.threads) for name in wanted}
+    left_out = {} if left_out is None else left_out
+    built = {}
+    for name in wanted:
+        if reason := cases.not_for(name, case) or _add(built, setting, name, settings.threads):
+            left_out[f"{name} at {case.name}"] = reason
     differences = checked(case, built)
     contestants, shortest = _contestants(built.values(), settings)
     attempts = LONG_ATTEMPTS if shortest > LONG_SECONDS else timing.MAX_ATTEMPTS
@@ -83,15 +124,41 @@ def measure_case(
             for name, system in built.items()
         },
         **compare({name: one.times for name, one in series.items()}),
+        "profile": {
+            name: profile.shares(system)
+            for name, system in built.items()
+            if profiled and name in PACKED
+        },
     }
 
 
-def _build(setting: Setting, name: str, threads: int) -> System:
-    if name == TORCH:
-        from benchmarks.models import torch_models
+def _add(built: dict[str, System], setting: Setting, name: str, threads: int) -> str | None:
+    """Build a system; a peer that fails or is wrong is not added, and the reason returned."""
+    if name not in PEERS:
+        built[name] = _build(setting, name, threads)
+        return None
+    try:
+        system = _build(setting, name, threads)
+    except Exception as error:  # their classes are not public
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    wrong = _wrong(setting.case, built | {name: system}, name)
+    if not wrong:
+        built[name] = system
+    return wrong
 
-        return torch_models.build(setting, threads)
-    return systems.build(setting, name)
+
+def _build(setting: Setting, name: str, threads: int) -> System:
+    library = name.partition("-")[0]
+    if name not in PEERS or name == FLAX_BFLOAT16:
+        return systems.build(setting, name)
+    if library == ONNXRUNTIME:
+        from benchmarks.models import onnx_models
+
+        return onnx_models.build(setting, name, threads)
+    from benchmarks.models import torch_models
+
+    build = torch_models.build_openvino if library == OPENVINO else torch_models.build
+    return build(setting, name, threads)
 
 
 def checked(case: Case, built: dict[str, System]) -> dict[str, dict[str, float]]:
@@ -101,13 +168,22 @@ def checked(case: Case, built: dict[str, System]) -> dict[str, dict[str, float]]
     """
     found = {name: {} for name in built}
     for name in [name for name in built if name not in (FLAX, CEILING)]:
-        difference = systems.difference(built[name].result, built[FLAX].result)
-        tolerance = systems.tolerance(case, name)
-        if not difference <= tolerance:
-            text = f"differs by {difference:.2g}, may by {tolerance:.2g}"
-            raise BenchmarkError(f"{name} is wrong at {case.label}: {text}")
-        found[name] = {"difference": difference, "tolerance": tolerance}
+        if wrong := _wrong(case, built, name):
+            raise BenchmarkError(f"{name} is wrong at {case.label}: {wrong}")
+        found[name] = _difference(case, built, name)
     return found
+
+
+def _difference(case: Case, built: dict[str, System], name: str) -> dict[str, float]:
+    difference = systems.difference(built[name].result, built[FLAX].result)
+    return {"difference": difference, "tolerance": systems.tolerance(case, name)}
+
+
+def _wrong(case: Case, built: dict[str, System], name: str) -> str | None:
+    """What is wrong with a result, if anything."""
+    difference, tolerance = _difference(case, built, name).values()
+    right = difference <= tolerance
+    return None if right else f"differs by {difference:.2g}, may by {tolerance:.2g}"
 
 
 def _contestants(built: Collection[System], settings: Settings) -> tuple[list[Contestant], float]:
@@ -118,17 +194,17 @@ def _contestants(built: Collection[System], settings: Settings) -> tuple[list[Co
     # A model takes longer than a call from Python: no need to approach the target in steps.
     fastest = min(timing.read(system.run, 1).wall for system in built)
     calls = max(1, math.ceil(settings.reading_seconds / fastest))
-    contestants = [
-        Contestant(s.name, s.run, settle=peers.settle(s.name, settings.threads), calls=calls)
-        for s in built
-    ]
+    contestants = []
+    for system in built:
+        settle = peers.settle(system.name.partition("-")[0], settings.threads)
+        contestants.append(Contestant(system.name, system.run, settle=settle, calls=calls))
     return contestants, calls * fastest
 
 
 def compare(seconds: dict[str, list[float]]) -> dict:
-    """What the seconds of a call in each round, by system, amount to: `speed`, `over_ours` and
-    `share` as `measure_case` describes them. `share` is None without the systems that it needs, or
-    where the ceiling was not faster in every round.
+    """What the seconds of a call in each round, by system, amount to: `speed`, `over_ours`,
+    `ratios` and `share` as `measure_case` describes them. `share` is None without the systems that
+    it needs, or where the ceiling was not faster in every round.
     """
     flax, ours, ceiling = (seconds.get(name) for name in (FLAX, SUBJECT, CEILING))
     share = None
@@ -140,5 +216,14 @@ def compare(seconds: dict[str, list[float]]) -> dict:
     return {
         "speed": {name: ratio for name, ratio in speed.items() if name != FLAX},
         "over_ours": {name: ratio for name, ratio in over.items() if name != SUBJECT},
+        "ratios": {
+            ours: {
+                name: paired_ratio(times, seconds[ours]).as_dict()
+                for name, times in seconds.items()
+                if PEERS.get(name) == PACKED[ours]
+            }
+            for ours in seconds
+            if ours in PACKED
+        },
         "share": share,
     }

@@ -5,27 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.harness import bars, pages
-from benchmarks.harness.pages import NONE, Rows, Table, median, number
+from benchmarks.harness.bars import Kind
+from benchmarks.harness.pages import NONE, Column, Rows, Table, median, number
 from benchmarks.harness.peers import TORCH
-from benchmarks.models.cases import FLAX, MEANING, SUBJECT, label
+from benchmarks.models import goals
+from benchmarks.models.cases import (
+    FLAX,
+    FLAX_BFLOAT16,
+    MEANING,
+    PACKED,
+    PEERS,
+    STATIC,
+    SUBJECT,
+    label,
+)
 
 HEADING = "Models"
 MODEL = ("model", lambda case: case["title"])
+# Of a case and the name of one of its packed systems.
+_OF_PAIRS = (
+    (MODEL[0], lambda pair: MODEL[1](pair[0])),
+    ("weights", lambda pair: PACKED[pair[1]]),
+)
 
 
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     cases, dtype = result["cases"], result["settings"]["dtype"]
     made = [
-        (f"Time, {dtype}: ms per call (median)", _of_systems(cases, _milliseconds)),
+        *_of_systems(cases, f"Time, {dtype}: ms per call (median)", _milliseconds),
         (f"Speed, {dtype}: flax's time over theirs (median)", _speeds(cases)),
         (
-            f"Peak memory, {dtype}: MB of a call on top of weights and inputs",
-            _of_systems(cases, _megabytes),
+            f"Packed weights against flax and peers, {dtype}",
+            _packed(cases if dtype == goals.DTYPE else []),
+        ),
+        (f"Where the time of packed models goes, {dtype}", _profiles(cases)),
+        *_of_systems(
+            cases, f"Peak memory, {dtype}: MB of a call on top of weights and inputs", _megabytes
         ),
         (f"What accelerate does, {dtype}", _programs(cases)),
-        (f"Difference from flax's result, {dtype}", _of_systems(cases, _difference)),
+        *_of_systems(cases, f"Difference from flax's result, {dtype}", _difference),
     ]
+    made = [(title, rows) for title, rows in made if len(rows) > 1]
     made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
     return [(title, rows) for title, rows in made if len(rows[0]) > 1] + bars.tables(result)
 
@@ -35,10 +56,15 @@ def _names(cases: list[dict]) -> list[str]:
     return [name for name in MEANING if name in pages.contestants(cases)]
 
 
-def _of_systems(cases: list[dict], shown: Callable[[dict], str]) -> Rows:
-    """A row for each model, with what is shown of each system."""
-    columns = pages.of_contestants(_names(cases), shown, label)
-    return pages.rows_of(cases, MODEL, *columns)
+def _of_systems(cases: list[dict], title: str, shown: Callable[[dict], str]) -> list[Table]:
+    """A row for each model, with what is shown of each system in JAX; and a table of the others."""
+    names = _names(cases)
+    others = [name for name in names if name in PEERS and name != FLAX_BFLOAT16]
+    in_jax = [name for name in names if name not in others]
+    return [
+        (heading, pages.rows_of(cases, MODEL, *pages.of_contestants(of, shown, label)))
+        for heading, of in ((title, in_jax), (f"{title}, other libraries", others))
+    ]
 
 
 def _milliseconds(entry: dict) -> str:
@@ -59,7 +85,7 @@ def _speeds(cases: list[dict]) -> Rows:
     def speed(case: dict) -> dict[str, dict]:
         return case["speed"]
 
-    others = [name for name in _names(cases) if name not in (FLAX, SUBJECT, TORCH)]
+    others = [name for name in _names(cases) if name not in (FLAX, SUBJECT, *PEERS)]
     return pages.rows_of(
         cases,
         MODEL,
@@ -68,6 +94,42 @@ def _speeds(cases: list[dict]) -> Rows:
         (f"{TORCH} / {SUBJECT}", lambda case: number(median(case["over_ours"].get(TORCH)))),
         ("share of the ceiling", lambda case: number(bars.percent(case["share"]), 0, " %")),
     )
+
+
+def _packed(cases: list[dict]) -> Rows:
+    """Of each model and packed format what its time is compared with, and the goals."""
+    pairs = [(case, name) for case in cases for name in case["ratios"]]
+
+    def goal(kind: Kind) -> Column:
+        def text(pair: tuple[dict, str]) -> str:
+            least = goals.wanted(kind, *pair)
+            return NONE if least is None else f"≥ {least:.2f}"
+
+        return "goal", text
+
+    def fastest(pair: tuple[dict, str]) -> str:
+        found = goals.fastest(*pair)
+        return f"{found[0]:.2f} {found[1]}" if found else NONE
+
+    return pages.rows_of(
+        pairs,
+        *_OF_PAIRS,
+        ("flax / ours", lambda pair: number(median(pair[0]["speed"].get(pair[1])))),
+        goal(goals.PACKED_FLAX),
+        ("fastest peer of the same precision / ours", fastest),
+        goal(goals.PEER),
+        (f"{STATIC} / ours", lambda p: number(median(p[0]["ratios"][p[1]].get(STATIC)))),
+    )
+
+
+def _profiles(cases: list[dict]) -> Rows:
+    """The shares of the time of each model and packed format."""
+    pairs = [(case, name) for case in cases for name in case["profile"]]
+    kinds = pages.names_in(case["profile"][name] for case, name in pairs)
+    shares = pages.named_columns(
+        kinds, lambda share: number(100 * share, 0, " %"), lambda pair: pair[0]["profile"][pair[1]]
+    )
+    return pages.rows_of(pairs, *_OF_PAIRS, *shares)
 
 
 def _programs(cases: list[dict]) -> Rows:
@@ -131,6 +193,23 @@ def remarks(result: dict) -> list[str]:
             "XLA for CPUs multiplies matrices in float32: every system but torch converts its "
             "weights in each call, and when it decodes the whole cache as well."
         )
+    if settings["dtype"] == goals.DTYPE and any(case["ratios"] for case in result["cases"]):
+        lines.append(
+            "Goals of packed weights are for one thread and CPUs with AVX-512, BF16 and VNNI. "
+            "Peers of the same precision: those that quantise activations in the call, as ours "
+            f"does; {STATIC} knows their ranges beforehand. A peer's result may differ from flax's "
+            "by what its precision explains, else it is left out. OpenVINO's cache grows while it "
+            "decodes, and starts over after about 32 tokens: on average it is as long as the "
+            "others'."
+        )
+    if any(case["profile"] for case in result["cases"]):
+        lines.append(
+            "Where the time goes: by the profiler's events of a call's instructions. Other kernels "
+            "are norms and activations of ours that no dense layer takes in. XLA's copies are "
+            "those that move alone, its rest what it fuses, embeddings and convolutions. Dispatch "
+            "is the time between instructions, with what profiling adds."
+        )
+    lines += bars.not_judged_remarks(result)
     lines += pages.isa_remarks(result)
     if settings["allocator"] == "system":
         lines.append("The system's allocator was left as it is: page faults are part of the times.")

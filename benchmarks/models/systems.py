@@ -7,6 +7,7 @@ Importing this module imports JAX: `environment.prepare` comes first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,14 +20,27 @@ import jax
 import numpy as np
 
 from benchmarks.harness.errors import quake_jax
-from benchmarks.harness.peers import TORCH
 from benchmarks.models import cases, flax_models, memory
-from benchmarks.models.cases import ACCELERATE, CEILING, FLAX, INTERCEPTOR, PACKED, PARTS, Case
+from benchmarks.models.cases import (
+    ACCELERATE,
+    CEILING,
+    FLAX,
+    FLAX_BFLOAT16,
+    INTERCEPTOR,
+    PACKED,
+    PARTS,
+    PEERS,
+    STATIC,
+    Case,
+)
 
 PARTS_REPLACED = ("softmax", "gelu")
 # What a product of normally distributed numbers loses at most, relative to its result, by the
 # weight's format: the weight's error, which pack's report gives, and as much for rows in 8 bits.
 PRODUCT_ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.015, "int4": 0.13}
+# Of others, which have one scale for all rows, the weight in 7 bits without VNNI, or scales from
+# before: so many times as much. Their bfloat16 is that of every step, not of products alone.
+PEER_ERROR = PRODUCT_ERROR | {"bfloat16": 0.0, "int8": 0.02, "int4": 0.16, "static": 0.05}
 PRODUCTS = 6  # of a layer
 # Small, and has all that the others have.
 _WARM_UP_MODEL = "minilm-32x128"
@@ -51,6 +65,10 @@ class Setting:
     @property
     def parameter_count(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.parameters))
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        return jax.eval_shape(self.forward(), *self.arguments)[0].shape
 
     def forward(self) -> Callable[..., tuple[jax.Array, dict]]:
         """A new function of parameters, cache and inputs: the result, and the cache after it.
@@ -110,6 +128,7 @@ TRANSFORMS: dict[str, Callable[[Callable], Callable]] = {
     ACCELERATE: _accelerated(),
     INTERCEPTOR: _inside(lambda: quake_jax("linen").linen.substitute()),
     CEILING: _inside(_work_left_out),
+    FLAX_BFLOAT16: lambda forward: forward,  # of another setting
 }
 
 
@@ -123,6 +142,7 @@ class System:
     memory: int | None = None  # bytes that it took on top of weights and inputs, if somebody tells
     trace_seconds: float | None = None  # of the CPU, in JAX
     compile_seconds: float | None = None
+    program: Any = None  # JAX's compiled one
 
 
 def warm_up(names: list[str], dtype: str) -> None:
@@ -136,6 +156,8 @@ def warm_up(names: list[str], dtype: str) -> None:
 
 def build(setting: Setting, name: str) -> System:
     """Compile a system of JAX, a key of `TRANSFORMS` or `PACKED`, and run it once."""
+    if name == FLAX_BFLOAT16:
+        setting = Setting(dataclasses.replace(setting.case, dtype="bfloat16"))
     if name in PACKED:
         pack = quake_jax("pack").pack
         function, parameters = pack(setting.forward(), *setting.arguments, weights=PACKED[name])
@@ -164,7 +186,7 @@ def build(setting: Setting, name: str) -> System:
         out.block_until_ready()
 
     result = np.asarray(first, np.float32)
-    return System(name, run, result, grown, trace_seconds, compile_seconds)
+    return System(name, run, result, grown, trace_seconds, compile_seconds, program)
 
 
 def explained(setting: Setting) -> dict[str, dict[str, int]]:
@@ -188,15 +210,19 @@ def tolerance(case: Case, name: str) -> float:
     """
     from quake_jax import accuracy
 
-    eps = float(jax.numpy.finfo(case.dtype).eps)
-    rounding = 8 * eps if case.dtype == "float32" else eps
+    peer = PEERS.get(name)
+    dtype = "bfloat16" if peer == "bfloat16" else case.dtype
+    eps = float(jax.numpy.finfo(dtype).eps)
+    rounding = 8 * eps if dtype == "float32" else eps
     gelu = "gelu_erf" if case.family == "bert" else "gelu_tanh"
     bounds = {  # of the functions' default orders
-        TORCH: 0.0,
+        **dict.fromkeys(PEERS, 0.0),
         PARTS: accuracy.bound("softmax", 3, case.dtype) + accuracy.bound(gelu, 3, case.dtype),
     }
     both = accuracy.bound("softmax", 5, case.dtype) + accuracy.bound(gelu, 3, case.dtype)
-    packing = PRODUCT_ERROR[PACKED[name]] if name in PACKED else 0.0
+    packing = PRODUCT_ERROR[PACKED.get(name, "float32")]
+    if peer:
+        packing = PEER_ERROR["static" if name == STATIC else peer]
     # Errors of weights are independent of each other: their squares add up.
     products = packing * (PRODUCTS * case.sizes.layers) ** 0.5
     return case.sizes.layers * (bounds.get(name, both) + rounding) + products

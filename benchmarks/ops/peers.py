@@ -100,7 +100,7 @@ def _onnxruntime(threads: int, buffers: Buffers) -> Callable[[], object] | None:
     )
     arrays = {**operands, "out": buffers.target}
     try:
-        return peers.onnxruntime_call(model, threads, arrays, case.dtype)
+        return peers.onnxruntime_call(model, threads, arrays)
     except Exception as error:  # its exception classes are not public
         # Celu exists for float32 only: elsewhere the graph itself is refused.
         if "NOT_IMPLEMENTED" in str(error) or "INVALID_GRAPH" in str(error):
