@@ -21,12 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frame.add_repeatable(parser, "--form", cases.FORMS, "all that make sense")
     few = f"down to {cases.FEWEST_ROUNDS} for the largest, 3 with --quick"
     frame.add_rounds(parser, cases.ROUNDS, few)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep what the file of --json has, and measure the rest of what is asked for",
-    )
-    frame.add_options(parser, *frame.TIMED, "plot")
+    frame.add_options(parser, *frame.TIMED, "resume", "plot")
 
 
 def _layer(text: str) -> tuple[int, int]:

@@ -7,7 +7,6 @@ hardware: the peaks of the instructions that multiply, and for few rows the fast
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import bars, environment, processes
+from benchmarks.harness import bars, environment, frame, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import BFLOAT16, FMA, INT8, Ceilings
@@ -49,8 +48,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.layer or args.rows:
         layers, rows = args.layer or all_cases.LAYERS, args.rows or all_cases.ROWS
         shapes = [Shape(m, k, n) for k, n in layers for m in rows]
-    resumes = args.resume and args.json and args.json.exists()
-    earlier = json.loads(args.json.read_text()) if resumes else {}
+    earlier = frame.earlier(args, "dense")
     measured, norms, packing = (earlier.get(key, []) for key in ("cases", "norms", "packing"))
     done = {goals.case_of(entry).shape for entry in measured}
     shapes = [shape for shape in dict.fromkeys(shapes) if shape not in done]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -59,6 +60,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quick": {"action": "store_true", "help": "small and short: a try, no result"},
     "json": {"type": Path, "metavar": "PATH", "help": "write the result as JSON"},
+    "resume": {
+        "action": "store_true",
+        "help": "keep what the file of --json has, and measure the rest of what is asked for",
+    },
     "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
     "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
 }
@@ -70,6 +75,19 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Declare options of `OPTIONS`."""
     for name in names:
         parser.add_argument(f"--{name}", **OPTIONS[name])
+
+
+def earlier(args: argparse.Namespace, benchmark: str) -> dict:
+    """The result that `--resume` goes on with; empty without one. BenchmarkError if it is another
+    benchmark's.
+    """
+    if not (args.resume and args.json and args.json.exists()):
+        return {}
+    found = json.loads(args.json.read_text())
+    if found["benchmark"] != benchmark:
+        other = f"{args.json} has results of {found['benchmark']!r}, not of {benchmark!r}"
+        raise BenchmarkError(f"--resume: {other}")
+    return found
 
 
 def add_repeatable(

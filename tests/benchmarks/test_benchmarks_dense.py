@@ -330,7 +330,7 @@ def test_a_run_is_resumed(monkeypatch, tmp_path, resume, kept):
     path, measured = tmp_path / "dense.json", []
     old = {"m": 4, "k": 128, "n": 40, "form": "bias"}
     new = old | {"m": 3}
-    path.write_text(json.dumps({"cases": [old], "norms": [], "packing": []}))
+    path.write_text(json.dumps({"benchmark": "dense", "cases": [old], "norms": [], "packing": []}))
     monkeypatch.setattr(goals, "judge", lambda result: [])
     monkeypatch.setattr(goals, "not_measured", lambda result: {})
     words = ["dense", "--rows", "3", "--rows", "4", "--layer", "128,40", "--no-peers"]
