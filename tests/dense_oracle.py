@@ -108,8 +108,12 @@ def product(v: Bounded, packed: quake_jax.PackedWeight) -> Bounded:
         # Where v itself is not known exactly, it may be rounded to a neighbour.
         error = error + np.where(v.error > 0, np.abs(value) * 2.0**-8, 0)
     if packed.activations == "int8":
+        of_row = step(value, packed.group_size is None)
+        if packed.activation_range is not None:
+            low, high = limits(packed.activation_range)
+            value, of_row = np.clip(value, low, high), (high - low) / 254
         # Half a step, where v times the reciprocal of the step is rounded before.
-        error = error + (0.5 + 2.0**-14) * step(value, packed.group_size is None)
+        error = error + (0.5 + 2.0**-14) * of_row
     magnitude = np.abs(weight)
     if packed.offsets is not None:
         by_group = layout.columns_from_panels(packed.offsets, packed.n, groups=True)
@@ -125,6 +129,21 @@ def step(v: np.ndarray, zero_point: bool) -> np.ndarray:
     if not zero_point:
         return np.abs(v).max(-1, keepdims=True, initial=0) / 127
     return (v.max(-1, keepdims=True, initial=0) - v.min(-1, keepdims=True, initial=0)) / 255
+
+
+def limits(activation_range) -> tuple:
+    low, high = np.asarray(activation_range)
+    return np.minimum(low, 0), np.maximum(high, 0)
+
+
+def in_range(x: np.ndarray, activation_range):
+    """As `quantized`, of rows that have a range."""
+    low, high = limits(activation_range)
+    scale = np.maximum(high / np.float32(254) - low / np.float32(254), np.float32(2**-118))
+    inverse = 1 / scale
+    zero = np.rint(-low * inverse) - 127
+    q = np.clip(np.rint(np.asarray(x, np.float32) * inverse) + zero, -127, 127)
+    return q.astype(np.int64), scale, zero.astype(np.int64)
 
 
 def quantized(x: np.ndarray, zero_point: bool):

@@ -40,7 +40,12 @@ struct Storage {
   double largest;  // largest finite value
   double (*decode)(std::uint16_t);
 
+  // Of the codes of a range (int8) -128 is NaN.
   double get(const char* data, std::size_t i) const {
+    if (dtype == DType::kInt8) {
+      const auto code = static_cast<signed char>(data[i]);
+      return code == -128 ? NAN : code;
+    }
     if (dtype == DType::kFloat32) {
       float value;
       std::memcpy(&value, data + 4 * i, 4);

@@ -6,6 +6,8 @@ template <>
 constexpr DType kDTypeOf<bfloat16> = DType::kBFloat16;
 template <>
 constexpr DType kDTypeOf<float16> = DType::kFloat16;
+template <>
+constexpr DType kDTypeOf<std::int8_t> = DType::kInt8;
 
 // A slot for every order: kernel<Order>() returns a kernel. With QUAKE_TWO_ORDERS those between have that of
 // order 5, which keeps their bounds: what an order changes is arithmetic, and compilers that watch memory take

@@ -13,8 +13,9 @@
 
 namespace quake {
 
-// Storage types; the arithmetic is float32 for all of them.
-enum class DType : int { kFloat32, kBFloat16, kFloat16, kCount };
+// Storage types; the arithmetic is float32 for all of them. Dense layers alone have int8: the codes of a range
+// that is known beforehand.
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt8, kCount };
 inline constexpr int kDTypes = static_cast<int>(DType::kCount);
 
 inline constexpr int kMaxOrder = 5;

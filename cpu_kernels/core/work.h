@@ -47,7 +47,9 @@ inline constexpr std::size_t kChunkElements = std::size_t{1} << 16;
 // a third of the traffic.
 Stores stores_for(std::size_t output_bytes);
 
-inline std::size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline std::size_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
 
 // What a driver returns where an instruction set's table has no kernel.
 inline constexpr const char* kNoKernel = "the instruction set in use has no kernel for this type and order";

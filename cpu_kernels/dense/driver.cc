@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 
+#include "core/denormals.h"
 #include "core/memory.h"
 
 namespace quake {
@@ -75,6 +78,20 @@ bool are_narrow(const DenseProblem& p, const DenseKernels& kernels) {
   return *largest - *least <= 15;
 }
 
+// Of a range [low, high], which is widened to 0: that is one of the integers.
+DenseQuantizer quantizer_of(const float* range) {
+  ScopedFlushDenormals flush;
+  if (!std::isfinite(range[0]) || !std::isfinite(range[1])) {
+    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+    return {.scale = kNaN, .inverse = kNaN};
+  }
+  const float low = std::min(range[0], 0.0f), high = std::max(range[1], 0.0f);
+  DenseQuantizer q = {.scale = std::max(high / 254 - low / 254, kLeastScale)};
+  q.inverse = 1 / q.scale;
+  q.zero = static_cast<std::int32_t>(std::nearbyint(-low * q.inverse)) - 127;
+  return q;
+}
+
 class DenseCall {
  public:
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
@@ -91,6 +108,8 @@ class DenseCall {
     has_sums_ = quantized_ || std::ranges::any_of(p_.weights, [](const DenseWeight& weight) {
                   return weight.panels.offsets != nullptr;
                 });
+    if (p_.range) range_ = quantizer_of(p_.range);
+    if (p_.out_range) out_range_ = quantizer_of(p_.out_range);
   }
 
   const char* run(ParallelFor parallel) {
@@ -181,6 +200,7 @@ class DenseCall {
                       .size = p_.size,
                       .padded_size = padded_size_,
                       .group_size = p_.group_size ? p_.group_size : padded_size_,
+                      .range = p_.range ? &range_ : nullptr,
                       .zero_point = p_.format == DenseFormat::kInt8Quantized && !p_.group_size,
                       .out = part.words + tile * part.tile_words,
                       .scales = part.scales + row_in_part,
@@ -356,7 +376,8 @@ class DenseCall {
                                                     .gate = gates,
                                                     .residual = residual ? residual + bytes : nullptr,
                                                     .out = static_cast<char*>(weight.out) + bytes,
-                                                    .out_stride = weight.columns});
+                                                    .out_stride = weight.columns,
+                                                    .range = &out_range_});
   }
 
   const DenseProblem& p_;
@@ -365,6 +386,7 @@ class DenseCall {
   size_t depth_, padded_size_, groups_;
   size_t factors_, row_words_;  // of a word of the weight, and of a row: what products multiply
   bool quantized_, has_sums_;
+  DenseQuantizer range_, out_range_;  // if the problem has them
   std::atomic<bool> failed_ = false;
 };
 

@@ -67,7 +67,7 @@ void fill_dense_quantized(DenseKernels& table) {
   using Encoder = EncodeQuantized<kByFours ? 4 : 2>;
   fill_dense_products<QuantizedBytes<kByFours>, true>(table, DenseFormat::kInt8Quantized);
   fill_dense_products<QuantizedCodes<kByFours>, true>(table, DenseFormat::kInt4Quantized);
-  fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt8Quantized);
+  fill_dense_rows<Encoder, T..., std::int8_t>(table, DenseFormat::kInt8Quantized);
   fill_dense_rows<Encoder, T...>(table, DenseFormat::kInt4Quantized);
 }
 
@@ -91,5 +91,6 @@ void fill_dense(DenseKernels& table) {
   fill_dense_quantized<false, T...>(table);
   ((table.normalize[static_cast<int>(kDTypeOf<T>)] = normalize_of<T>), ...);
   ((table.store[static_cast<int>(kDTypeOf<T>)] = store_tile<T>), ...);
+  table.store[static_cast<int>(DType::kInt8)] = store_tile<std::int8_t>;
   table.scale = scale_tile<>;
 }

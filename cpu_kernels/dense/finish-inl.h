@@ -1,5 +1,5 @@
 // What is done with a tile of the product before and after its activation. Included inside an instruction set's
-// namespace, after words-inl.h.
+// namespace, after rows-inl.h.
 
 // The vector at column j of a row of a tile, scaled and with its bias.
 struct RowScale {
@@ -31,8 +31,19 @@ void scale_tile(float* tile, const DenseScale& s) {
   }
 }
 
+QUAKE_INLINE void store_codes(std::int8_t* p, const Quantize& quantize, vf v, std::size_t n) {
+  const vf poison = fma(v, vf{}, quantize.inverse);  // NaN of what is not finite, and of a range that is not
+  const vi codes = poison == poison ? quantize(v) : vi{} + kNoCode;
+  if (n == kLanes) return store_bytes(p, codes);
+  std::int8_t bytes[kLanes];
+  store_bytes(bytes, codes);
+  for (std::size_t i = 0; i < n; ++i) p[i] = bytes[i];
+}
+
 template <class T>
 void store_tile(const float* tile, const DenseScale* how, const DenseStore& s) {
+  constexpr bool kCodes = std::is_same_v<T, std::int8_t>;
+  const Quantize quantize(kCodes ? *s.range : DenseQuantizer{});
   const T* added = static_cast<const T*>(s.residual);
   const float* gate = s.gate;
   T* to = static_cast<T*>(s.out);
@@ -43,8 +54,12 @@ void store_tile(const float* tile, const DenseScale* how, const DenseStore& s) {
       vf v = load(tile + j);
       if (how) v = scaled(*how, row, v, j, n);
       if (gate) v *= load(gate + r * s.tile_stride + j);
-      if (added) v += load_up_to(added + r * s.out_stride + j, n);
-      store_up_to(to + j, sizeof(T) < sizeof(float) ? plain_nans(v) : v, n);
+      if constexpr (kCodes) {
+        store_codes(to + j, quantize, v, n);
+      } else {
+        if (added) v += load_up_to(added + r * s.out_stride + j, n);
+        store_up_to(to + j, sizeof(T) < sizeof(float) ? plain_nans(v) : v, n);
+      }
     }
   }
 }

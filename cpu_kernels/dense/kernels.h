@@ -49,18 +49,29 @@ struct DensePanels {
   std::size_t groups() const { return group_words == 0 ? 1 : depth / group_words; }
 };
 
+// How values become the integers from `lowest` to 127: v is about scale * (q - zero). A scale of NaN has none.
+struct DenseQuantizer {
+  float scale = 0, inverse = 0;
+  std::int32_t zero = 0, lowest = -127;
+};
+// The least scale, whose inverse float32 has.
+constexpr float kLeastScale = 0x1p-118f;
+// Among codes of a range: what was NaN or infinite.
+constexpr std::int8_t kNoCode = -128;
+
 // Encodes `count` rows of x into a tile of `tile_rows` rows: [depth words of x][tile_rows], the others 0. The
 // words of x are what the format's product multiplies with one factor of a word of the weight.
 struct DenseRows {
-  const void* x;  // rows of `size` elements, one after the other
+  const void* x;  // rows of `size` elements, one after the other; int8 are codes of `range`
   std::size_t count, tile_rows, size;
-  std::size_t padded_size;  // the elements that the words of the weight have room for
-  std::size_t group_size;   // of the sums; padded_size without groups
-  bool zero_point;          // quantise with one, or symmetrically
-  PackedWord* out;          // writes up to a vector past the tile's end
-  float* scales;            // [tile_rows], of quantised rows; NaN if the row has one, or an infinity
-  std::int32_t* zeros;      // [tile_rows], their zero points
-  PackedWord* sums;         // [groups][tile_rows], of the quantised values (int32) or of x (float32)
+  std::size_t padded_size;      // the elements that the words of the weight have room for
+  std::size_t group_size;       // of the sums; padded_size without groups
+  const DenseQuantizer* range;  // of all rows, or null: each by its own
+  bool zero_point;              // then with one, or symmetrically
+  PackedWord* out;              // writes up to a vector past the tile's end
+  float* scales;        // [tile_rows], of quantised rows; NaN if the row has one, or an infinity, or kNoCode
+  std::int32_t* zeros;  // [tile_rows], their zero points
+  PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32)
 };
 
 // Tiles of rows · panels, for `panels` neighbouring panels of which at least one exists, one after the other:
@@ -97,6 +108,7 @@ struct DenseStore {
   const void* residual;  // or null; strides as those of `out`
   void* out;
   std::size_t out_stride;
+  const DenseQuantizer* range;  // of int8, which have no residual
 };
 
 struct DenseKernels {

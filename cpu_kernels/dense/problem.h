@@ -33,10 +33,13 @@ struct DenseProblem {
   std::size_t group_size = 0;
   const Norm* norm = nullptr;
   const std::int32_t* permutation = nullptr;  // the packed order of x's columns
-  std::vector<DenseWeight> weights = {};      // of the same format
-  const DenseWeight* gate = nullptr;          // of the same columns as the only weight
-  Activation activation = nullptr;            // of the gate if there is one
-  const void* residual = nullptr;             // rows x columns
+  // Of what is quantised: [low, high], known beforehand. Null for x: each row has its own. An int8 x or result
+  // is codes of its range; such an x has neither norm nor permutation, such a result no residual.
+  const float *range = nullptr, *out_range = nullptr;
+  std::vector<DenseWeight> weights = {};  // of the same format
+  const DenseWeight* gate = nullptr;      // of the same columns as the only weight
+  Activation activation = nullptr;        // of the gate if there is one
+  const void* residual = nullptr;         // rows x columns
 };
 
 }  // namespace quake

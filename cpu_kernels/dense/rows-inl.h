@@ -86,31 +86,37 @@ void encode_converted(const DenseRows& t) {
   }
 }
 
-// How a row is quantised: v is about scale * (q - zero).
-struct Quantizer {
-  float inverse = 0;
-  std::int32_t zero = 0, lowest = -127;
+// The vectors of a quantiser.
+struct Quantize {
+  explicit Quantize(const DenseQuantizer& q)
+      : inverse(set1(q.inverse)),
+        lowest(set1(static_cast<float>(q.lowest - q.zero))),
+        highest(static_cast<float>(127 - q.zero)),
+        zero(q.zero - vi{}) {}
+  // Bounded as floats, so that whatever v is, the integer exists.
+  QUAKE_INLINE_MEMBER vi operator()(vf v) const {
+    return to_int(clamp_above(max_skip_nan(lowest, v * inverse), highest)) + zero;
+  }
+  vf inverse, lowest;
+  float highest;
+  vi zero;
 };
 
+// Of a row that has neither NaN nor infinities; of another one, any.
 template <class T>
-QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, float& scale) {
-  constexpr float kSmallest = 0x1p-118f;
-  vf high[2] = {}, low[2] = {}, poison[2] = {};
+QUAKE_INLINE DenseQuantizer quantizer(const T* x, std::size_t size, bool zero_point) {
+  constexpr float kLargest = 0x1.fffffep127f;
+  vf high[2] = {}, low[2] = {};
   for (std::size_t i = 0, k = 0; i < size; i += kLanes, k ^= 1) {
     const vf v = load_up_to(x + i, size - i < kLanes ? size - i : kLanes);
     high[k] = max_skip_nan(high[k], v);
     low[k] = max_skip_nan(low[k], -v);
-    poison[k] = fma(v, vf{}, poison[k]);  // NaN if there is one, or an infinity
   }
-  // Before anything becomes an integer.
-  if (const float sum = reduce_add(poison[0] + poison[1]); sum != sum) {
-    scale = sum;
-    return {.inverse = 0, .zero = 0, .lowest = -128};
-  }
-  const float up = reduce_max(max_skip_nan(high[0], high[1])), down = reduce_max(max_skip_nan(low[0], low[1]));
+  const float up = reduce_max(clamp_above(max_skip_nan(high[0], high[1]), kLargest));
+  const float down = reduce_max(clamp_above(max_skip_nan(low[0], low[1]), kLargest));
   const float range = zero_point ? up / 255 + down / 255 : (up > down ? up : down) / 127;
-  scale = range > kSmallest ? range : kSmallest;
-  Quantizer q = {.inverse = 1 / scale};
+  DenseQuantizer q = {.scale = range > kLeastScale ? range : kLeastScale};
+  q.inverse = 1 / q.scale;
   if (zero_point) {
     q.zero = static_cast<std::int32_t>(__builtin_rintf(down * q.inverse)) - 128;
     q.lowest = -128;
@@ -119,24 +125,52 @@ QUAKE_INLINE Quantizer quantizer(const T* x, std::size_t size, bool zero_point, 
 }
 
 // `count` values as bytes; their sum in each `block` of at least two vectors is added up by add(first, sum).
+// `poison` becomes NaN if there is one, or an infinity.
 template <class T, class Add>
-QUAKE_INLINE void quantize_row(const T* x, std::size_t count, const Quantizer& q, std::size_t block,
-                               std::int8_t* out, const Add& add) {
-  const vi zero = q.zero - vi{}, lowest = q.lowest - vi{}, highest = 127 - vi{};
+QUAKE_INLINE void quantize_row(const T* x, std::size_t count, const DenseQuantizer& q, std::size_t block,
+                               std::int8_t* out, vf& poison, const Add& add) {
+  const Quantize quantize(q);
+  vf poisoned = poison;
   for (std::size_t first = 0; first < count; first += block) {
     const std::size_t end = count - first < block ? count : first + block;
     vi sum = {};
     for (std::size_t i = first; i < end; i += kLanes) {
       const std::size_t n = end - i < kLanes ? end - i : kLanes;
-      vi v = to_int(load_up_to(x + i, n) * q.inverse) + zero;
-      v = v < lowest ? lowest : v;
-      v = v > highest ? highest : v;
-      v = as_int(keep_up_to(as_float(v), n, 0.0f));
-      sum += v;
-      store_bytes(out + i, v);
+      const vf v = load_up_to(x + i, n);
+      poisoned = fma(v, vf{}, poisoned);
+      const vi codes = as_int(keep_up_to(as_float(quantize(v)), n, 0.0f));
+      sum += codes;
+      store_bytes(out + i, codes);
     }
     add(first, static_cast<std::int32_t>(reduce_add(to_float(sum))));
   }
+  poison = poisoned;
+}
+
+// The same of values that are codes already, without groups.
+template <class Add>
+QUAKE_INLINE void quantize_row(const std::int8_t* x, std::size_t count, const DenseQuantizer&, std::size_t,
+                               std::int8_t* out, vf& poison, const Add& add) {
+  std::memcpy(out, x, count);
+  const PackedWord* const words = reinterpret_cast<const PackedWord*>(out);
+  const std::size_t size = ceil_div(count, sizeof(PackedWord));
+  const vi ones = vi{} + 0x00010001;
+  vi sum = {}, none = {};
+  for (std::size_t i = 0; i < size; i += kLanes) {
+    const vi codes = as_int(load_up_to(as_floats(words + i), size - i < kLanes ? size - i : kLanes));
+    sum = pair_sums(even_bytes(codes), ones, pair_sums(odd_bytes(codes), ones, sum));
+    none |= (vi)((Bytes)codes == kNoCode);
+  }
+  poison = as_float(as_int(poison) | (vi)(none != 0));  // all bits are a NaN
+  add(0, static_cast<std::int32_t>(reduce_add(to_float(sum))));
+}
+
+template <class T>
+QUAKE_INLINE DenseQuantizer quantizer_of_row(const DenseRows& t, std::size_t r) {
+  if constexpr (!std::is_same_v<T, std::int8_t>) {
+    if (t.range == nullptr) return quantizer(row_at<T>(t, r), t.size, t.zero_point);
+  }
+  return *t.range;
 }
 
 // The words of fours of bytes in turn, or of the pairs of int16 that they are.
@@ -163,13 +197,13 @@ template <std::size_t kElements, class T>
 void encode_quantized(const DenseRows& t) {
   constexpr std::size_t kChunk = 4 * kRowChunk, kBlock = 32;
   alignas(kCacheLine) PackedWord chunk[kMaxTileRows][kRowChunk] = {};
-  Quantizer quantizers[kMaxTileRows];
+  DenseQuantizer quantizers[kMaxTileRows];
+  vf poison[kMaxTileRows] = {};
   const bool grouped = t.group_size < t.padded_size;
   const std::size_t groups = grouped ? t.size / t.group_size : 1;
   std::memset(t.sums, 0, groups * t.tile_rows * sizeof(PackedWord));
   for (std::size_t r = 0; r < t.tile_rows; ++r) {
-    t.scales[r] = 0;
-    if (r < t.count) quantizers[r] = quantizer(row_at<T>(t, r), t.size, t.zero_point, t.scales[r]);
+    if (r < t.count) quantizers[r] = quantizer_of_row<T>(t, r);
     t.zeros[r] = quantizers[r].zero;
   }
   for (std::size_t j = 0; j < t.padded_size; j += kChunk) {
@@ -178,13 +212,15 @@ void encode_quantized(const DenseRows& t) {
     for (std::size_t r = 0; r < t.count; ++r) {
       if (count < padded) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
       quantize_row(row_at<T>(t, r) + j, count, quantizers[r], grouped ? kBlock : kChunk,
-                   reinterpret_cast<std::int8_t*>(&chunk[r][0]), [&](std::size_t first, std::int32_t sum) {
+                   reinterpret_cast<std::int8_t*>(&chunk[r][0]), poison[r],
+                   [&](std::size_t first, std::int32_t sum) {
                      const std::size_t group = grouped ? (j + first) / t.group_size : 0;
                      t.sums[group * t.tile_rows + r].bits += static_cast<std::uint32_t>(sum);
                    });
     }
     turn_bytes<kElements>(chunk, padded / 4, t.tile_rows, t.out + j / kElements * t.tile_rows);
   }
+  for (std::size_t r = 0; r < t.tile_rows; ++r) t.scales[r] = quantizers[r].scale + reduce_add(poison[r]);
 }
 
 // The encoders as the table is filled with them.

@@ -20,6 +20,7 @@ template <class I>
 I byte_pairs(I a, I b, I c);
 
 typedef std::int16_t Halves __attribute__((vector_size(sizeof(vi))));
+typedef std::int8_t Bytes __attribute__((vector_size(sizeof(vi))));
 
 QUAKE_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 QUAKE_INLINE vf to_float(vf v) { return v; }

@@ -30,7 +30,8 @@ constexpr const char* kName = "quake_jax_dense";
 struct DenseAttributes {
   std::int32_t order, format, group_size, quantized, weights, norm;
   float epsilon;
-  std::int32_t has_permutation, has_bias, has_offsets, has_gate, has_gate_bias, has_residual;
+  std::int32_t has_permutation, has_bias, has_offsets, has_gate, has_gate_bias, has_residual, has_range,
+      has_out_range;
   std::string_view activation;
 };
 
@@ -125,6 +126,11 @@ struct WeightArrays {
   Stacked codes = {}, scales = {}, sums = {}, offsets = {}, bias = {};
 };
 
+// The type of x or of a result, which may be codes of a range.
+std::optional<DType> dtype_or_codes(ffi::DataType type, bool may_be_codes) {
+  return may_be_codes && type == ffi::S8 ? DType::kInt8 : dtype_of(type);
+}
+
 // What all weights of a call have in common.
 struct Shared {
   size_t stack, size, words, groups;
@@ -192,14 +198,20 @@ std::string check_attributes(const DenseAttributes& a) {
     return wrong("weights", a.weights, "1 with a gate or a residual");
   }
   if (a.has_gate_bias && !a.has_gate) return wrong("has_gate_bias", a.has_gate_bias, "0 without a gate");
+  if (a.has_range && (a.format != 2 || !a.quantized || a.group_size)) {
+    return wrong("has_range", a.has_range, "0 unless rows are quantised for int8 without groups");
+  }
+  if (a.has_out_range && (a.weights > 1 || a.has_residual)) {
+    return wrong("has_out_range", a.has_out_range, "0 with several weights or a residual");
+  }
   return {};
 }
 
 size_t operand_count(const DenseAttributes& a) {
   const size_t scales = a.format >= 2, sums = a.quantized && !a.group_size;
   const size_t of_weight = 1 + scales + sums + (a.has_offsets != 0);
-  const size_t before =
-      1 + (a.has_permutation != 0) + static_cast<size_t>(a.norm == 1 ? 2 : a.norm / 2) + (a.format == 3);
+  const size_t before = 1 + (a.has_permutation != 0) + static_cast<size_t>(a.norm == 1 ? 2 : a.norm / 2) +
+                        (a.format == 3) + (a.has_range != 0) + (a.has_out_range != 0);
   return before + static_cast<size_t>(a.weights) * (of_weight + (a.has_bias != 0)) +
          (a.has_gate ? of_weight + (a.has_gate_bias != 0) : 0) + (a.has_residual != 0);
 }
@@ -215,9 +227,11 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
   Operands operands(arguments, results);
   const auto x = operands.take();
   if (!x) return *operands.error;
-  const std::optional<DType> dtype = dtype_of(x->element_type());
+  const bool may_be_codes = a.has_range && !a.norm && !a.has_permutation;
+  const std::optional<DType> dtype = dtype_or_codes(x->element_type(), may_be_codes);
   if (!dtype || x->dimensions().size() != 3) {
-    return invalid(kName, "x " + describe(*x) + ", expected float32, bfloat16 or float16 of rank 3");
+    return invalid(kName, "x " + describe(*x) + ", expected float32, bfloat16 or float16 of rank 3" +
+                              (may_be_codes ? ", or int8" : ""));
   }
   const size_t stack = extent(*x, 0), rows = extent(*x, 1), size = extent(*x, 2);
   const Format& format = kFormats[a.format];
@@ -233,11 +247,13 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
                          &format,
                          a.quantized != 0};
   const auto k = static_cast<std::int64_t>(size);
-  Stacked permutation, norm_scale, norm_offset, table;
+  Stacked permutation, norm_scale, norm_offset, table, range, out_range;
   if (a.has_permutation) permutation = operands.take_stacked("permutation", ffi::S32, stack, {k});
   if (a.norm) norm_scale = operands.take_stacked("norm scale", ffi::F32, stack, {k});
   if (a.norm == 1) norm_offset = operands.take_stacked("norm offset", ffi::F32, stack, {k});
   if (a.format == 3) table = operands.take_stacked("table", ffi::F32, stack, {16});
+  if (a.has_range) range = operands.take_stacked("range", ffi::F32, stack, {2});
+  if (a.has_out_range) out_range = operands.take_stacked("out_range", ffi::F32, stack, {2});
 
   std::vector<WeightArrays> weights;
   std::vector<ffi::AnyBuffer> out;
@@ -245,9 +261,12 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
     const auto y = operands.take_result();
     if (!y) return *operands.error;
     const auto dims = y->dimensions();
-    if (!dtype_of(y->element_type()) || dims.size() != 3 || extent(*y, 0) != stack || extent(*y, 1) != rows ||
+    const bool fits = a.has_out_range ? y->element_type() == ffi::S8 : dtype_of(y->element_type()).has_value();
+    if (!fits || dims.size() != 3 || extent(*y, 0) != stack || extent(*y, 1) != rows ||
         y->element_type() != (out.empty() ? *y : out[0]).element_type()) {
-      return mismatch(kName, *x, *y, "results of the same rows and one floating-point type");
+      return mismatch(kName, *x, *y,
+                      a.has_out_range ? "an int8 result of the same rows"
+                                      : "results of the same rows and one floating-point type");
     }
     out.push_back(*y);
     weights.push_back(take_weight(operands, a, shared, extent(*y, 2), a.has_bias != 0));
@@ -265,7 +284,7 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
 
   const KernelTable& kernels = active_table();
   DenseProblem p = {.dtype = *dtype,
-                    .out_dtype = *dtype_of(out[0].element_type()),
+                    .out_dtype = *dtype_or_codes(out[0].element_type(), a.has_out_range),
                     .format = a.quantized ? format.quantized : format.plain,
                     .rows = rows,
                     .size = size,
@@ -288,6 +307,8 @@ ffi::Error call_dense(ffi::ThreadPool pool, const DenseAttributes& a, ffi::Remai
       p.norm = &norm;
     }
     if (a.has_permutation) p.permutation = permutation.at<std::int32_t>(i);
+    if (a.has_range) p.range = range.at<float>(i);
+    if (a.has_out_range) p.out_range = out_range.at<float>(i);
     const void* values = nullptr;
     std::int8_t integers[16] = {};
     if (a.format == 3) {
@@ -335,6 +356,8 @@ XLA_FFI_Error* dense_handler(XLA_FFI_CallFrame* frame) {
           .Attr<std::int32_t>("has_gate")
           .Attr<std::int32_t>("has_gate_bias")
           .Attr<std::int32_t>("has_residual")
+          .Attr<std::int32_t>("has_range")
+          .Attr<std::int32_t>("has_out_range")
           .Attr<std::string_view>("activation")
           .RemainingArgs()
           .RemainingRets()
@@ -342,10 +365,12 @@ XLA_FFI_Error* dense_handler(XLA_FFI_CallFrame* frame) {
                  std::int32_t quantized, std::int32_t weights, std::int32_t norm, float epsilon,
                  std::int32_t has_permutation, std::int32_t has_bias, std::int32_t has_offsets,
                  std::int32_t has_gate, std::int32_t has_gate_bias, std::int32_t has_residual,
-                 std::string_view activation, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
-            const DenseAttributes attributes = {
-                order,           format,   group_size,  quantized, weights,       norm,         epsilon,
-                has_permutation, has_bias, has_offsets, has_gate,  has_gate_bias, has_residual, activation};
+                 std::int32_t has_range, std::int32_t has_out_range, std::string_view activation,
+                 ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+            const DenseAttributes attributes = {order,        format,      group_size,    quantized,
+                                                weights,      norm,        epsilon,       has_permutation,
+                                                has_bias,     has_offsets, has_gate,      has_gate_bias,
+                                                has_residual, has_range,   has_out_range, activation};
             return call_dense(pool, attributes, arguments, results);
           })
           .release();

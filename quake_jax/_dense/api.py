@@ -1,4 +1,4 @@
-"""The dense layer: checks, and the way from its arguments to the operands of the kernel."""
+"""The dense layer: checks of its arguments, and what it is of weights that are not packed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._core import jax_names
-from quake_jax._core.config import Order, resolved_order
+from quake_jax._core.config import Order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, refusal, unwrapped
 from quake_jax._core.exports import defined_in
 from quake_jax._core.norm import static_epsilon
 from quake_jax._dense import derivative, layout, packed, reference, sharding
+from quake_jax._dense.call import in_one_stack, kind_of_norm, order_of, prepared
 from quake_jax._dense.norms import LayerNorm, RMSNorm
-from quake_jax._dense.operands import Call, Operands, Weight
 from quake_jax._dense.packed import PackedWeight
 from quake_jax._elementwise import functions
 
@@ -83,7 +82,8 @@ def dense(
 
     Returns:
       An array of shape (…, N), of x's dtype if the weight is packed, else by `jax.numpy`'s
-      promotion. Where the rows of x are quantised, a row with NaN or an infinity is NaN.
+      promotion. Where the rows of x are quantised, a row with NaN or an infinity is NaN; where the
+      weight has an `activation_range`, what is outside of it is clipped.
 
     Raises:
       TypeError: if an argument is no array; for packed weights if x has another dtype than these;
@@ -99,14 +99,7 @@ def dense(
       >>> y = quake_jax.dense(x, w, jnp.zeros(32), activation="gelu")
       >>> q, k, v = quake_jax.dense(x, [w, w, w], norm=quake_jax.RMSNorm(jnp.ones(64)))
     """
-    name, public = "", "dense"
-    if activation is not None:
-        name = _ACTIVATIONS.get(activation) if isinstance(activation, str) else None
-        if name is None:
-            known = ", ".join(sorted(_ACTIVATIONS))
-            raise _refusal("activation", f"None or one of {known}", repr(activation))
-        public = functions.FUNCTIONS[name].public.__name__
-    order = resolved_order(order, public)
+    name, order = _checked_activation(activation, order)
     several = isinstance(weight, (list, tuple))
     if several:
         if not weight:
@@ -142,6 +135,17 @@ def dense(
 
 
 _refusal = functools.partial(refusal, "dense")
+
+
+def _checked_activation(activation, order) -> tuple[str, Order]:
+    """The row of an activation, "" for none, and the order in force."""
+    if activation is None:
+        return "", order_of("", order)
+    name = _ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+    if name is None:
+        known = ", ".join(sorted(_ACTIVATIONS))
+        raise _refusal("activation", f"None or one of {known}", repr(activation))
+    return name, order_of(name, order)
 
 
 def _described(x) -> str:
@@ -186,7 +190,6 @@ def _quake_dense(
     """The results, one for each weight. Arguments are arrays, but for packed weights."""
     if x.ndim == 0:
         raise _refusal("x", "of shape (…, K)", "a scalar")
-    k = x.shape[-1]
     _check_shapes(x, dict(zip(names, weights, strict=True)), biases, gate, gate_bias, norm)
     lead = x.shape[:-1]
     if residual is not None and residual.shape != (*lead, weights[0].shape[-1]):
@@ -206,7 +209,7 @@ def _quake_dense(
         return [_of_arrays(x, weights[0], biases[0], gate, gate_bias, residual, norm, **static)]
     if gate is not None and not _share_a_call((weights[0], gate)):
         return [_in_two_calls(x, weights, biases, gate, gate_bias, residual, norm, names, static)]
-    return _of_packed(x, weights, biases, gate, gate_bias, residual, norm, k=k, **static)
+    return _of_packed(x, weights, biases, gate, gate_bias, residual, norm, **static)
 
 
 _quake_dense.__name__ = _quake_dense.__qualname__ = "quake_dense"
@@ -308,6 +311,7 @@ def _share_a_call(weights: Sequence) -> bool:
         # A call has one of these, and whether arrays are equal is not known.
         and w.permutation is None
         and w.table is None
+        and (w.activation_range is None) == (first.activation_range is None)
         for w in weights
     )
 
@@ -331,7 +335,7 @@ def _of_arrays(x, weight, bias, gate, gate_bias, residual, norm, *, activation, 
         wide = jnp.promote_types(x.dtype, jnp.float32)
         arrays = [getattr(norm, field, None) for field in ("scale", "offset")]
         arrays = [a if a is None else a.astype(wide) for a in arrays]
-        kind = _kind_of_norm(norm)
+        kind = kind_of_norm(norm)
         v = reference.normalized(x.astype(wide), kind, *arrays, norm.epsilon).astype(x.dtype)
     else:
         v = x
@@ -348,120 +352,17 @@ def _of_arrays(x, weight, bias, gate, gate_bias, residual, norm, *, activation, 
     return y if residual is None else y + residual
 
 
-def _kind_of_norm(norm) -> str:
-    return "" if norm is None else "layer" if isinstance(norm, LayerNorm) else "rms"
-
-
-def _of_packed(x, weights, biases, gate, gate_bias, residual, norm, *, k, activation, order, dtype):
+def _of_packed(x, weights, biases, gate, gate_bias, residual, norm, *, activation, order, dtype):
     """The layer as one call of the kernel."""
-    first, out = weights[0], np.dtype(dtype or x.dtype)
-    result = out
-    if residual is not None:
-        if jnp.promote_types(residual.dtype, out) != out:
-            result = np.dtype(np.float32)  # rounded once, after the residual has been added
-        residual = residual.astype(result)
-    if any(b is not None for b in biases):
-        # A call has all of them or none.
-        biases = [
-            jnp.zeros(w.n, jnp.float32) if b is None else b.astype(jnp.float32)
-            for w, b in zip(weights, biases, strict=True)
-        ]
-    gate_bias = None if gate_bias is None else gate_bias.astype(jnp.float32)
-    parts = [
-        Weight(w.codes, w.scales, w.sums, w.offsets, b)
-        for w, b in zip(
-            (*weights, *([] if gate is None else [gate])),
-            (*biases, *([] if gate is None else [gate_bias])),
-            strict=True,
-        )
-    ]
-    scale, offset = _norm_arrays(norm, k)
-    table = layout.default_table() if first.table is None else first.table
-    operands = Operands(
-        x=x,
-        permutation=first.permutation,
-        norm_scale=scale,
-        norm_offset=offset,
-        table=table if first.dtype == "int4" else None,
-        weights=tuple(parts),
-        residual=residual,
-    )
-    call = Call(
+    out = np.dtype(dtype or x.dtype)
+    call, operands = prepared(
+        *(x, weights, biases, gate, gate_bias, residual, norm),
+        activation=activation,
         order=order,
-        activation=functions.FUNCTIONS[activation].kernel.shares or activation
-        if activation
-        else "",
-        format=first.dtype,
-        group_size=first.group_size or 0,
-        quantized=first.activations is not None,
-        columns=tuple(w.n for w in weights),
-        dtype=result.name,
-        norm=_kind_of_norm(norm),
-        epsilon=0.0 if norm is None else norm.epsilon,
-        has_permutation=first.permutation is not None,
-        has_bias=biases[0] is not None,
-        has_offsets=first.offsets is not None,
-        has_gate=gate is not None,
-        has_gate_bias=gate_bias is not None,
-        has_residual=residual is not None,
+        dtype=out,
     )
-    results = derivative.dense(call, _in_one_stack(operands, call.columns))
+    results = derivative.dense((call,), (in_one_stack(operands, call.columns),))
     return [jnp.squeeze(y, 0).astype(out) for y in results]
-
-
-def _norm_arrays(norm, k: int) -> tuple:
-    """Scale and offset of a norm in float32, where the kernel has them."""
-    if norm is None:
-        return None, None
-
-    def array(x, default):
-        return jnp.full(k, default, jnp.float32) if x is None else x.astype(jnp.float32)
-
-    offset = array(norm.offset, 0.0) if isinstance(norm, LayerNorm) else None
-    return array(norm.scale, 1.0), offset
-
-
-def _in_one_stack(operands: Operands, columns: Sequence[int]) -> Operands:
-    """The operands with an axis of stacked weights in front.
-
-    Those whose types say how they are split over a mesh are split as x is along all of its axes but
-    the last, and along columns as the panels of weights are, if these are full. Where x and weights
-    want the same devices, x is moved.
-    """
-    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(operands)]
-    mesh = next((s.mesh for s in shardings if not s.mesh.empty), None)
-
-    def spec(x):
-        return jax.typeof(x).sharding.spec
-
-    def split(x, *wanted):
-        wanted = PartitionSpec(*wanted, *[None] * (x.ndim - len(wanted)))
-        if spec(x) == wanted:
-            return x
-        return jax.sharding.reshard(x, NamedSharding(mesh, wanted))
-
-    is_full = all(n % layout.PANEL == 0 for n in columns)
-    by_weight = [spec(w.codes)[0] if is_full else None for w in operands.weights]
-    panels = next((names for names in by_weight if names is not None), None)
-    taken = panels if isinstance(panels, tuple) else (panels,)
-
-    def not_taken(names):
-        if isinstance(names, tuple):
-            return tuple(name for name in names if name not in taken) or None
-        return None if names in taken else names
-
-    rows = [not_taken(names) for names in spec(operands.x)[:-1]]
-    weights = tuple(
-        jax.tree.map(lambda leaf, names=names: split(leaf, names if names == panels else None), w)
-        for w, names in zip(operands.weights, by_weight, strict=True)
-    )
-    shared = jax.tree.map(split, operands._replace(x=None, weights=None, residual=None))
-    moved = shared._replace(
-        x=split(operands.x, *rows),
-        weights=weights,
-        residual=jax.tree.map(lambda x: split(x, *rows, by_weight[0]), operands.residual),
-    )
-    return jax.tree.map(lambda leaf: leaf[None], moved)
 
 
 __all__ = defined_in(globals())

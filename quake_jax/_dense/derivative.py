@@ -3,11 +3,15 @@ quantisation count as the identity.
 
 A packed weight is a constant. What the derivative needs of the product is computed again, so that a
 gradient keeps the packed weight and not the array that it stands for.
+
+Layers one after the other are one function here if there are codes between them: integers have no
+derivatives.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +28,32 @@ def _call(call: Call, operands: Operands) -> list[jax.Array]:
     return list(primitive.dense(*jax.tree.leaves(operands), **vars(call)))
 
 
-_call.__name__ = _call.__qualname__ = "dense"
-dense = jax.custom_jvp(_call, nondiff_argnums=(0,))
+def _one_by_one(
+    function: Callable, calls: Sequence[Call], layers: Sequence[Operands]
+) -> list[jax.Array]:
+    """The results of the last call, where each takes the result of the one before it as x."""
+    results = [layers[0].x]
+    for call, operands in zip(calls, layers, strict=True):
+        results = function(call, operands._replace(x=results[0]))
+    return results
+
+
+def _dense(calls: tuple[Call, ...], layers: tuple[Operands, ...]) -> list[jax.Array]:
+    return _one_by_one(_call, calls, layers)
+
+
+_dense.__name__ = _dense.__qualname__ = "dense"
+#: of the calls and their operands; x is None but in the first
+dense = jax.custom_jvp(_dense, nondiff_argnums=(0,))
 
 
 def _parts(operands: Operands) -> tuple[dict, dict]:
-    """What has derivatives, and what has not, each by name."""
+    """What has derivatives, and what has not, of a layer, each by name."""
     rows = ("x", "norm_scale", "norm_offset", "residual")
     moving = {name: getattr(operands, name) for name in rows}
     moving["biases"] = [w.bias for w in operands.weights]
-    fixed = {name: getattr(operands, name) for name in ("permutation", "table")}
+    others = ("permutation", "table", "x_range", "out_range")
+    fixed = {name: getattr(operands, name) for name in others}
     fixed["weights"] = [w._replace(bias=None) for w in operands.weights]
     return moving, fixed
 
@@ -47,10 +67,10 @@ def _joined(moving: dict, fixed: dict) -> Operands:
 
 
 @functools.partial(dense.defjvp, symbolic_zeros=True)
-def _tangent_rule(call, primals, tangents):
-    (operands,), (tangents,) = primals, tangents
-    moving, fixed = _parts(operands)
-    moving_tangents, fixed_tangents = _parts(tangents)
+def _tangent_rule(calls, primals, tangents):
+    (layers,), (tangents,) = primals, tangents
+    moving, fixed = zip(*map(_parts, layers), strict=True)
+    moving_tangents, fixed_tangents = zip(*map(_parts, tangents), strict=True)
     for tangent in jax.tree.leaves(fixed_tangents):
         if not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0:
             raise TypeError(
@@ -67,9 +87,10 @@ def _tangent_rule(call, primals, tangents):
         leaves = list(leaves)
         for i, value in zip(at, values, strict=True):
             leaves[i] = value
-        return reference.straight_through(call, _joined(jax.tree.unflatten(tree, leaves), fixed))
+        layers = [*map(_joined, jax.tree.unflatten(tree, leaves), fixed)]
+        return _one_by_one(reference.straight_through, calls, layers)
 
-    results = dense(call, operands)
+    results = dense(calls, layers)
     if not at:
         return results, [jnp.zeros_like(y) for y in results]
     _, derivatives = jax.jvp(

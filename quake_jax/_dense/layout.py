@@ -41,6 +41,7 @@ def shapes_of(dtype: str, k: int, n: int, group_size: int | None, activations: s
         shapes["scales"] = ((panels, PANEL), jnp.float32)
         if activations == "int8":
             shapes["sums"] = ((panels, PANEL), jnp.int32)
+            shapes["activation_range"] = ((2,), jnp.float32)
     if dtype == "int4":
         shapes["table"] = ((16,), jnp.float32)
     shapes["permutation"] = ((k,), jnp.int32)

@@ -2,7 +2,8 @@
 
 The public function makes a call; derivative, primitive and reference read it, and so does
 cpu_kernels/dense. x is (B, …, K) and residual (B, …, N), where B counts the weights that are
-stacked; all others have an axis of B or 1 in front.
+stacked; all others have an axis of B or 1 in front. x may be int8, the codes that a call before it
+has given as its result.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Operands(NamedTuple):
     norm_scale: jax.Array | None
     norm_offset: jax.Array | None
     table: jax.Array | None
+    x_range: jax.Array | None  # (B, 2) float32, that the elements of x are quantised to
+    out_range: jax.Array | None  # the same of the result
     weights: tuple[Weight, ...]  # the gate is the last one
     residual: jax.Array | None
 
@@ -62,6 +65,8 @@ class Call:
     has_gate: bool
     has_gate_bias: bool
     has_residual: bool
+    has_range: bool
+    has_out_range: bool  # then dtype is "int8"
 
     def attributes(self) -> dict[str, int | float | str]:
         """What the kernel is told; the rest it knows from shapes."""
@@ -85,6 +90,7 @@ class Call:
         norm_scale = optional(self.norm)
         norm_offset = optional(self.norm == "layer")
         table = optional(self.format == "int4")
+        x_range, out_range = optional(self.has_range), optional(self.has_out_range)
         has_scales = self.format in ("int8", "int4")
         biases = [self.has_bias] * len(self.columns) + [self.has_gate_bias] * self.has_gate
         weights = tuple(
@@ -97,6 +103,5 @@ class Call:
             )
             for has_bias in biases
         )
-        return Operands(
-            x, permutation, norm_scale, norm_offset, table, weights, optional(self.has_residual)
-        )
+        rows = x, permutation, norm_scale, norm_offset, table, x_range, out_range
+        return Operands(*rows, weights, optional(self.has_residual))

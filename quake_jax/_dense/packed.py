@@ -21,9 +21,9 @@ from quake_jax._core.exports import defined_in
 from quake_jax._dense import foreign, layout, sharding
 from quake_jax._dense.trees import pytree
 
-ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table")
+ARRAYS = ("codes", "scales", "sums", "offsets", "permutation", "table", "activation_range")
 # Of these a weight may have none.
-OPTIONAL = ("offsets", "permutation", "table")
+OPTIONAL = ("offsets", "permutation", "table", "activation_range")
 STATIC = ("k", "n", "dtype", "group_size", "activations")
 # Of int4 where none is asked for.
 _DEFAULT_GROUP = 32
@@ -50,6 +50,11 @@ class PackedWeight:
       offsets: float16 by group and column, or None: a weight is scale · value + offset.
       permutation: int32 of shape (…, K), or None: row i here is row permutation[i] of the weight.
       table: float32 of shape (…, 16), the values of 4-bit codes; None is -8 to 7.
+      activation_range: float32 of shape (…, 2), the least and the largest element of x that `dense`
+        need tell apart, for int8 without groups whose activations are int8: all rows of x are then
+        quantised alike, to 255 steps from min(least, 0) to max(largest, 0), and what is outside is
+        clipped. None, as `pack_weight` gives it, is that each row has a scale of its own.
+        `pack(…, calibrate=…)` measures it; `dataclasses.replace` sets it.
       k, n: the shape of one weight. Static, as all that follows; in the body of a `jax.shard_map`
         that splits panels, n still counts all columns, and `shape` those that are there.
       dtype: "float32", "bfloat16", "int8" or "int4".
@@ -69,6 +74,7 @@ class PackedWeight:
     offsets: jax.Array | None
     permutation: jax.Array | None
     table: jax.Array | None
+    activation_range: jax.Array | None
     k: int
     n: int
     dtype: str
@@ -443,7 +449,7 @@ def _assembled(
     )
     words = layout.to_words(codes, dtype)
     return PackedWeight(
-        *(words, scales, sums, offsets, permutation, table),
+        *(words, scales, sums, offsets, permutation, table, None),
         *(k, n, dtype, group_size, activations),
     )
 

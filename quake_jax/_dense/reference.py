@@ -22,6 +22,8 @@ from quake_jax._elementwise.functions import FUNCTIONS
 
 # The scale of a row of zeros, whose reciprocal is finite.
 _SMALLEST_SCALE = 2.0**-118
+# The code of what is NaN or an infinity, where others are from -127 to 127.
+_NOT_FINITE = -128
 
 
 def normalized(v: jax.Array, kind: str, scale, offset, epsilon: float) -> jax.Array:
@@ -70,6 +72,31 @@ def quantized(v: jax.Array, *, zero_point: bool) -> tuple[jax.Array, jax.Array, 
     return q, scale, jnp.where(jnp.isnan(zero), 0, zero).astype(jnp.int32)
 
 
+def codes(v: jax.Array, limits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v as int8 q from -127 to 127, with one scale and zero point z: v ≈ scale · (q - z).
+
+    -128 stands for NaN and infinities. `limits` (2,) are the least and the largest element that is
+    not clipped; if these are not finite, the scale is NaN, and everything -128.
+    """
+    low, high = jnp.minimum(limits[0], 0), jnp.maximum(limits[1], 0)
+    is_finite = jnp.isfinite(low) & jnp.isfinite(high)
+    scale = jnp.maximum(_over(high, 254) - _over(low, 254), _SMALLEST_SCALE)
+    scale = jnp.where(is_finite, scale, jnp.nan)
+    inverse = 1 / scale
+    zero = jnp.where(is_finite, jnp.rint(-low * inverse) - 127, 0)
+    q = jnp.rint(jnp.clip(v * inverse, -127 - zero, 127 - zero)) + zero
+    q = jnp.where(jnp.isfinite(v) & is_finite, q, _NOT_FINITE)
+    return q.astype(jnp.int8), scale, zero.astype(jnp.int32)
+
+
+def _coded(v: jax.Array, limits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `quantized`, of rows that have a range, or are codes of it already."""
+    q, scale, zero = codes(v, limits)
+    q = v if v.dtype == jnp.int8 else q
+    is_finite = jnp.all(q != _NOT_FINITE, -1, keepdims=True)
+    return q, jnp.where(is_finite, scale, jnp.nan), zero
+
+
 def _int8(q):
     # A conversion of NaN to an integer is undefined.
     return jnp.where(jnp.isnan(q), 0, q).astype(jnp.int8)
@@ -90,7 +117,10 @@ def _products(call: Call, v: jax.Array, operands: Operands) -> list[jax.Array]:
         if call.format == "bfloat16":
             weights = [w.astype(jnp.bfloat16) for w in weights]
         return [_matmul(v, w, jnp.float32) for w in weights]
-    q, scale, zero = quantized(v, zero_point=not call.group_size)
+    if call.has_range:
+        q, scale, zero = _coded(v, operands.x_range)
+    else:
+        q, scale, zero = quantized(v, zero_point=not call.group_size)
     results = []
     for weight, n in zip(operands.weights, columns, strict=True):
         by_column = functools.partial(layout.columns_from_panels, n=n, groups=bool(call.group_size))
@@ -130,9 +160,12 @@ def _unpacked(call: Call, operands: Operands, k: int) -> list[jax.Array]:
     ]
 
 
-def _rows(call: Call, operands: Operands) -> jax.Array:
+def rows(call: Call, operands: Operands) -> jax.Array:
     """The rows that are multiplied: normalised, and in the order of the packed weight's."""
-    v = operands.x.astype(jnp.float32)
+    v = operands.x
+    if v.dtype == jnp.int8:
+        return v
+    v = v.astype(jnp.float32)
     if call.norm:
         v = normalized(v, call.norm, operands.norm_scale, operands.norm_offset, call.epsilon)
     return v if operands.permutation is None else jnp.take(v, operands.permutation, -1)
@@ -177,13 +210,15 @@ def _in_stacks(function: Callable) -> Callable:
 @_in_stacks
 def dense(call: Call, operands: Operands) -> list[jax.Array]:
     """The results of the primitive."""
-    results = _results(call, operands, _products(call, _rows(call, operands), operands))
+    results = _results(call, operands, _products(call, rows(call, operands), operands))
+    if call.has_out_range:
+        return [codes(y, operands.out_range)[0] for y in results]
     return [y.astype(call.dtype) for y in results]
 
 
 @_in_stacks
 def straight_through(call: Call, operands: Operands) -> list[jax.Array]:
     """The function whose derivative a dense layer has: nothing is rounded or quantised."""
-    v = _rows(call, operands)
+    v = rows(call, operands)
     products = [_matmul(v, w, jnp.float32) for w in _unpacked(call, operands, v.shape[-1])]
     return _results(call, operands, products)

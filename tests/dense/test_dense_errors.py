@@ -229,7 +229,7 @@ BAD_CALLS = {
     "no leaf": (
         TypeError,
         "weight.scales must be an array; got None",
-        [X, quake_jax.PackedWeight(_packed().codes, *[None] * 5, 64, 16, "int8", None, None)],
+        [X, quake_jax.PackedWeight(_packed().codes, *[None] * 6, 64, 16, "int8", None, None)],
         {},
     ),
 }

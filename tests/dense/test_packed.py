@@ -59,7 +59,7 @@ def test_layout(format):
         assert found == shapes.get(field)
     # What fills up the last panel and the last word stands for nothing.
     full = quake_jax.PackedWeight(
-        *jax.tree_util.tree_leaves(packed)[:1], *[None] * 5, k, n, *[0] * 3
+        *jax.tree_util.tree_leaves(packed)[:1], *[None] * 6, k, n, *[0] * 3
     )
     rows = layout.from_words(full.codes, packed.dtype, -(-k // 8) * 8, 32)
     rows = np.asarray(rows.astype(jnp.float32))

@@ -19,6 +19,9 @@ enum class DenseNorm { kNone, kLayer, kRms };
 
 inline constexpr float kDenseEpsilon = 1e-5f;
 
+// The integers of a range that is known, between layers.
+inline constexpr Storage kCodeStorage = {DType::kInt8, "codes", 1, 8, 0, 0, 1, 127, nullptr};
+
 struct DenseShape {
   DenseFormat format = DenseFormat::kFloat32;
   std::size_t group_size = 0;
@@ -29,6 +32,8 @@ struct DenseShape {
   bool permutation = false, bias = false, gate = false, gate_bias = false, residual = false;
   bool activation = false;  // silu
   int order = 5;
+  bool range = false;  // of x
+  // Codes (only with a range in, and without norm and permutation; one result without a residual), or kStorage.
   const Storage *in = &kStorage[0], *out = &kStorage[0];
   // Values so small and whole that float32 has all sums: the result is one number on every instruction set.
   bool integers = false;
@@ -36,6 +41,7 @@ struct DenseShape {
   bool quantized() const {
     return format == DenseFormat::kInt8Quantized || format == DenseFormat::kInt4Quantized;
   }
+  bool out_range() const { return out == &kCodeStorage; }
   bool is_int4() const { return format == DenseFormat::kInt4 || format == DenseFormat::kInt4Quantized; }
   bool is_int8() const { return format == DenseFormat::kInt8 || format == DenseFormat::kInt8Quantized; }
   std::size_t per_word() const {
@@ -60,6 +66,7 @@ inline std::string describe(const DenseShape& s) {
   add(s.gate, s.gate_bias ? "gate with bias" : "gate");
   add(s.activation, "silu of order " + std::to_string(s.order));
   add(s.residual, "residual");
+  add(s.range, "range");
   add(s.integers, "integers");
   return text;
 }
@@ -87,7 +94,7 @@ struct DenseWeightOperands {
 };
 template <class Pointer>
 struct DenseOperands {
-  Pointer x = {}, permutation = {}, norm_scale = {}, norm_offset = {}, table = {};
+  Pointer x = {}, permutation = {}, norm_scale = {}, norm_offset = {}, table = {}, range = {}, out_range = {};
   std::vector<DenseWeightOperands<Pointer>> weights;  // the gate is the last one
   Pointer residual = {};
 };
@@ -95,7 +102,8 @@ struct DenseOperands {
 template <class Pointer, class Take>
 DenseOperands<Pointer> dense_operands(const DenseShape& s, const Take& take) {
   using Sizes = std::vector<std::size_t>;
-  constexpr DenseArray::Type kStored[] = {DenseArray::kFloat32, DenseArray::kBFloat16, DenseArray::kFloat16};
+  constexpr DenseArray::Type kStored[] = {DenseArray::kFloat32, DenseArray::kBFloat16, DenseArray::kFloat16,
+                                          DenseArray::kInt8};
   constexpr DenseArray::Type kCodes[] = {DenseArray::kFloat32, DenseArray::kBFloat16, DenseArray::kInt8,
                                          DenseArray::kInt8,    DenseArray::kUInt8,    DenseArray::kUInt8};
   DenseOperands<Pointer> o;
@@ -104,6 +112,8 @@ DenseOperands<Pointer> dense_operands(const DenseShape& s, const Take& take) {
   if (s.norm != DenseNorm::kNone) o.norm_scale = take("norm scale", DenseArray::kFloat32, Sizes{s.size});
   if (s.norm == DenseNorm::kLayer) o.norm_offset = take("norm offset", DenseArray::kFloat32, Sizes{s.size});
   if (s.is_int4()) o.table = take("table", DenseArray::kFloat32, Sizes{16});
+  if (s.range) o.range = take("range", DenseArray::kFloat32, Sizes{2});
+  if (s.out_range()) o.out_range = take("out_range", DenseArray::kFloat32, Sizes{2});
   const auto weight = [&](std::size_t columns, bool bias) {
     const std::size_t panels = ceil_div(columns, kPanelColumns), groups = s.groups();
     DenseWeightOperands<Pointer> w;
@@ -212,12 +222,18 @@ inline std::vector<DenseArray> random_operands(const DenseShape& s, std::mt19937
                                 : normal(random);
         write(data, static_cast<std::size_t>(i), value);
       }
-    } else if (what == "codes" && (s.is_int8() || s.is_int4())) {
+    } else if (what == "range" || what == "out_range") {
+      // Of either sign, and narrower than what is quantised or wider.
+      const float spread = what == "range" ? 4.0f : s.integers ? 200.0f : 20.0f;
+      const float a = spread * normal(random), b = spread * normal(random);
+      write(data, 0, std::min(a, b));
+      write(data, 1, std::max(a, b));
+    } else if ((what == "codes" && (s.is_int8() || s.is_int4())) || array.type == DenseArray::kInt8) {
       fill([&](std::size_t i) {
         data[i] = static_cast<char>(random());
-        if (s.is_int8() && static_cast<signed char>(data[i]) == -128) data[i] = char{127};
+        if (array.type == DenseArray::kInt8 && static_cast<signed char>(data[i]) == -128) data[i] = char{127};
       });
-      clear_padding(s, data, array.dims[0]);
+      if (what == "codes") clear_padding(s, data, array.dims[0]);
     } else if (what == "codes") {
       const Storage& storage = s.format == DenseFormat::kFloat32 ? kStorage[0] : kStorage[1];
       fill([&](std::size_t i) {
@@ -271,6 +287,8 @@ inline const char* run_dense(const DenseShape& s, const KernelTable& table, cons
                     .x = o.x,
                     .group_size = s.group_size,
                     .permutation = reinterpret_cast<const std::int32_t*>(o.permutation),
+                    .range = reinterpret_cast<const float*>(o.range),
+                    .out_range = reinterpret_cast<const float*>(o.out_range),
                     .residual = o.residual};
   const Norm norm = {.scale = reinterpret_cast<const float*>(o.norm_scale),
                      .offset = reinterpret_cast<const float*>(o.norm_offset),
@@ -322,6 +340,24 @@ inline float round_to_bfloat16(float x) {
   return float_from_bits(bits);
 }
 
+// The quantiser of a range, in float32 as in the kernels: the integers are theirs.
+struct DenseRange {
+  explicit DenseRange(const char* range) {
+    const float low = std::fmin(read<float>(range, 0), 0.0f), high = std::fmax(read<float>(range, 1), 0.0f);
+    finite = std::isfinite(read<float>(range, 0)) && std::isfinite(read<float>(range, 1));
+    scale = std::fmax(high / 254 - low / 254, 0x1p-118f);
+    zero = finite ? std::nearbyint(static_cast<double>(-low * (1 / scale))) - 127 : 0;
+  }
+  double code(double v) const {
+    const double scaled = static_cast<double>(static_cast<float>(v) * (1 / scale));
+    return std::nearbyint(std::fmin(std::fmax(scaled, -127 - zero), 127 - zero)) + zero;
+  }
+
+  bool finite;
+  float scale;
+  double zero;
+};
+
 // A row of x as it is multiplied.
 class DenseRow {
  public:
@@ -339,7 +375,13 @@ class DenseRow {
       values_[k] = x[from];
       errors_[k] = error[from];
     }
-    if (s.quantized()) {
+    if (s.range) {
+      const DenseRange range(o.range);
+      finite_ = finite_ && range.finite;
+      scale_ = range.scale;
+      zero_ = range.zero;
+      for (double& v : values_) v = s.in == &kCodeStorage ? v : range.code(v);
+    } else if (s.quantized()) {
       quantize();
     } else if (s.format == DenseFormat::kBFloat16) {
       for (double& v : values_) v = static_cast<double>(round_to_bfloat16(static_cast<float>(v)));
@@ -467,9 +509,14 @@ inline void check_dense_row(const DenseShape& s, const DensePointers& o, const s
         y.value += s.out->get(o.residual, row * s.columns[i] + n);
         y.error += 0x1p-23 * std::fabs(y.value);
       }
-      check(within(actual, y.value, 0, *s.out, y.error),
-            "%s: [%zu, %zu] of weight %zu = %.9g, exact %.9g ± %.2g", what.c_str(), row, n, i, actual, y.value,
-            y.error);
+      bool ok = within(actual, y.value, 0, *s.out, y.error);
+      if (s.out_range()) {
+        const DenseRange range(o.out_range);
+        ok = range.finite ? actual >= range.code(y.value - y.error) && actual <= range.code(y.value + y.error)
+                          : std::isnan(actual);
+      }
+      check(ok, "%s: [%zu, %zu] of weight %zu = %.9g, exact %.9g ± %.2g", what.c_str(), row, n, i, actual,
+            y.value, y.error);
     }
   }
 }

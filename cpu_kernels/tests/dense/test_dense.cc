@@ -12,14 +12,21 @@ using std::size_t;
 
 constexpr struct {
   DenseFormat format;
-  bool grouped, offsets;
+  bool grouped, offsets, range = false;
 } kKinds[] = {
-    {DenseFormat::kFloat32, false, false},      {DenseFormat::kBFloat16, false, false},
-    {DenseFormat::kInt8, false, false},         {DenseFormat::kInt8Quantized, false, false},
-    {DenseFormat::kInt8, true, false},          {DenseFormat::kInt8, true, true},
-    {DenseFormat::kInt8Quantized, true, false}, {DenseFormat::kInt8Quantized, true, true},
-    {DenseFormat::kInt4, true, false},          {DenseFormat::kInt4, true, true},
-    {DenseFormat::kInt4Quantized, true, false}, {DenseFormat::kInt4Quantized, true, true},
+    {DenseFormat::kFloat32, false, false},
+    {DenseFormat::kBFloat16, false, false},
+    {DenseFormat::kInt8, false, false},
+    {DenseFormat::kInt8Quantized, false, false},
+    {DenseFormat::kInt8, true, false},
+    {DenseFormat::kInt8, true, true},
+    {DenseFormat::kInt8Quantized, true, false},
+    {DenseFormat::kInt8Quantized, true, true},
+    {DenseFormat::kInt4, true, false},
+    {DenseFormat::kInt4, true, true},
+    {DenseFormat::kInt4Quantized, true, false},
+    {DenseFormat::kInt4Quantized, true, true},
+    {DenseFormat::kInt8Quantized, false, false, true},
 };
 
 std::vector<const char*> pointers(const std::vector<DenseArray>& arrays) {
@@ -102,6 +109,7 @@ void test_shapes(const KernelTable& table) {
       for (const size_t columns : all_columns) {
         for (const size_t size : {1, 15, 16, 17, 33, 100}) {
           DenseShape s = {.format = kind.format, .offsets = kind.offsets, .rows = rows, .size = size};
+          s.range = kind.range;
           if (kind.grouped) {
             s.group_size = one_in(3) ? 64 : 32;
             s.size = s.group_size * (1 + size % 5);
@@ -120,6 +128,8 @@ void test_shapes(const KernelTable& table) {
           s.integers = one_in(2) && !(s.quantized() && s.norm != DenseNorm::kNone);
           if (one_in(3)) s.in = &kStorage[random() % 3];
           if (one_in(3)) s.out = &kStorage[random() % 3];
+          if (s.range && s.norm == DenseNorm::kNone && !s.permutation && one_in(2)) s.in = &kCodeStorage;
+          if (s.columns.size() == 1 && !s.residual && one_in(3)) s.out = &kCodeStorage;
           check_shape(s, table, random);
         }
       }
@@ -132,6 +142,8 @@ void test_deep(const KernelTable& table) {
   std::mt19937 random(8);
   for (const auto& kind : kKinds) {
     DenseShape s = {.format = kind.format, .offsets = kind.offsets, .rows = 260, .columns = {18}, .bias = true};
+    s.range = kind.range;
+    if (kind.range) s.in = &kCodeStorage;
     s.size = 4097 * s.per_word() + 1 - (s.per_word() > 1 ? s.per_word() : 0);
     s.integers = true;
     if (kind.grouped) {
@@ -164,7 +176,9 @@ void test_threads(const KernelTable& table) {
                       .bias = true,
                       .gate = gate,
                       .activation = true,
-                      .order = 3};
+                      .order = 3,
+                      .range = kind.range};
+      if (gate && kind.range) s.out = &kCodeStorage;
       if (!gate) s.columns = {300, 1, 90};
       const std::vector<DenseArray> arrays = random_operands(s, random);
       const std::vector<std::vector<char>> expected = results_of(s, table, arrays, in_order);
@@ -176,26 +190,35 @@ void test_threads(const KernelTable& table) {
   }
 }
 
-// A NaN or an infinity makes its row NaN, or not finite where rows are not quantised, and no other.
+// A NaN or an infinity makes its row NaN, or not finite where rows are not quantised, and no other; among codes
+// so does -128.
 void test_special_values(const KernelTable& table) {
   std::mt19937 random(10);
   static constexpr std::uint32_t kSpecial[] = {0x7fc00000, 0xffc00000, 0x7f800000, 0xff800000,
                                                0x7f800001, 0x7fffffff, 0xffffffff};
   for (const auto& kind : kKinds) {
-    for (const Storage& out : kStorage) {
+    for (const Storage* to : {&kStorage[0], &kStorage[1], &kStorage[2], &kCodeStorage}) {
       for (const std::uint32_t bits : kSpecial) {
+        const Storage& out = *to;
+        const bool codes = kind.range && bits % 4 == 3;
         DenseShape s = {.format = kind.format,
                         .group_size = kind.grouped ? size_t{32} : 0,
                         .offsets = kind.offsets,
                         .rows = 9,
                         .size = kind.grouped ? size_t{96} : 77,
                         .columns = {21},
-                        .permutation = bits % 3 == 0,
+                        .permutation = bits % 3 == 0 && !codes,
+                        .range = kind.range,
+                        .in = codes ? &kCodeStorage : &kStorage[0],
                         .out = &out};
         std::vector<DenseArray> arrays = random_operands(s, random);
         const std::vector<char> before = results_of(s, table, arrays, in_order)[0];
         const size_t row = random() % s.rows, at = random() % s.size;
-        write(arrays[0].bytes.data(), row * s.size + at, bits);
+        if (codes) {
+          write(arrays[0].bytes.data(), row * s.size + at, std::int8_t{-128});
+        } else {
+          write(arrays[0].bytes.data(), row * s.size + at, bits);
+        }
         const std::vector<char> after = results_of(s, table, arrays, in_order)[0];
         const double x = s.in->get(arrays[0].bytes.data(), row * s.size + at);
         for (size_t i = 0; i < s.rows * s.columns[0]; ++i) {
@@ -221,7 +244,8 @@ void test_ranges(const KernelTable& table) {
                       .offsets = kind.offsets,
                       .rows = 3,
                       .size = 64,
-                      .columns = {5}};
+                      .columns = {5},
+                      .range = kind.range};
       std::vector<DenseArray> arrays = random_operands(s, random);
       for (size_t k = 0; k < s.size; ++k)
         write(arrays[0].bytes.data(), s.size + k, k % 3 ? value : 0.5f * value);
@@ -241,6 +265,87 @@ void test_ranges(const KernelTable& table) {
   }
 }
 
+// Ranges that hold nothing, everything or no number, and those that do not hold 0.
+void test_given_ranges(const KernelTable& table) {
+  std::mt19937 random(14);
+  constexpr float kLargest = std::numeric_limits<float>::max(), kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  static constexpr float kRanges[][2] = {{0, 0},     {3, -2},   {1e-37f, 1e-38f}, {-kLargest, kLargest},
+                                         {5, 7},     {-7, -5},  {0, 1e-3f},       {0, kLargest},
+                                         {-2, kNan}, {kNan, 2}, {kNan, kNan},     {-kInf, kInf},
+                                         {-kInf, 1}, {0, kInf}, {kInf, kInf},     {-0.0f, -kLargest}};
+  for (const auto& kind : kKinds) {
+    for (const auto& range : kRanges) {
+      for (const char* which : {"range", "out_range"}) {
+        if (which[0] == 'r' && !kind.range) continue;
+        DenseShape s = {.format = kind.format,
+                        .group_size = kind.grouped ? size_t{32} : 0,
+                        .offsets = kind.offsets,
+                        .rows = 7,
+                        .size = 64,
+                        .columns = {21},
+                        .range = kind.range};
+        if (which[0] == 'o') s.out = &kCodeStorage;
+        std::vector<DenseArray> arrays = random_operands(s, random);
+        for (DenseArray& array : arrays) {
+          if (std::strcmp(array.what, which) == 0) std::memcpy(array.bytes.data(), range, sizeof range);
+        }
+        const std::vector<std::vector<char>> results = results_of(s, table, arrays, in_order);
+        const std::string what = std::string(table.isa) + " " + describe(s) + ", " + which + " " +
+                                 std::to_string(range[0]) + " to " + std::to_string(range[1]);
+        for (size_t row = 0; row < s.rows; ++row) {
+          check_dense_row(s, dense_pointers(s, pointers(arrays)), {results[0].data()}, row, what);
+        }
+      }
+    }
+  }
+}
+
+// A layer that writes codes and one that reads them give what they give with floats between them.
+void test_chain(const KernelTable& table) {
+  std::mt19937 random(15);
+  for (const auto& kind : kKinds) {
+    for (const size_t rows : {1, 2, 7, 25}) {
+      for (const bool gate : {false, true}) {
+        DenseShape first = {.format = kind.format,
+                            .group_size = kind.grouped ? size_t{32} : 0,
+                            .offsets = kind.offsets,
+                            .rows = rows,
+                            .size = 64,
+                            .columns = {16 + random() % 300},
+                            .bias = true,
+                            .gate = gate,
+                            .activation = true,
+                            .range = kind.range,
+                            .out = &kCodeStorage};
+        DenseShape second = {.format = DenseFormat::kInt8Quantized,
+                             .rows = rows,
+                             .size = first.columns[0],
+                             .columns = {1 + random() % 40},
+                             .range = true,
+                             .in = &kCodeStorage};
+        std::vector<DenseArray> a = random_operands(first, random), b = random_operands(second, random);
+        write(a[0].bytes.data(), random() % (rows * first.size), std::uint32_t{0x7f800000});
+        const auto range = std::find_if(a.begin(), a.end(), [](const DenseArray& array) {
+          return std::strcmp(array.what, "out_range") == 0;
+        });
+        b[1].bytes = range->bytes;
+        b[0].bytes = results_of(first, table, a, in_order)[0];
+        const std::vector<char> by_codes = results_of(second, table, b, in_order)[0];
+        a.erase(range);
+        first.out = second.in = &kStorage[0];
+        b[0].bytes = results_of(first, table, a, in_order)[0];
+        const std::vector<char> by_floats = results_of(second, table, b, in_order)[0];
+        for (size_t i = 0; i < rows * second.columns[0]; ++i) {
+          const float x = read<float>(by_codes.data(), i), y = read<float>(by_floats.data(), i);
+          check(x == y || (std::isnan(x) && std::isnan(y)), "%s %s: [%zu] is %g by codes, %g by floats",
+                table.isa, describe(first).c_str(), i, static_cast<double>(x), static_cast<double>(y));
+        }
+      }
+    }
+  }
+}
+
 // Sums of the largest products.
 void test_largest_sums(const KernelTable& table) {
   std::mt19937 random(13);
@@ -251,7 +356,8 @@ void test_largest_sums(const KernelTable& table) {
                         .group_size = kind.grouped ? size_t{128} : 0,
                         .rows = rows,
                         .size = 256,
-                        .columns = {33}};
+                        .columns = {33},
+                        .range = kind.range};
         if (kind.offsets || !s.quantized()) continue;
         for (const int least : {-8, -128, 112}) {
           std::vector<DenseArray> arrays = random_operands(s, random);
@@ -295,7 +401,8 @@ void test_nothing(const KernelTable& table) {
                          .rows = 3,
                          .size = 32,
                          .columns = {0, 7},
-                         .bias = true};
+                         .bias = true,
+                         .range = kind.range};
     const std::vector<DenseArray> operands = random_operands(beside, random);
     const std::vector<std::vector<char>> results = results_of(beside, table, operands, in_order);
     check_dense_row(beside, dense_pointers(beside, pointers(operands)), {nullptr, results[1].data()}, 1,
@@ -305,7 +412,8 @@ void test_nothing(const KernelTable& table) {
                           .group_size = kind.grouped ? size_t{32} : 0,
                           .rows = rows,
                           .size = 32,
-                          .columns = {rows ? size_t{0} : 7, 0}};
+                          .columns = {rows ? size_t{0} : 7, 0},
+                          .range = kind.range};
       placed_results(empty, table, random_operands(empty, random), describe(empty));
     }
   }
@@ -324,6 +432,8 @@ int main(int argc, char** argv) {
     test_threads(table);
     test_special_values(table);
     test_ranges(table);
+    test_given_ranges(table);
+    test_chain(table);
     test_largest_sums(table);
     test_nothing(table);
   });

@@ -47,7 +47,8 @@ class Source {
 // Values for the operands: ordinary ones, and special ones in some places.
 void fill_values(Source& source, Operand& operand) {
   const std::size_t size = size_of(operand.type), count = operand.bytes.size() / size;
-  if (size != 2 && operand.type != XLA_FFI_DataType_F32) return;
+  const bool codes = operand.type == XLA_FFI_DataType_S8;
+  if (size != 2 && operand.type != XLA_FFI_DataType_F32 && !codes) return;
   static constexpr std::uint32_t kFloat32[] = {0x7f800000, 0xff800000, 0x7fc00000, 0xffc00001, 0x7f7fffff,
                                                0xff7fffff, 0x00000001, 0x80000001, 0x00800000, 0x80000000,
                                                0x42b17218, 0xc2aeac50, 0x7149f2ca, 0xf149f2ca};
@@ -59,6 +60,8 @@ void fill_values(Source& source, Operand& operand) {
     if (source.one_in(4)) {  // any bits
       const std::uint32_t bits = source.word();
       std::memcpy(operand.bytes.data() + place * size, &bits, size);
+    } else if (codes) {
+      operand.bytes[place] = static_cast<char>(-128);
     } else if (operand.type == XLA_FFI_DataType_F16) {
       std::memcpy(operand.bytes.data() + place * 2, &kFloat16[source.below(std::size(kFloat16))], 2);
     } else {
@@ -91,7 +94,8 @@ enum class Change {
 };
 
 bool is_kernel_type(XLA_FFI_DataType type) {
-  return std::find(std::begin(kXlaTypes), std::end(kXlaTypes), type) != std::end(kXlaTypes);
+  return type != XLA_FFI_DataType_S8 &&
+         std::find(std::begin(kXlaTypes), std::end(kXlaTypes), type) != std::end(kXlaTypes);
 }
 
 // Changes the type or the shape of a buffer.
@@ -151,8 +155,10 @@ Change change(Source& source, HandlerCall& call) {
       Operand& operand = call.operands[i];
       const Change made = change_buffer(source, operand.type, operand.dims);
       operand.bytes.assign(count_of(operand.dims) * size_of(operand.type), 0);
-      // The scale of an RMS norm may have more axes or fewer: no offset has to match it.
-      const bool free = call.target.starts_with("quake_jax_rms_norm") && i == call.results.size();
+      // The scale of an RMS norm may have more axes or fewer: no offset has to match it. The x of a dense layer
+      // may be codes.
+      const bool free = (call.target.starts_with("quake_jax_rms_norm") && i == call.results.size()) ||
+                        (call.target == "quake_jax_dense" && i == 0);
       return free && made == Change::kWrong ? Change::kOpen : made;
     }
     default: {
@@ -612,6 +618,9 @@ void fuzz_dense(Source& source) {
   s.bias = source.one_in(2);
   s.activation = source.one_in(3);
   s.integers = source.one_in(2) && s.norm == DenseNorm::kNone;
+  s.range = s.format == DenseFormat::kInt8Quantized && !s.group_size && source.one_in(2);
+  if (s.range && s.norm == DenseNorm::kNone && !s.permutation && source.one_in(2)) s.in = &kCodeStorage;
+  if (s.columns.size() == 1 && !s.residual && source.one_in(3)) s.out = &kCodeStorage;
   const std::int64_t stack = source.one_in(4) ? source.size(3) : 1;
   HandlerCall call = dense_call(s, stack, source.one_in(2), random);
   if (!s.integers) fill_values(source, call.operands[0]);

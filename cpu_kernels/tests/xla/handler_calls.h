@@ -19,7 +19,8 @@
 namespace quake::tests {
 
 inline constexpr XLA_FFI_DataType kXlaTypes[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
-                                                 XLA_FFI_DataType_F16};  // in the order of DType
+                                                 XLA_FFI_DataType_F16,
+                                                 XLA_FFI_DataType_S8};  // in the order of DType
 
 using Dims = std::vector<std::int64_t>;
 
@@ -461,6 +462,8 @@ inline HandlerCall dense_call(const DenseShape& s, std::int64_t stack, bool shar
                      {"has_gate", flag(s.gate)},
                      {"has_gate_bias", flag(s.gate_bias)},
                      {"has_residual", flag(s.residual)},
+                     {"has_range", flag(s.range)},
+                     {"has_out_range", flag(s.out_range())},
                      {"activation", std::string(s.activation ? "silu" : "")}};
   const auto each = [](const DenseArray& array) {
     return std::strcmp(array.what, "x") == 0 || std::strcmp(array.what, "residual") == 0;

@@ -29,7 +29,23 @@ std::vector<DenseShape> dense_shapes(const Storage& storage) {
     s.permutation = s.bias = s.gate = s.gate_bias = s.residual = s.activation = true;
     s.out = &kStorage[(static_cast<std::size_t>(format) + static_cast<std::size_t>(storage.dtype)) % 3];
     shapes.push_back(s);
+    s.residual = false;
+    s.out = &kCodeStorage;
+    shapes.push_back(s);
   }
+  // With a range: of floats, and of codes.
+  DenseShape s = {.format = DenseFormat::kInt8Quantized, .size = 96, .columns = {35, 3}, .range = true};
+  for (const Storage* in : {&storage, &kCodeStorage}) {
+    s.in = in;
+    shapes.push_back(s);
+  }
+  s.columns = {40};
+  s.out = &kCodeStorage;
+  shapes.push_back(s);
+  s.in = &storage;
+  s.norm = DenseNorm::kLayer;
+  s.permutation = s.bias = s.gate = s.gate_bias = s.activation = true;
+  shapes.push_back(s);
   return shapes;
 }
 
@@ -495,6 +511,7 @@ void test_wrong_dense() {
       const std::string begin = name == "x" || name == "residual" ? "" : "quake_jax_dense: " + name + " ";
       for (const XLA_FFI_DataType type : {kF64, kPred, kS32, kU8, kS8, kF16}) {
         if (type == operand.type || (name == "x" && type == kF16)) continue;
+        if (name == "x" && type == kS8 && shape.range && shape.norm == DenseNorm::kNone) continue;
         wrong.push_back({with_operand(call, i, type, operand.dims), expected});
         if (!begin.empty()) wrong.push_back({with_operand(call, i, type, operand.dims), begin});
       }
@@ -521,12 +538,13 @@ void test_wrong_dense() {
     }
     for (std::size_t i = 0; i < call.results.size(); ++i) {
       const Dims& dims = call.results[i].dims;
-      const std::string rows = "results of the same rows and one floating-point type";
+      const std::string rows = shape.out_range() ? "an int8 result of the same rows"
+                                                 : "results of the same rows and one floating-point type";
       for (const Dims& other : {Dims{}, Dims{dims[1], dims[2]}, Dims{2, 5, 1, 1}, Dims{1, dims[1], dims[2]},
                                 Dims{2, dims[1] + 1, dims[2]}, Dims{2, 0, dims[2]}}) {
         wrong.push_back({with_result(call, i, call.results[i].type, other), rows});
       }
-      for (const XLA_FFI_DataType type : {kF64, kS32, kPred}) {
+      for (const XLA_FFI_DataType type : {kF64, kS32, kPred, kU8, shape.out_range() ? kF32 : kS8}) {
         wrong.push_back({with_result(call, i, type, dims), rows});
       }
       wrong.push_back({with_result(call, i, call.results[i].type, {2, dims[1], dims[2] + 16}), "codes "});
@@ -560,6 +578,20 @@ void test_wrong_dense() {
       attribute("group_size", 0, ", expected groups for int4");
     }
     if (!shape.group_size) attribute("has_offsets", 1, ", expected 0 without groups");
+    if (shape.range) {
+      wrong.push_back({with_attribute(call, "quantized", 0), "has_range is 1, expected 0 unless rows are"});
+      wrong.push_back({with_attribute(call, "group_size", 96), "has_range is 1, expected 0 unless rows are"});
+      wrong.push_back({with_attribute(call, "has_range", 0), " operands and "});
+    } else if (shape.format == DenseFormat::kInt8Quantized && !shape.group_size) {
+      wrong.push_back({with_attribute(call, "has_range", 1), " operands and "});
+    } else {
+      attribute("has_range", 1, ", expected 0 unless rows are quantised for int8 without groups");
+    }
+    if (shape.columns.size() > 1 || shape.residual) {
+      attribute("has_out_range", 1, ", expected 0 with several weights or a residual");
+    } else {
+      wrong.push_back({with_attribute(call, "has_out_range", !shape.out_range()), " operands and "});
+    }
     if (everything) {
       attribute("weights", 2, ", expected 1 with a gate or a residual");
     } else {
@@ -567,7 +599,8 @@ void test_wrong_dense() {
       for (const char* name : {"has_permutation", "has_bias"}) {
         wrong.push_back({with_attribute(call, name, 1), " operands and "});
       }
-      wrong.push_back({with_attribute(call, "weights", std::numeric_limits<int>::max()), " operands and "});
+      wrong.push_back({with_attribute(call, "weights", std::numeric_limits<int>::max()),
+                       shape.out_range() ? "has_out_range is 1, expected 0 with several" : " operands and "});
       wrong.push_back({with_attribute(call, "norm", 1), " operands and "});
       wrong.push_back({with_attribute(call, "norm", 2), " operands and "});
     }
