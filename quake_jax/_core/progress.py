@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress(name: str, total: int, *, after: float = 0.0) -> Iterator[Callable[[], None]]:
+def progress(name: str, total: int | None, *, after: float = 0.0) -> Iterator[Callable[[], None]]:
     """Yield what advances a bar on stderr, which needs rich and a terminal.
 
     One that comes `after` some seconds goes away again at the end.

@@ -180,7 +180,9 @@ def _layer(path: str, kernel, packing: _Packing, before: int) -> tuple[PackedKer
             error = relative_error(packing.weight(kernel), made)
     after = sum(map(bytes_of, jax.tree.leaves(made)))
     form = made.dtype, made.group_size, made.activations
-    return PackedKernel(made), Layer((path,), packing.shape, *form, before, after, error, False)
+    return PackedKernel(made), Layer(
+        (path,), packing.shape, *form, False, before, after, error, False
+    )
 
 
 def pack(model: nnx.Pytree, rules: Rules) -> PackReport:

@@ -74,7 +74,7 @@ def taken_over(program, arrays: Sequence, kinds: Sequence[str]):
         return None
     *before, packing = program.eqns
     (result,) = packing.invars
-    parameters = {k: v for k, v in packing.params.items() if k != "scale_method"}
+    parameters = {name: packing.params[name] for name in ("dtype", "group_size", "activations")}
     wide = [_wide(x) for x in arrays]
 
     def made(keep: str | None):

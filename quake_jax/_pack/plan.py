@@ -103,6 +103,8 @@ class Plan:
     Attributes:
       params: the parameters, abstract.
       slots: the packed weights.
+      is_measured: whether programs are for calibration (see `Format`).
+      ranges: those of activations, by slot, once they are known.
     """
 
     def __init__(self, params, rules: Rules):
@@ -123,6 +125,8 @@ class Plan:
             self._formats += [_format(node, rules.format_of(name))] * len(leaves)
             self._roles += codes.roles(leaves, node)
         self.slots: list[Slot] = []
+        self.is_measured = False
+        self.ranges: dict[Slot, np.ndarray] = {}
         self._by_key: dict[tuple, Slot] = {}
         self._kept: set[int] = set()
         self._is_final = False
@@ -133,9 +137,10 @@ class Plan:
         return [self._origin(i) for i in self._arrays]
 
     def _origin(self, i: int) -> frozenset:
+        chosen = dataclasses.replace(self._formats[i], measured=self.is_measured)
         if self._names[i] != self.paths[i]:  # the codes of an array of qwix are a weight
-            return frozenset((self._formats[i],))
-        return origin(self._leaves[i], self._formats[i])
+            return frozenset((chosen,))
+        return origin(self._leaves[i], chosen)
 
     def slot(self, program, inputs: tuple[int, ...]) -> Slot:
         """Where a packed weight is; `inputs` counts the arrays of the parameters."""
@@ -200,6 +205,28 @@ class Plan:
         used = self._kept.union(*(slot.inputs for slot in self.slots))
         return [self.paths[i] for i in self._arrays if i not in used]
 
+    @property
+    def with_ranges(self) -> list[Slot]:
+        """The packed weights whose rows have a range."""
+        return [slot for slot in self.slots if slot.static.activation_range is not None]
+
+    def ranged(self, packed):
+        """Packed parameters with `ranges`."""
+        found = {(slot.leaf, slot.index): x for slot, x in self.ranges.items()}
+
+        def entry(i, old):
+            if isinstance(old, PackedLeaf):
+                weights = (weight(i, j, w) for j, w in enumerate(old.weights))
+                return dataclasses.replace(old, weights=tuple(weights))
+            return weight(i, 0, old)
+
+        def weight(i, index, old):
+            known = found.get((i, index))
+            return old if known is None else _with_range(old, known)
+
+        entries = [entry(i, old) for i, old in enumerate(self.entries(packed))]
+        return jax.tree.unflatten(self._tree, entries)
+
     def _layer(self, slot: Slot, error: float | None) -> Layer:
         before = sum(bytes_of(self._leaves[i]) for i in slot.inputs if i not in self._kept)
         after = sum(map(bytes_of, jax.tree.leaves(slot.static)))
@@ -209,6 +236,7 @@ class Plan:
             slot.static.dtype,
             slot.static.group_size,
             slot.static.activations,
+            slot.static.activation_range is not None,
             before,
             after,
             error,
@@ -229,6 +257,7 @@ class Plan:
             return slot.static, None
         weight = _before_packing(slot.program)(*arrays)
         parameters = dict(slot.program.eqns[-1].params)
+        del parameters["calibrated"]
         try:
             made = pack_weight(weight, parameters.pop("dtype"), **parameters)
         except ValueError as error:
@@ -239,9 +268,12 @@ class Plan:
                 is_same, *own = own
                 general = [weight.astype(jnp.float32), made]
                 weight, made = jax.tree.map(lambda a, b: jnp.where(is_same, a, b), own, general)
-        if isinstance(weight, jax_names.Tracer):
-            return made, None
-        return made, relative_error(weight, made)
+        is_traced = isinstance(weight, jax_names.Tracer)
+        error = None if is_traced else relative_error(weight, made)
+        if slot.static.activation_range is None:
+            return made, error
+        unknown = np.full(slot.static.activation_range.shape, np.nan, np.float32)
+        return _with_range(made, self.ranges.get(slot, unknown)), error
 
     def entries(self, packed) -> list:
         """What stands in the places of the parameters."""
@@ -281,6 +313,10 @@ class Plan:
         for leaf, whole in zip(leaves, jax.tree.leaves(slot.static), strict=True):
             _check_whole(self.paths[slot.leaf], leaf, whole)
         return leaves
+
+
+def _with_range(weight: PackedWeight, activation_range: np.ndarray) -> PackedWeight:
+    return dataclasses.replace(weight, activation_range=jnp.asarray(activation_range))
 
 
 def _check_whole(path: str, array, known) -> None:

@@ -17,6 +17,7 @@ class Layer:
       paths: of the parameters that it is made of.
       shape: (…, K, N), with the axes of stacked layers in front.
       dtype, group_size, activations: as in `quake_jax.pack_weight`.
+      is_calibrated: whether the rows that it multiplies have a range, of `calibrate`.
       bytes_before: of the parameters that it takes the place of; those that are kept count as 0.
       bytes_after: of the packed weight.
       error: the norm of what packing changed, relative to the norm of the weight; None where
@@ -29,6 +30,7 @@ class Layer:
     dtype: str
     group_size: int | None
     activations: str | None
+    is_calibrated: bool
     bytes_before: int
     bytes_after: int
     error: float | None
@@ -37,7 +39,8 @@ class Layer:
     @property
     def format(self) -> str:
         group = f", groups of {self.group_size}" if self.group_size else ""
-        return f"{self.dtype}{group}" + (", int8 rows" if self.activations else "")
+        rows = ", int8 rows" if self.activations else ""
+        return f"{self.dtype}{group}{rows}" + (", calibrated" if self.is_calibrated else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Rules:
 
 
 def checked_rules(
-    weights, activations, group_size, scale_method, rules, function: str = "pack"
+    weights, activations, group_size, scale_method, rules, function: str = "pack", calibrated=False
 ) -> Rules:
     """Return the Rules that arguments mean; raise TypeError or ValueError for others."""
     refused = functools.partial(refusal, function)
@@ -42,7 +42,7 @@ def checked_rules(
     ):
         expected = f"None or a positive multiple of {GROUP_MULTIPLE}"
         raise refused("group_size", expected, repr(group_size))
-    default = Format(weights, group_size, activations, scale_method)
+    default = Format(weights, group_size, activations, scale_method, calibrated=calibrated)
     ordered = []
     if rules is not None and (isinstance(rules, str) or not isinstance(rules, Sequence)):
         expected = 'None or pairs of a pattern and a dtype, as in [(".*/head/.*", None)]'

@@ -20,6 +20,7 @@ from jax import lax
 from quake_jax._core.drop_in import KERNEL_DTYPES
 from quake_jax._dense import layout, pack_primitive
 from quake_jax._dense.api import LONGEST, dense
+from quake_jax._dense.call import chained as chained_layers
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
 from quake_jax._rewrite import activations, norms, views
 from quake_jax._rewrite.graph import Node, Value, has_jaxpr
@@ -40,7 +41,9 @@ class Format:
     """How the weights that depend on a parameter are packed; dtype None: they are left alone.
 
     `is_rule` says that a rule of the caller names it, so that defaults which are more exact do not
-    apply; `in_call` that the program packs them itself.
+    apply; `in_call` that the program packs them itself; `calibrated` that rows have a range for
+    all, where weights have one scale a column; `measured` that calibration runs the program, so
+    that nothing in it is quantised before it has been seen.
     """
 
     dtype: str | None
@@ -49,9 +52,11 @@ class Format:
     scale_method: str = "max"
     is_rule: bool = False
     in_call: bool = False
+    calibrated: bool = False
+    measured: bool = False
 
     def of_weight(self, k: int, n: int) -> dict:
-        """The parameters of the packing of a weight (k, n)."""
+        """The arguments of `pack_weight` for a weight (k, n)."""
         dtype, size = self.dtype, self.group_size
         vocabulary = n >= _VOCABULARY * k
         if dtype == "int4" and not self.is_rule and (min(k, n) < _SMALL or vocabulary):
@@ -73,6 +78,12 @@ class Format:
             "activations": quantized,
             "scale_method": self.scale_method,
         }
+
+    def packing(self, k: int, n: int) -> dict:
+        """Those of the equation that packs it in a program."""
+        made = self.of_weight(k, n)
+        is_ranged = made["activations"] is not None and made["group_size"] is None
+        return made | {"calibrated": self.calibrated and is_ranged}
 
 
 # Of parameters that have no say in how the weights are packed that are made of them too.
@@ -97,6 +108,7 @@ class Product:
       packing: the parameters of the packing.
       dtype: of the result.
       in_call: whether the weight is packed in each call.
+      is_coded: whether the rows may come as codes.
     """
 
     rows_first: bool
@@ -109,6 +121,7 @@ class Product:
     packing: tuple[tuple[str, object], ...]
     dtype: str
     in_call: bool
+    is_coded: bool
 
     def packed(self, w):
         w = jnp.transpose(w, self.w_order)
@@ -144,6 +157,11 @@ class Product:
         """What the products that one call computes agree in, but for the rows."""
         call = {name: value for name, value in self.packing if name != "scale_method"}
         return self.x_order, self.stack, self.k, tuple(call.items()), self.dtype
+
+    @property
+    def has_its_order(self) -> bool:
+        """Whether dense's rows are those of the program, but for their shape."""
+        return not self.stack and self.x_order == (*range(len(self.x_order)),)
 
     @property
     def is_plain(self) -> bool:
@@ -192,6 +210,7 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
     chosen = _format(w)
     if chosen.dtype is None:
         raise Reject("a rule leaves it alone", NAME)
+    packing = chosen.packing(k, n)
     product = Product(
         rows_first,
         tuple(x_order),
@@ -200,9 +219,10 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
         tuple(x.shape[a] for a in x_rest),
         tuple(w.shape[a] for a in w_rest),
         k,
-        tuple(chosen.of_weight(k, n).items()),
+        tuple(packing.items()),
         result.dtype.name,
         chosen.in_call,
+        packing["calibrated"] and not chosen.measured,
     )
     return product, x, w
 
@@ -307,6 +327,41 @@ def joined(matches: Sequence[_Layers]) -> Iterator[tuple[Match, tuple[Match, ...
         yield _match(chains, norm), (*matches, norm)
     if len(chains) > 1:
         yield _match(chains), tuple(matches)
+
+
+def chained(match: Match, matches: Sequence[Match]) -> Iterator[tuple[Match, tuple[Match, ...]]]:
+    """A layer whose rows have a range and are the result of another one, as one replacement.
+
+    Then the other one gives codes. Nothing else may need its result.
+    """
+    if not isinstance(match, _Layers) or len(match.chains) > 1:
+        return
+    (chain,), x = match.chains, match.inputs[0]
+    before = None if x.node is None else x.node.match
+    if not (chain.product.is_coded and chain.product.has_its_order and before in matches):
+        return
+    if not isinstance(before, _Layers) or len(before.chains) > 1:
+        return
+    (first,) = before.chains
+    fits = first.product.is_plain and math.prod(first.product.columns) == chain.product.k
+    is_alone = not x.is_output and all(use in chain.everything for use in x.uses)
+    is_split = any(any(v.aval.sharding.spec) for v in (*before.inputs, *match.inputs))
+    is_normed = dict(match.static)["norm"] is not None
+    if not fits or not is_alone or first.residual is not None or is_normed or is_split:
+        return
+    yield (
+        _Layers(
+            NAME,
+            f"{before.replacement} → int8 → {match.replacement}",
+            match.root,
+            before.nodes | match.nodes,
+            (*before.inputs, *match.inputs[1:]),
+            _call_chained,
+            (("first", before.static), ("second", match.static), ("count", len(before.inputs) - 1)),
+            chains=(first, chain),
+        ),
+        (before, match),
+    )
 
 
 def rows(node: Node, matches: Sequence[Match]) -> Match | None:
@@ -565,7 +620,8 @@ def _linear(value: Value) -> _Chain | None:
     return None
 
 
-def _call(x, *arrays, products, extras, activation, norm, order):
+def _given(arrays, products, extras, activation, norm, order) -> tuple[list, list, dict]:
+    """The weights of a call of dense, what each has beside it, and what they share."""
     rest = iter(arrays)
     weights = [product.packed(next(rest)) for product in products]
     given = [
@@ -578,6 +634,21 @@ def _call(x, *arrays, products, extras, activation, norm, order):
         "order": order,
         "preferred_element_type": products[0].dtype,
     }
+    return weights, given, keywords
+
+
+def _call_chained(x, *arrays, first, second, count, order):
+    (weight,), (given,), shared = _given(arrays[:count], **dict(first), order=order)
+    layer = {"weight": weight, **given, **shared}
+    (weight,), (given,), shared = _given(arrays[count:], **dict(second), order=order)
+    (product,) = dict(first)["products"]
+    (last,) = dict(second)["products"]
+    y = chained_layers(product.operand(x), layer, {"weight": weight, **given, **shared})
+    return last.result(y.reshape(*last.rows, y.shape[-1]))
+
+
+def _call(x, *arrays, products, extras, activation, norm, order):
+    weights, given, keywords = _given(arrays, products, extras, activation, norm, order)
 
     def layer(x, weights):
         if len(weights) == 1:

@@ -223,6 +223,9 @@ class _Level:
             for node in self._graph.nodes:
                 self._try_dense(node)
             self._join_dense()
+            for match in [*self._matches]:
+                with self._failures(match.root):
+                    self._take_first(dense.chained(match, self._matches))
             for node in self._graph.nodes:
                 self._try_rows(node)
             for match in [*self._matches]:
@@ -477,6 +480,20 @@ class _Level:
                 inside_of_it = weights.origins_inside(equation, name, origins)
                 for inner in _jaxprs(equation.params.get(name)):
                     self._report.update(self._rewriter.rewrite(inner, inside_of_it)[1], where)
+                    if origins is not None and inside_of_it is None and any(origins):
+                        self._add_unpacked(equation, inner, origins, where)
+
+    def _add_unpacked(self, equation, inner, origins: Origins, where: str) -> None:
+        """Say which products with weights there are where nothing is packed."""
+        if len(inner.invars) != len(origins):
+            return
+        _, report = self._rewriter.rewrite(inner, origins)
+        is_mesh = equation.primitive.name == "shard_map"
+        inside = "a shard_map" if is_mesh else "a function with a rule of its own"
+        reason = f"no weight is packed in {inside}"
+        for record in report.replaced:
+            for _ in range(record.count if record.name == dense.NAME else 0):
+                self._report.add(dense.NAME, None, reason, record.where or where)
 
 
 def _jaxprs(parameter) -> list:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import quake_jax
@@ -749,6 +750,33 @@ def test_explain():
     assert [r.name for r in one.replaced] == ["dense"]
     with pytest.raises(ValueError, match="packed must be the tree that quake_jax.pack returned"):
         quake_jax.explain(fast, [], X)
+
+
+@jax.custom_vjp
+def _with_rule(w, x):
+    return jnp.tanh(x @ w)
+
+
+_with_rule.defvjp(lambda w, x: (_with_rule(w, x), x), lambda x, g: (x.T @ g, g))
+
+
+@pytest.mark.parametrize(
+    "fun, inside",
+    [
+        (_with_rule, "a function with a rule of its own"),
+        (
+            jax.shard_map(jnp.matmul, mesh=jax.make_mesh((1,), "x"), in_specs=P(), out_specs=P()),
+            "a shard_map",
+        ),
+    ],
+    ids=["rule", "mesh"],
+)
+def test_says_where_nothing_is_packed(fun, inside):
+    w = normal(K, K)
+    fast, packed = quake_jax.pack(fun, w, w, weights="int8")
+    assert packed is w
+    (left,) = (r for r in fast.report.programs[0].left if r.name == "dense")
+    assert left.reason == f"no weight is packed in {inside}" and left.count == 1
 
 
 def test_traces_once_for_each_shape():
