@@ -93,17 +93,27 @@ def models(make: Callable, args: argparse.Namespace) -> tuple[dict[Hashable, Any
     return compared, chosen
 
 
-def on_kernels(functions: Sequence[Callable], arguments: Sequence[tuple], params, order, weights):
+def on_kernels(
+    functions: Sequence[Callable],
+    arguments: Sequence[tuple],
+    params,
+    order,
+    weights,
+    calibrate=None,
+):
     """Returns functions of (params, *arguments) on the kernels, and the parameters they take.
 
-    With `weights` these are packed; of the arguments the shapes alone count then.
+    With `weights` these are packed; of the arguments the shapes alone count then. `calibrate` are
+    batches of arguments of the first function, from which rows get their ranges, or None.
     """
     import quake_jax.linen
 
     if weights is None:
         return [quake_jax.linen.substitute(order)(f) for f in functions], params
     pairs = list(zip(functions, arguments, strict=True))
-    return quake_jax.pack(pairs, params, weights=weights, order=order)
+    if calibrate is not None:
+        calibrate = [calibrate, *[None] * (len(pairs) - 1)]
+    return quake_jax.pack(pairs, params, weights=weights, calibrate=calibrate, order=order)
 
 
 def megabytes(model: Any) -> str:

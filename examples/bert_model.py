@@ -102,6 +102,7 @@ class Encoder:
         max_length: tokens of a text that are read; the rest is left out.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+        calibrate: texts, from which int8 weights get the ranges of what they multiply, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -119,6 +120,7 @@ class Encoder:
         max_length: int,
         order: int | str | None = None,
         weights: str | None = None,
+        calibrate: Sequence[str] | None = None,
     ):
         model = BERT(config)
         tokenizer.no_padding()
@@ -133,7 +135,10 @@ class Encoder:
             return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
         text = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
-        (embed,), params = _command.on_kernels([embed], [text], params, order, weights)
+        if calibrate is not None:
+            encodings = tokenizer.encode_batch(list(calibrate))
+            calibrate = self._padded([encoding.ids for encoding in encodings])
+        (embed,), params = _command.on_kernels([embed], [text], params, order, weights, calibrate)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._embed = partial(jax.jit(embed), params)
 
@@ -150,7 +155,11 @@ class Encoder:
         return vectors[np.argsort(order)]
 
     def embed_tokens(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns the vectors of texts that are tokens, after them some of padding.
+        """Returns the vectors of texts that are tokens, after them some of padding."""
+        return np.asarray(self._embed(*self._padded(ids)))
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Texts that are tokens as one array, and where in it there are some.
 
         Both numbers, of texts and of tokens in the longest, are padded to powers of two.
         """
@@ -162,7 +171,7 @@ class Encoder:
         for row, text in enumerate(ids):
             tokens[row, : len(text)] = text
             present[row, : len(text)] = True
-        return np.asarray(self._embed(tokens, present))
+        return tokens, present
 
 
 # Where the modules are in a checkpoint.

@@ -2,7 +2,7 @@
 It is written without quake_jax: `Generator` substitutes the kernels with one line.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -212,6 +212,8 @@ class Generator:
         params: the parameters, as from `load`. Their dtype is that of the arithmetic.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+        calibrate: texts of 1 to n_positions tokens, from which int8 weights get the ranges of what
+            they multiply, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -227,6 +229,7 @@ class Generator:
         params: Params,
         order: int | str | None = None,
         weights: str | None = None,
+        calibrate: Iterable[Sequence[int]] | None = None,
     ):
         self.config = config
         dtype = jax.tree.leaves(params)[0].dtype
@@ -252,6 +255,7 @@ class Generator:
             params,
             order,
             weights,
+            None if calibrate is None else [np.array([text], np.int32) for text in calibrate],
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._full = partial(jax.jit(full), params)

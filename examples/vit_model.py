@@ -99,6 +99,7 @@ class Classifier:
         params: the parameters, as from `load`. Their dtype is that of the arithmetic.
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
+        calibrate: images, from which int8 weights get the ranges of what they multiply, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -114,6 +115,7 @@ class Classifier:
         params: Params,
         order: int | str | None = None,
         weights: str | None = None,
+        calibrate=None,
     ):
         classes = params["classifier"]["bias"].size
         dtype = params["classifier"]["bias"].dtype
@@ -125,7 +127,9 @@ class Classifier:
 
         shape = (1, config.image_size, config.image_size, config.num_channels)
         images = jax.ShapeDtypeStruct(shape, np.float32)
-        (apply,), params = _command.on_kernels([apply], [(images,)], params, order, weights)
+        (apply,), params = _command.on_kernels(
+            [apply], [(images,)], params, order, weights, calibrate
+        )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._apply = partial(jax.jit(apply), params)
 

@@ -18,7 +18,8 @@ FLAX_BFLOAT16 = "flax-bfloat16"
 CEILING = "ceiling"
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 # The formats of weights, by the names of the systems that pack them.
-PACKED = {f"pack-{weights}": weights for weights in WEIGHTS}
+CALIBRATED = "pack-int8-calibrated"
+PACKED = {f"pack-{weights}": weights for weights in WEIGHTS} | {CALIBRATED: "int8"}
 # Others by name: which of ours has the same precision. The first part is the library.
 PEERS = {
     TORCH: "float32",
@@ -52,6 +53,7 @@ MEANING = {
         name: f'quake_jax.pack(model, …, weights="{w}"), packed before'
         for name, w in PACKED.items()
     },
+    CALIBRATED: "the same with ranges of activations from the inputs (calibrate=)",
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
     "torch-compiled": "torch.compile with frozen weights",

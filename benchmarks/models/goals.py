@@ -7,6 +7,7 @@ from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
 from benchmarks.harness.peers import TORCH as TORCH_SYSTEM
 from benchmarks.models.cases import (
+    CALIBRATED,
     CASES,
     FLAX,
     INTERCEPTOR,
@@ -42,10 +43,10 @@ def _over_flax(case: dict, subject: str) -> float | None:
 
 def fastest(case: dict, subject: str) -> tuple[float, str] | None:
     """How many times as long as ours the fastest peer of the same precision takes, and which it is:
-    of those that quantise activations in the call, as ours does.
+    of those that quantise activations in the call, or know their ranges before, as ours does.
     """
-    ratios = case["ratios"].get(subject, {})
-    found = [(ratio["median"], name) for name, ratio in ratios.items() if name != STATIC]
+    ratios, is_static = case["ratios"].get(subject, {}), subject == CALIBRATED
+    found = [(r["median"], name) for name, r in ratios.items() if (name == STATIC) == is_static]
     return min(found, default=None)
 
 
@@ -115,9 +116,17 @@ BARS = (
         for bar in _of_packed(PEER, model, _PEER_DECODES if case.decodes else _PEER_SPEEDS)
     ),
 )
-# The bars whose figures have this geometric mean at least.
-MEAN = tuple(_bar(PACKED_SUBJECT, model, 1.0, "pack-float32") for model in CASES)
-MEAN_THRESHOLD = 1.08
+_AGAINST_STATIC = tuple(
+    _bar(PEER, name, 1.0, CALIBRATED) for name, case in CASES.items() if not case.decodes
+)
+# The bars whose figures have a geometric mean of at least so much, by what that is.
+MEANS = {
+    "pack-float32 against accelerate": (
+        tuple(_bar(PACKED_SUBJECT, model, 1.0, "pack-float32") for model in CASES),
+        1.08,
+    ),
+    f"{CALIBRATED} against {STATIC}": (_AGAINST_STATIC, 1.0),
+}
 
 
 def case_of(entry: dict) -> Case:
@@ -127,7 +136,8 @@ def case_of(entry: dict) -> Case:
 
 def wanted(kind: Kind, case: dict, subject: str) -> float | None:
     """The goal of a figure, if it has one."""
-    same = (b for b in BARS if (b.kind, b.case.name, b.subject) == (kind, case["model"], subject))
+    judged = (*BARS, *_AGAINST_STATIC)
+    same = (b for b in judged if (b.kind, b.case.name, b.subject) == (kind, case["model"], subject))
     return max((bar.threshold for bar in same), default=None)
 
 
@@ -135,7 +145,8 @@ def judge(result: dict) -> list[dict]:
     """Compare a run in float32 with the bars: verdicts on those that it measured."""
     if result["settings"]["dtype"] != DTYPE:
         return []
-    of_mean = bars.figures(MEAN, result, case_of)
-    name = "pack-float32 against accelerate, geometric mean"
-    mean = bars.mean_verdict(name, MEAN, of_mean, MEAN_THRESHOLD)
-    return bars.verdicts(bars.figures(BARS, result, case_of)) + mean
+    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
+    for name, (those, least) in MEANS.items():
+        figures = bars.figures(those, result, case_of)
+        verdicts += bars.mean_verdict(f"{name}, geometric mean", those, figures, least)
+    return verdicts

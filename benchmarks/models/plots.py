@@ -18,7 +18,9 @@ COLOURS = {
     systems.PARTS: "#6baed6",
     systems.ACCELERATE: "#08519c",
     systems.INTERCEPTOR: "#2171b5",
-    **dict(zip(systems.PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b"), strict=True)),
+    **dict(
+        zip(systems.PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b", "#c7e9c0"), strict=True)
+    ),
     systems.CEILING: "#bdbdbd",
     **{name: _LIBRARIES[name.split("-")[0]] for name in systems.PEERS},
 }

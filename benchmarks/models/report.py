@@ -13,7 +13,6 @@ from benchmarks.models.cases import (
     FLAX,
     FLAX_BFLOAT16,
     MEANING,
-    PACKED,
     PEERS,
     STATIC,
     SUBJECT,
@@ -25,7 +24,7 @@ MODEL = ("model", lambda case: case["title"])
 # Of a case and the name of one of its packed systems.
 _OF_PAIRS = (
     (MODEL[0], lambda pair: MODEL[1](pair[0])),
-    ("weights", lambda pair: PACKED[pair[1]]),
+    ("weights", lambda pair: pair[1].removeprefix("pack-").replace("-", ", ")),
 )
 
 
@@ -197,10 +196,10 @@ def remarks(result: dict) -> list[str]:
         lines.append(
             "Goals of packed weights are for one thread and CPUs with AVX-512, BF16 and VNNI. "
             "Peers of the same precision: those that quantise activations in the call, as ours "
-            f"does; {STATIC} knows their ranges beforehand. A peer's result may differ from flax's "
-            "by what its precision explains, else it is left out. OpenVINO's cache grows while it "
-            "decodes, and starts over after about 32 tokens: on average it is as long as the "
-            "others'."
+            f"does; of ours that is calibrated {STATIC}, which knows their ranges too. A peer's "
+            "result may differ from flax's by what its precision explains, else it is left out. "
+            "OpenVINO's cache grows while it decodes, and starts over after about 32 tokens: on "
+            "average it is as long as the others'."
         )
     if any(case["profile"] for case in result["cases"]):
         lines.append(

@@ -23,6 +23,7 @@ from benchmarks.harness.errors import quake_jax
 from benchmarks.models import cases, flax_models, memory
 from benchmarks.models.cases import (
     ACCELERATE,
+    CALIBRATED,
     CEILING,
     FLAX,
     FLAX_BFLOAT16,
@@ -160,7 +161,10 @@ def build(setting: Setting, name: str) -> System:
         setting = Setting(dataclasses.replace(setting.case, dtype="bfloat16"))
     if name in PACKED:
         pack = quake_jax("pack").pack
-        function, parameters = pack(setting.forward(), *setting.arguments, weights=PACKED[name])
+        calibrate = setting.arguments[1:] if name == CALIBRATED else None
+        function, parameters = pack(
+            setting.forward(), *setting.arguments, weights=PACKED[name], calibrate=calibrate
+        )
     else:
         function, parameters = TRANSFORMS[name](setting.forward()), setting.parameters
     _, cache, *inputs = setting.arguments
@@ -220,9 +224,9 @@ def tolerance(case: Case, name: str) -> float:
         PARTS: accuracy.bound("softmax", 3, case.dtype) + accuracy.bound(gelu, 3, case.dtype),
     }
     both = accuracy.bound("softmax", 5, case.dtype) + accuracy.bound(gelu, 3, case.dtype)
-    packing = PRODUCT_ERROR[PACKED.get(name, "float32")]
-    if peer:
-        packing = PEER_ERROR["static" if name == STATIC else peer]
+    packing = PEER_ERROR[peer] if peer else PRODUCT_ERROR[PACKED.get(name, "float32")]
+    if name in (CALIBRATED, STATIC):
+        packing = PEER_ERROR["static"]
     # Errors of weights are independent of each other: their squares add up.
     products = packing * (PRODUCTS * case.sizes.layers) ** 0.5
     return case.sizes.layers * (bounds.get(name, both) + rounding) + products

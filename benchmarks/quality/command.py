@@ -9,7 +9,8 @@ from benchmarks.harness import frame
 HELP = "quality on trained models: digits, held-out text, search by meaning"
 DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
-WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+CALIBRATED = "int8-calibrated"
+WEIGHTS = ("float32", "bfloat16", "int8", CALIBRATED, "int4")
 TOKENS = 512
 
 

@@ -15,20 +15,24 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.environment import ROOT
-from benchmarks.quality.command import WEIGHTS
+from benchmarks.quality.command import CALIBRATED, WEIGHTS
 from benchmarks.quality.statistics import bootstrap, rank_correlations, wilson
 
 # The models are those of the examples, which are scripts of one folder.
 sys.path.append(str(ROOT / "examples"))
 
 NEIGHBOURS = 10
+SAMPLES = 32  # images, windows or sections, from which the ranges of activations are taken
 
 Variant = int | str  # an order, or a format of packed weights, with the default orders
 Outputs = dict[str, np.ndarray]
 
 
-def _options(variant: Variant) -> dict[str, Variant]:
-    """What makes a variant of an example's model."""
+def _options(variant: Variant, samples: Any) -> dict[str, Any]:
+    """What makes a variant of an example's model; calibration takes some of the samples."""
+    if variant == CALIBRATED:
+        some = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
+        return {"weights": "int8", "calibrate": some}
     return {"weights" if variant in WEIGHTS else "order": variant}
 
 
@@ -51,7 +55,8 @@ class Digits:
         self._folder = vit.FOLDER
         config, *_ = vit_model.load(self._folder)
         digits, self._truth = vit_digits.load(held_out=True)
-        images = vit_model.load_preprocessing(self._folder, config).normalize(digits)
+        normalize = vit_model.load_preprocessing(self._folder, config).normalize
+        images, self._seen = normalize(digits), normalize(vit_digits.load(held_out=False)[0])
         repeated = np.concatenate([images] * copies)
         distorted = np.asarray(jax.jit(train_vit.distorted)(repeated, jax.random.key(1)))
         self._images = np.concatenate([images, distorted])
@@ -63,7 +68,7 @@ class Digits:
         import vit_model
 
         config, _, params, _ = vit_model.load(self._folder, dtype)
-        model = vit_model.Classifier(config, params, **_options(variant))
+        model = vit_model.Classifier(config, params, **_options(variant, self._seen))
         logits = vit.logits_of(model, self._images)
         return {"predictions": logits.argmax(-1).reshape(-1, len(self._truth))}
 
@@ -108,6 +113,8 @@ class Text:
         tokenizer = _checkpoint.load_tokenizer(self._folder, config.vocab_size)
         ids = gpt_text.encode_documents(tokenizer, gpt_text.held_out_documents())
         self._windows = gpt_text.windows(ids, config.n_positions)[:windows]
+        seen = gpt_text.encode_documents(tokenizer, gpt_text.training_documents())
+        self._seen = gpt_text.windows(seen, config.n_positions)[:, :-1]
         chosen = np.linspace(0, len(self._windows) - 1, generations).astype(int)
         self._prompts = self._windows[chosen, : config.n_positions // 2].tolist()
         self.sets = {
@@ -127,7 +134,7 @@ class Text:
         import gpt_model
 
         config, params, _ = gpt_model.load(self._folder, dtype)
-        generator = gpt_model.Generator(config, params, **_options(variant))
+        generator = gpt_model.Generator(config, params, **_options(variant, self._seen))
         losses, likeliest = [], []
         for window in self._windows:
             logits = np.asarray(generator.logits(window[:-1]), np.float64)
@@ -193,7 +200,8 @@ class Search:
 
         config, params = bert_model.load(self._folder, dtype)
         tokenizer = _checkpoint.load_tokenizer(self._folder, config.vocab_size)
-        encode = bert_model.Encoder(config, params, tokenizer, self._length, **_options(variant))
+        options = _options(variant, self._texts)
+        encode = bert_model.Encoder(config, params, tokenizer, self._length, **options)
         return {"vectors": encode(self._texts)}
 
     def figures(self, found: Outputs, reference: Outputs | None) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
     logits = np.random.default_rng(4).normal(size=(3, 6)).astype(np.float32)
 
     class Generator:
-        def __init__(self, config, params, order=None, weights=None):
+        def __init__(self, config, params, order=None, weights=None, calibrate=None):
             tokens = {"exact": [1, 2, 3, 4], 5: [1, 2, 0, 4], "int8": [0, 2, 3, 4]}
+            assert calibrate is None or calibrate.tolist() == [[8, 9]] * tasks.SAMPLES
             self._tokens = tokens[order or weights]
 
         def logits(self, tokens):
@@ -141,13 +142,15 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
         _tokens=4,
         _windows=np.array([[0, 1, 2, 5]]),
         _prompts=[[7]],
+        _seen=np.array([[8, 9]] * 70),
     )
     exact = task.outputs("float32", "exact", None)
     found = task.outputs("float32", 5, exact)
     assert exact["continuations"].tolist() == [[1, 2, 3, 4]]
     assert found["continuations"].tolist() == [[1, 2, 0, -1]]
-    packed = task.outputs("float32", "int8", exact)
-    assert packed["continuations"].tolist() == [[0, -1, -1, -1]]
+    for weights in ("int8", "int8-calibrated"):
+        packed = task.outputs("float32", weights, exact)
+        assert packed["continuations"].tolist() == [[0, -1, -1, -1]]
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(shares[[0, 1, 2], [1, 2, 5]]).mean()
     np.testing.assert_allclose(exact["losses"], [expected], rtol=1e-6)
