@@ -1,13 +1,13 @@
-"""What one call of a quake_jax operator costs inside a jitted program, beside XLA's own operator.
+"""What small arrays cost: one call of a quake_jax operator inside a jitted program, beside XLA's
+own operator, in a loop each of whose steps needs the one before it.
 
-A chain of dependent operators on 16 elements: the arithmetic is a few nanoseconds, the rest is
-the call.
+With few elements the arithmetic is a few nanoseconds, the rest is the call. From these figures
+`accelerate` knows which arrays are too small for a kernel.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +15,68 @@ import numpy as np
 from jax import lax
 
 from benchmarks.harness import peers
+from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings
-from benchmarks.harness.timing import Contestant, Quartiles
+from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
 from benchmarks.ops.cases import ROUNDS, SUBJECT_ORDER
-from benchmarks.ops.operators import OPERATORS
+from benchmarks.ops.goals import JUDGED_CALLS
+from benchmarks.ops.operators import OPERATORS, REDUCTION, UNARY
 
-ELEMENTS = 16
-# tanh is one instruction to XLA, softmax several; both stay bounded when chained. XLA would fuse a
-# whole chain of tanh into one kernel, barriers or not: fusion is off there. A softmax it cannot
-# fuse with the next one, and there its fusion of the steps is its due.
-COMPILER_OPTIONS = {"tanh": {"xla_disable_hlo_passes": "fusion"}, "softmax": {}}
+# Of elements, for attention of weights: one query of four heads.
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+ATTENTION, HEADS, HEAD_SIZE = "attention", 4, 64
+FUNCTIONS = (
+    *(
+        name
+        for name, operator in OPERATORS.items()
+        # logsumexp gives no array of x's shape.
+        if operator.kind in (UNARY, REDUCTION) and name != "logsumexp"
+    ),
+    ATTENTION,
+)
 
 
-def measure(settings: Settings) -> dict[str, dict]:
-    """The cost of one call: for each function the microseconds per operator of both, and the median
-    and the quartiles of their difference.
+def measure(settings: Settings) -> dict[str, dict[str, dict]]:
+    """For each function and size the microseconds of both, as quartiles of all rounds: `quake_jax`,
+    `jax.nn`, `difference`, and `speed`, the quotient.
     """
+    quick = settings.quick
+    return {
+        name: {str(size): _measured(name, size, settings) for size in SIZES[: 1 if quick else None]}
+        for name in (JUDGED_CALLS if quick else FUNCTIONS)
+    }
+
+
+def _measured(name: str, size: int, settings: Settings) -> dict[str, dict]:
     length = 50 if settings.quick else 1000
-    result = {}
-    for function, options in COMPILER_OPTIONS.items():
-        operator = OPERATORS[function]
-        both = {"quake_jax": operator.of_quake_jax(SUBJECT_ORDER), "jax.nn": operator.jax_nn}
-        contestants = [Contestant(name, _chain(f, length, options)) for name, f in both.items()]
-        series = settings.read(contestants, ROUNDS)
-        per_op = [[1e6 * seconds / length for seconds in one.times] for one in series.values()]
-        difference = Quartiles.of([a - b for a, b in zip(*per_op, strict=True)])
-        result[function] = {
-            "quake_jax_us": statistics.median(per_op[0]),
-            "jax_nn_us": statistics.median(per_op[1]),
-            "difference_us": difference.median,
-            "difference_low_us": difference.low,
-            "difference_high_us": difference.high,
-        }
-    return result
+    functions, operands = _both(name, size)
+    loops = (_loop(function, operands, length) for function in functions)
+    contestants = [*map(Contestant, ("quake_jax", "jax.nn"), loops)]
+    series = settings.read(contestants, ROUNDS)
+    ours, theirs = ([1e6 * t / length for t in one.times] for one in series.values())
+    difference = [a - b for a, b in zip(ours, theirs, strict=True)]
+    found = {"quake_jax": ours, "jax.nn": theirs, "difference": difference}
+    found = {key: Quartiles.of(values).as_dict() for key, values in found.items()}
+    return found | {"speed": paired_ratio(theirs, ours).as_dict()}
 
 
-def _chain(operator: Callable, length: int, options: dict) -> Callable[[int], None]:
-    def chain(x):
-        for _ in range(length):
-            x = lax.optimization_barrier(operator(x))
-        return x
+def _both(name: str, size: int) -> tuple[Sequence[Callable], Sequence[jax.Array]]:
+    """The function in quake_jax and in jax.nn, and its operands, the first as its result is."""
+    if name != ATTENTION:
+        operator = OPERATORS[name]
+        x = jnp.asarray(np.linspace(-2, 2, size, dtype=np.float32))
+        return (operator.of_quake_jax(SUBJECT_ORDER), operator.jax_nn), (x,)
+    shape = (2, 1, size // HEADS, HEADS, HEAD_SIZE)
+    keys, values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    modules = quake_jax("dot_product_attention"), jax.nn
+    return [m.dot_product_attention for m in modules], (keys[:, :1], keys, values)
 
-    x = jnp.asarray(np.linspace(-2, 2, ELEMENTS, dtype=np.float32))
-    compiled = jax.jit(chain).lower(x).compile(options)
-    return peers.repeat(lambda: compiled(x).block_until_ready(), x)
+
+def _loop(function: Callable, operands: Sequence, length: int) -> Callable[[int], None]:
+    # What does not change is given too: of constants XLA computes a part before.
+    def loop(x, *others):
+        return lax.fori_loop(0, length, lambda _, x: function(x, *others), x)
+
+    operands = [*map(jnp.asarray, operands)]
+    compiled = jax.jit(loop).lower(*operands).compile()
+    return peers.repeat(lambda: compiled(*operands).block_until_ready(), operands[0])

@@ -60,7 +60,8 @@ def accelerate(
         function: 5 for attention and 3 for the others. "exact" replaces nothing.
       only: what to replace: None is attention, softmax, log_softmax, logsumexp and
         the activations (gelu, quick_gelu, silu, sigmoid, log_sigmoid, softplus, tanh, mish, elu,
-        celu, selu, glu) of arrays of at least 1024 elements, and attention of at least 256 weights.
+        celu, selu, glu) of arrays of at least 256 to 1024 elements, by the function, and attention
+        of at least 16 weights.
         A set of these names restricts it; "gelu" and "silu" include their forms with a bias or
         a gate. "all" adds the bare exp, exp2 and expm1, which have names too; in float32 an exp or
         exp2 that XLA computes in one loop with what is around it stays, which is faster.

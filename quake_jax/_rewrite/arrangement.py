@@ -17,8 +17,8 @@ from quake_jax._rewrite.graph import Node, Value
 from quake_jax._rewrite.labels import SIZE, Labels
 from quake_jax._rewrite.match import Match, Reject
 
-# Fewer weights than that cost less than the call.
-SMALLEST = 256
+# Fewer weights than that cost less than the call (docs/results/small_arrays.md).
+SMALLEST = 16
 LARGEST_HEAD = 512
 
 

@@ -33,8 +33,13 @@ from quake_jax._rewrite.options import Options
 from quake_jax._rewrite.report import Report, place
 from quake_jax._rewrite.weights import Origins
 
-# Below this many elements a call of a kernel costs as much as it saves.
+# Below so many elements a call of a kernel costs as much as it saves (docs/results/small_arrays.md,
+# with AVX2); of those functions or rows of the table that save more, below these.
 SMALLEST_ARRAY = 1024
+SMALLEST_OF = {
+    **dict.fromkeys(("softmax", "log_softmax", "log_sigmoid", "softplus", "mish", "elu"), 256),
+    **dict.fromkeys(("gelu_erf", "selu"), 512),
+}
 
 # Why a bare exponential stays that a kernel would not make faster.
 FUSED = "XLA computes it in one loop with what is around it"
@@ -297,7 +302,8 @@ class _Level:
         of_its_own = match.name in ("attention", dense.NAME) or norms.is_norm(match)
         if of_its_own or self._options.approximation(match.name) is not None:
             return ""
-        return _too_small(match.inputs[0])
+        row, _ = activations.row_and_kind(match)
+        return _too_small(match.inputs[0], SMALLEST_OF.get(row or match.name, SMALLEST_ARRAY))
 
     def _try_norm(self, node: Node) -> None:
         if self._is_taken(node) or len(node.outputs) != 1:
@@ -501,9 +507,9 @@ def _jaxprs(parameter) -> list:
     return [p for p in parameters if hasattr(p, "eqns")]
 
 
-def _too_small(value: Value) -> str:
+def _too_small(value: Value, smallest: int = SMALLEST_ARRAY) -> str:
     elements = math.prod(value.shape)
-    is_small = isinstance(elements, int) and elements < SMALLEST_ARRAY
+    is_small = isinstance(elements, int) and elements < smallest
     return f"too small ({elements} elements)" if is_small else ""
 
 

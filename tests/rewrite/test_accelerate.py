@@ -475,6 +475,23 @@ def reasons(fun, *args) -> dict[str, str]:
     return {r.name: r.reason for r in quake_jax.explain(fun, *args).left}
 
 
+@pytest.mark.parametrize(
+    "name, fun, smallest",
+    [
+        ("softmax", jax.nn.softmax, 256),
+        ("softplus", jax.nn.softplus, 256),
+        ("gelu", functools.partial(jax.nn.gelu, approximate=False), 512),
+        ("gelu", jax.nn.gelu, 1024),
+        ("silu", jax.nn.silu, 1024),
+    ],
+)
+def test_smallest_arrays(name, fun, smallest):
+    """Which are worth the call of a kernel depends on what XLA takes for the function."""
+    x = np.zeros((smallest // 32, 32), np.float32)
+    assert [r.name for r in quake_jax.explain(fun, x).replaced] == [name]
+    assert reasons(fun, x[1:]) == {name: f"too small ({x[1:].size} elements)"}
+
+
 def test_explain_says_why_something_is_left():
     x = inputs()
     assert (
