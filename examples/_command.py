@@ -100,11 +100,13 @@ def on_kernels(
     order,
     weights,
     calibrate=None,
+    rules=None,
 ):
     """Returns functions of (params, *arguments) on the kernels, and the parameters they take.
 
     With `weights` these are packed; of the arguments the shapes alone count then. `calibrate` are
-    batches of arguments of the first function, from which rows get their ranges, or None.
+    batches of arguments of the first function, from which rows get their ranges, or None; `rules`
+    those of `quake_jax.pack`.
     """
     import quake_jax.linen
 
@@ -113,7 +115,8 @@ def on_kernels(
     pairs = list(zip(functions, arguments, strict=True))
     if calibrate is not None:
         calibrate = [calibrate, *[None] * (len(pairs) - 1)]
-    return quake_jax.pack(pairs, params, weights=weights, calibrate=calibrate, order=order)
+    options = {"weights": weights, "calibrate": calibrate, "rules": rules, "order": order}
+    return quake_jax.pack(pairs, params, **options)
 
 
 def megabytes(model: Any) -> str:

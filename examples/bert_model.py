@@ -103,6 +103,7 @@ class Encoder:
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
         calibrate: texts, from which int8 weights get the ranges of what they multiply, or None.
+        rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -121,6 +122,7 @@ class Encoder:
         order: int | str | None = None,
         weights: str | None = None,
         calibrate: Sequence[str] | None = None,
+        rules: Sequence[tuple[str, str | None]] | None = None,
     ):
         model = BERT(config)
         tokenizer.no_padding()
@@ -138,7 +140,9 @@ class Encoder:
         if calibrate is not None:
             encodings = tokenizer.encode_batch(list(calibrate))
             calibrate = self._padded([encoding.ids for encoding in encodings])
-        (embed,), params = _command.on_kernels([embed], [text], params, order, weights, calibrate)
+        (embed,), params = _command.on_kernels(
+            [embed], [text], params, order, weights, calibrate, rules
+        )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._embed = partial(jax.jit(embed), params)
 

@@ -214,6 +214,7 @@ class Generator:
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
         calibrate: texts of 1 to n_positions tokens, from which int8 weights get the ranges of what
             they multiply, or None.
+        rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -230,6 +231,7 @@ class Generator:
         order: int | str | None = None,
         weights: str | None = None,
         calibrate: Iterable[Sequence[int]] | None = None,
+        rules: Sequence[tuple[str, str | None]] | None = None,
     ):
         self.config = config
         dtype = jax.tree.leaves(params)[0].dtype
@@ -256,6 +258,7 @@ class Generator:
             order,
             weights,
             None if calibrate is None else [np.array([text], np.int32) for text in calibrate],
+            rules,
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._full = partial(jax.jit(full), params)

@@ -2,6 +2,7 @@
 It is written without quake_jax: `Classifier` substitutes the kernels with one line.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,7 @@ class Classifier:
         order: of the kernels, "exact" for none, None for quake_jax's defaults.
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
         calibrate: images, from which int8 weights get the ranges of what they multiply, or None.
+        rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -116,6 +118,7 @@ class Classifier:
         order: int | str | None = None,
         weights: str | None = None,
         calibrate=None,
+        rules: Sequence[tuple[str, str | None]] | None = None,
     ):
         classes = params["classifier"]["bias"].size
         dtype = params["classifier"]["bias"].dtype
@@ -128,7 +131,7 @@ class Classifier:
         shape = (1, config.image_size, config.image_size, config.num_channels)
         images = jax.ShapeDtypeStruct(shape, np.float32)
         (apply,), params = _command.on_kernels(
-            [apply], [(images,)], params, order, weights, calibrate
+            [apply], [(images,)], params, order, weights, calibrate, rules
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._apply = partial(jax.jit(apply), params)

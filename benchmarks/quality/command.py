@@ -11,6 +11,7 @@ DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
 CALIBRATED = "int8-calibrated"
 WEIGHTS = ("float32", "bfloat16", "int8", CALIBRATED, "int4")
+LEAVE = " but "  # between a format and the pattern of the weights that are left
 TOKENS = 512
 
 
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frame.add_repeatable(parser, "--dtype", DTYPES)
     frame.add_repeatable(parser, "--order", ORDERS)
     frame.add_repeatable(parser, "--weights", WEIGHTS, "none, but orders,")
+    text = "also with the weights in float32 whose paths match, to see what they lose; repeatable"
+    parser.add_argument("--leave", action="append", default=[], metavar="PATTERN", help=text)
     parser.add_argument(
         "--tokens", type=frame.positive, default=TOKENS, help=f"of each generation ({TOKENS})"
     )

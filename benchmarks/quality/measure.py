@@ -12,7 +12,7 @@ from benchmarks.harness import environment
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import progress
 from benchmarks.quality import report
-from benchmarks.quality.command import DTYPES, ORDERS, WEIGHTS
+from benchmarks.quality.command import DTYPES, LEAVE, ORDERS, WEIGHTS
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -25,7 +25,9 @@ def measure(args: argparse.Namespace) -> dict:
     dtypes = [dtype for dtype in DTYPES if dtype in (args.dtype or DTYPES)]
     orders = ["exact", *sorted(set(args.order or ORDERS))]
     if args.weights:
-        orders = ["exact", *(name for name in WEIGHTS if name in args.weights)]
+        formats = [name for name in WEIGHTS if name in args.weights]
+        left = [f"{name}{LEAVE}{pattern}" for name in formats for pattern in args.leave]
+        orders = ["exact", *formats, *left]
     with progress() as bar:
         tasks = make_tasks(args.embedding_checkpoint, sizes_of(args))
         bar.expect(len(tasks) * len(dtypes) * len(orders))

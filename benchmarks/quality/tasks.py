@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.environment import ROOT
-from benchmarks.quality.command import CALIBRATED, WEIGHTS
+from benchmarks.quality.command import CALIBRATED, LEAVE, WEIGHTS
 from benchmarks.quality.statistics import bootstrap, rank_correlations, wilson
 
 # The models are those of the examples, which are scripts of one folder.
@@ -24,16 +24,21 @@ sys.path.append(str(ROOT / "examples"))
 NEIGHBOURS = 10
 SAMPLES = 32  # images, windows or sections, from which the ranges of activations are taken
 
-Variant = int | str  # an order, or a format of packed weights, with the default orders
+# An order; or, with the default orders, a format of packed weights, and maybe which are left.
+Variant = int | str
 Outputs = dict[str, np.ndarray]
 
 
 def _options(variant: Variant, samples: Any) -> dict[str, Any]:
     """What makes a variant of an example's model; calibration takes some of the samples."""
-    if variant == CALIBRATED:
+    weights, _, left = str(variant).partition(LEAVE)
+    if weights not in WEIGHTS:
+        return {"order": variant}
+    options: dict[str, Any] = {"weights": weights}
+    if weights == CALIBRATED:
         some = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
-        return {"weights": "int8", "calibrate": some}
-    return {"weights" if variant in WEIGHTS else "order": variant}
+        options = {"weights": "int8", "calibrate": some}
+    return options | ({"rules": [(left, None)]} if left else {})
 
 
 class Digits:

@@ -334,8 +334,8 @@ def chained(match: Match, matches: Sequence[Match]) -> Iterator[tuple[Match, tup
 
     Then the other one gives codes. Nothing else may need its result.
     """
-    if not isinstance(match, _Layers) or len(match.chains) > 1:
-        return
+    if match not in matches or not isinstance(match, _Layers) or len(match.chains) > 1:
+        return  # it may be a part of another replacement by now
     (chain,), x = match.chains, match.inputs[0]
     before = None if x.node is None else x.node.match
     if not (chain.product.is_coded and chain.product.has_its_order and before in matches):

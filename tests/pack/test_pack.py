@@ -666,6 +666,22 @@ def test_abstract_parameters():
     assert_close(fast(real, X), _scan(unpacked(real), X))
 
 
+@pytest.mark.parametrize("weights, share", [("bfloat16", 0.5), ("int8", 0.27), ("int4", 0.16)])
+def test_bytes_of_a_block(weights, share):
+    """What packed layers of a usual size take, of what they take in float32."""
+    shapes = {"up": (768, 3072), "down": (3072, 768), "qkv": (768, 3, 768)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def block(p, x):
+        q, k, v = (x @ p["qkv"][:, i] for i in range(3))
+        return jnp.tanh((q + k + v) @ p["up"]) @ p["down"]
+
+    x = jax.ShapeDtypeStruct((4, 768), jnp.float32)
+    fast, _ = quake_jax.pack(block, params, x, weights=weights)
+    assert fast.report.kept == []
+    assert fast.report.bytes_after <= share * fast.report.bytes_before
+
+
 def test_approximations_of_small_arrays():
     def fun(p, x):
         return jax.nn.softmax(x @ p)

@@ -123,6 +123,8 @@ CHAINS = {
     ),
     "gate": (lambda p, x: jax.nn.silu((h := x @ p["up"]) @ p["down"]) * (h @ p["down2"]), True),
     "residual": (lambda p, x: (x @ p["down"].T + p["gate"][:24]) @ p["down"], False),
+    "three": (lambda p, x: ((x @ p["up"]) @ p["down"]) @ p["gate"], True),
+    "four": (lambda p, x: (((x @ p["up"]) @ p["down"]) @ p["gate"]) @ p["down2"], True),
     "reshaped": (lambda p, x: (x @ p["up"]).reshape(2, 12, HIDDEN) @ p["down"], False),
     "left alone": (lambda p, x: jnp.tanh(x @ p["alone"]) @ p["down"], False),
     "heads": (
