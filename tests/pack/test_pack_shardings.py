@@ -207,3 +207,32 @@ def test_packed_functions_refuse_parts_in_shard_map():
                 ValueError, match="must be an array of shape .*in the body of jax.shard_map"
             ):
                 jax.eval_shape(f, packed, x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_codes_between_layers_on_a_mesh(kind):
+    """Rows and columns of both layers are divided: what devices then exchange are codes."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: rng.normal(size=shape).astype(np.float32) / 8
+        for name, shape in (("up", (64, 128)), ("down", (128, 64)))
+    }
+    x = rng.normal(size=(16, 64)).astype(np.float32)
+
+    def block(p, x):
+        return jax.nn.gelu(x @ p["up"]) @ p["down"]
+
+    fast, packed = quake_jax.pack(block, params, x, weights="int8", calibrate=x)
+    expected = jax.jit(fast)(packed, x)
+    mesh = make_mesh(kind)
+    shardings = {"up": NamedSharding(mesh, P(None, "b")), "down": NamedSharding(mesh, P("b"))}
+    packed = jax.device_put(packed, quake_jax.packed_shardings(packed, shardings))
+    x = jax.device_put(x, NamedSharding(mesh, P("a")))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(fast).lower(packed, x).compile()
+    y = compiled(packed, x)
+    np.testing.assert_array_equal(y, expected)
+    assert y.sharding.spec == P("a", "b")
+    gathered = [line for line in compiled.as_text().splitlines() if "all-gather(" in line]
+    if kind == AxisType.Auto:  # else types say how what the first layer gives is split: floats
+        assert len(gathered) == 1 and "s8[1,4,128]" in gathered[0]
