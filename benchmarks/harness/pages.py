@@ -68,7 +68,7 @@ def to_markdown(result: dict, page: Page, path: Path) -> None:
     heading = ", ".join([f"### {page.heading}", *kinds, _threads(threads), isa])
     parts = [begin, "", heading, "", _wrapped(headline(result)), ""]
     for title, rows in page.tables:
-        lines = [" | ".join(row) for row in rows]
+        lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
         lines.insert(1, "---" + " | ---:" * (len(rows[0]) - 1))
         parts += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
     parts += [_wrapped(f"- {line}", "  ") for line in page.remarks] + ["", end]
