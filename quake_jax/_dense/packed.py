@@ -97,7 +97,8 @@ class PackedWeight:
         except (AttributeError, TypeError):  # leaves may be anything
             shape = f"k={self.k}, n={self.n}"
         static = ", ".join(f"{name}={getattr(self, name)!r}" for name in STATIC[2:])
-        return f"PackedWeight({shape}, {static})"
+        ranged = "" if self.activation_range is None else ", activation_range=…"
+        return f"PackedWeight({shape}, {static}{ranged})"
 
     def __getitem__(self, index) -> PackedWeight:
         """Index the leading axes, as one indexes an array of weights."""

@@ -5,11 +5,9 @@ Its parameters are the fields of `Call`.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -119,53 +117,8 @@ def _of_panels(*operands, **parameters):
     return [y.reshape(*y.shape[:-1], y.shape[-1] // PANEL, PANEL) for y in results]
 
 
-# What is told the ranges of the rows of calls that have one, while programs are lowered for it.
-_observer: contextvars.ContextVar[Callable | None]
-_observer = contextvars.ContextVar("quake_jax dense layers' observer", default=None)
-
-
-@contextlib.contextmanager
-def observed(observer: Callable) -> Iterator[None]:
-    """Lower programs so that calls whose rows have a range report the one that they would need.
-
-    There the operand `x_range` has the numbers of one or two weights in place of a range, and rows
-    are quantised as without one. `observer(numbers, least, largest)`, of arrays (B, 2), (B, 1) and
-    (B, 1), is called when the program runs, once for each call of dense.
-    """
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
-
-
-def _observing(observer: Callable, *operands, **parameters):
-    call = Call(**parameters)
-    named = call.by_name(operands)
-    rows = reference.rows(call, named)
-    rows = rows.reshape(rows.shape[0], -1)
-    # XLA's maximum may lose a NaN on CPUs.
-    is_finite = jnp.all(jnp.isfinite(rows), 1, keepdims=True)
-    least = jnp.min(rows, 1, keepdims=True, initial=0)
-    least = jnp.where(is_finite, least, jnp.nan)
-    largest = jnp.max(rows, 1, keepdims=True, initial=0)
-
-    def told(*arrays):
-        observer(*arrays)
-        return np.float32(0)
-
-    # Results depend on it, so that they are not there before it has been told.
-    shape = jax.ShapeDtypeStruct((), jnp.float32)
-    zero = jax.pure_callback(told, shape, named.x_range, least, largest)
-    named = named._replace(x=named.x + zero.astype(named.x.dtype), x_range=None)
-    return dense(*jax.tree.leaves(named), **parameters | {"has_range": False})
-
-
 def _lower(context, *operands, target: str, **parameters):
     call, avals = Call(**parameters), context.avals_in
-    if call.has_range and _observer.get() is not None:
-        observing = functools.partial(_observing, _observer.get())
-        return mlir.lower_fun(observing, multiple_results=True)(context, *operands, **parameters)
     sizes = [size for x in (*avals, *context.avals_out) for size in x.shape]
     if any(isinstance(size, int) and size == 0 for size in sizes):
         # XLA calls no kernel for empty arrays, and a product over nothing is not empty.
@@ -225,8 +178,6 @@ def _batch(bind, operands, axes, **parameters):
 
 def _elsewhere(*operands, **parameters):
     call = Call(**parameters)
-    if call.has_range and _observer.get() is not None:
-        return _observing(_observer.get(), *operands, **parameters)
     return reference.dense(call, call.by_name(operands))
 
 

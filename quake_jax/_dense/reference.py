@@ -78,8 +78,8 @@ def codes(v: jax.Array, limits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     -128 stands for NaN and infinities. `limits` (2,) are the least and the largest element that is
     not clipped; if these are not finite, the scale is NaN, and everything -128.
     """
+    is_finite = jnp.all(jnp.isfinite(limits))
     low, high = jnp.minimum(limits[0], 0), jnp.maximum(limits[1], 0)
-    is_finite = jnp.isfinite(low) & jnp.isfinite(high)
     scale = jnp.maximum(_over(high, 254) - _over(low, 254), _SMALLEST_SCALE)
     scale = jnp.where(is_finite, scale, jnp.nan)
     inverse = 1 / scale
@@ -160,7 +160,7 @@ def _unpacked(call: Call, operands: Operands, k: int) -> list[jax.Array]:
     ]
 
 
-def rows(call: Call, operands: Operands) -> jax.Array:
+def _rows(call: Call, operands: Operands) -> jax.Array:
     """The rows that are multiplied: normalised, and in the order of the packed weight's."""
     v = operands.x
     if v.dtype == jnp.int8:
@@ -210,7 +210,7 @@ def _in_stacks(function: Callable) -> Callable:
 @_in_stacks
 def dense(call: Call, operands: Operands) -> list[jax.Array]:
     """The results of the primitive."""
-    results = _results(call, operands, _products(call, rows(call, operands), operands))
+    results = _results(call, operands, _products(call, _rows(call, operands), operands))
     if call.has_out_range:
         return [codes(y, operands.out_range)[0] for y in results]
     return [y.astype(call.dtype) for y in results]
@@ -219,6 +219,6 @@ def dense(call: Call, operands: Operands) -> list[jax.Array]:
 @_in_stacks
 def straight_through(call: Call, operands: Operands) -> list[jax.Array]:
     """The function whose derivative a dense layer has: nothing is rounded or quantised."""
-    v = rows(call, operands)
+    v = _rows(call, operands)
     products = [_matmul(v, w, jnp.float32) for w in _unpacked(call, operands, v.shape[-1])]
     return _results(call, operands, products)

@@ -12,7 +12,7 @@ from quake_jax import _rewrite
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
 from quake_jax._core.drop_in import refusal
-from quake_jax._pack.calibrate import calibrated
+from quake_jax._pack import calibrate as calibration
 from quake_jax._pack.plan import Plan
 from quake_jax._pack.report import PackReport
 from quake_jax._pack.rules import checked_rules
@@ -160,8 +160,8 @@ def pack(
         rows in all batches. So no row is searched, and where a layer's result goes into another
         one and nowhere else, as in feed-forward blocks, it is written as int8. Faster, but less
         exact: what is beyond the range is clipped. A batch is a tuple of the arguments after
-        params, or the only one of them; batches are an iterable of such. For a sequence of
-        functions, calibrate is one too, with the batches of each, or None.
+        params, or the only one of them, if that is no tuple or list; batches are an iterable of
+        such. For a sequence of functions, calibrate is one too, with the batches of each, or None.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:
@@ -212,15 +212,17 @@ def pack(
             plan.keep(index)
     plan.finish()
     if is_calibrated:
-        _check_calibration(plan, params, calibrate)
-    packed, layers = plan.packed(params)
-    if is_calibrated:
-        together = [slots for program, _ in programs for slots in program.together]
-        static = {"together": together, "is_one": is_one}
-        calibrated(plan, functions, packed, calibrate, kwargs, **static)
+        calibration.check(plan, params, calibrate, None if is_one else len(functions))
+        with calibration.measuring(plan):
+            packed, layers = plan.packed(params)
+            each = [calibrate] if is_one else calibrate
+            for function, batches in zip(functions, each, strict=True):
+                calibration.run(function, packed, batches, kwargs)
         packed = plan.ranged(packed)
         plan.is_measured = False
         functions, programs = traced()
+    else:
+        packed, layers = plan.packed(params)
     reports = [report for _, report in programs]
     together = dict.fromkeys(slots for program, _ in programs for slots in program.together)
     named = [tuple(plan.name(slot) for slot in slots) for slots in together]
@@ -228,16 +230,6 @@ def pack(
     for function in functions:
         function.report = report
     return (functions[0] if is_one else tuple(functions)), packed
-
-
-def _check_calibration(plan: Plan, params, calibrate) -> None:
-    if not plan.with_ranges:
-        expected = "left out where no weight is int8 without groups, with int8 activations"
-        raise refusal("pack", "calibrate", expected, type(calibrate).__name__)
-    for x in jax.tree.leaves(params):
-        if isinstance(x, (jax.ShapeDtypeStruct, jax_names.Tracer)):
-            expected = "arrays with values where there is calibrate"
-            raise refusal("pack", "params", expected, repr(x))
 
 
 def _checked_pairs(fun, args) -> list[tuple[Callable, tuple]]:

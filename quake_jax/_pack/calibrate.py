@@ -1,107 +1,92 @@
 """Calibration: the ranges of the rows that packed weights multiply, from batches of inputs.
 
-The functions run as they will later, but rows are quantised one by one, and each call of `dense`
-reports the least and the largest element of its own (`_dense.primitive.observed`).
+The functions run on the batches as they will later, but that each row is quantised by itself, and
+tell what their weights multiply (`_rewrite.observe`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from quake_jax._core import jax_names
 from quake_jax._core.drop_in import refusal
 from quake_jax._core.progress import progress
-from quake_jax._dense.primitive import observed
-from quake_jax._pack.plan import Plan, Slot
+from quake_jax._pack.plan import Plan
+from quake_jax._rewrite.observe import calibration
 
 
-class _Ranges:
-    """The ranges of some slots while they are being measured.
+def check(plan: Plan, params, calibrate, count: int | None) -> None:
+    """Raise TypeError or ValueError unless the weights of a plan can be calibrated.
 
-    Attributes:
-      numbers: by slot, what stands in the place of ranges: (…, 2), a number for each weight. Those
-        that are read together have the same ones.
+    `count` is that of functions where there may be several.
     """
-
-    def __init__(self, slots: Sequence[Slot], together: Iterable[Sequence[Slot]]):
-        self.numbers: dict[Slot, np.ndarray] = {}
-        count = 0
-        for group in _groups(slots, together):
-            lead = group[0].static.activation_range.shape[:-1]
-            size = int(np.prod(lead))
-            numbers = np.arange(count, count + size, dtype=np.float32).reshape(lead)
-            self.numbers.update(dict.fromkeys(group, np.stack([numbers, numbers], -1)))
-            count += size
-        self._least, self._largest = np.full(count, np.inf), np.full(count, -np.inf)
-        self._lock = threading.Lock()
-
-    def add(self, numbers, least, largest) -> None:
-        at, least, largest = np.broadcast_arrays(numbers, least, largest)
-        at = at.astype(int)
-        with self._lock:
-            np.minimum.at(self._least, at, least)
-            np.maximum.at(self._largest, at, largest)
-
-    def measured(self, slot: Slot) -> np.ndarray:
-        at = self.numbers[slot][..., 0].astype(int)
-        return np.stack([self._least[at], self._largest[at]], -1).astype(np.float32)
+    if not plan.with_ranges:
+        expected = "left out where no weight is int8 without groups, with int8 activations"
+        raise refusal("pack", "calibrate", expected, type(calibrate).__name__)
+    for x in jax.tree.leaves(params):
+        if isinstance(x, (jax.ShapeDtypeStruct, jax_names.Tracer)):
+            expected = "arrays with values where there is calibrate"
+            raise refusal("pack", "params", expected, repr(x))
+    if jax.process_count() > 1:
+        expected = "None in several processes: calibrate in one, and load_packed what it saves"
+        raise refusal("pack", "calibrate", expected, f"{jax.process_count()} processes")
+    if count is not None and not (isinstance(calibrate, Sequence) and len(calibrate) == count):
+        expected = f"a sequence of {count}, the batches of each function"
+        raise refusal("pack", "calibrate", expected, repr(calibrate), TypeError)
 
 
-def _groups(slots: Sequence[Slot], together: Iterable[Sequence[Slot]]) -> list[list[Slot]]:
-    """The slots, with those in one group that one call reads together, or calls one by one do."""
-    group_of = {slot: [slot] for slot in slots}
-    for those in together:
-        ranged = [slot for slot in those if slot in group_of]
-        for slot in ranged[1:]:
-            mine, other = group_of[ranged[0]], group_of[slot]
-            shape = ranged[0].static.activation_range.shape
-            if mine is not other and slot.static.activation_range.shape == shape:
-                mine += other
-                group_of.update(dict.fromkeys(other, mine))
-    return [*{id(group): group for group in group_of.values()}.values()]
-
-
-def calibrated(
-    plan: Plan,
-    functions: Sequence[Callable],
-    packed,
-    calibrate,
-    kwargs: dict,
-    *,
-    together: Iterable[Sequence[Slot]],
-    is_one: bool,
-) -> None:
-    """Set the ranges of a plan.
-
-    `functions` are to be lowered for this alone; the ranges in `packed` have no meaning;
-    `together` are the packed weights that calls read together.
+@contextlib.contextmanager
+def measuring(plan: Plan) -> Iterator[None]:
+    """Measure the ranges of a plan: the programs that run inside are those with names for ranges.
 
     Raises:
-      TypeError: if calibrate is no batches.
-      ValueError: if rows are not finite, or no batch reaches a weight.
+      ValueError: at the end, if rows are not finite, or no batch reaches a weight.
     """
-    given = [calibrate] if is_one else calibrate
-    if not isinstance(given, Sequence) or len(given) != len(functions):
-        expected = f"a sequence of {len(functions)}, the batches of each function"
-        raise refusal("pack", "calibrate", expected, repr(calibrate), TypeError)
-    ranges = _Ranges(plan.with_ranges, together)
-    plan.ranges = ranges.numbers
-    packed = plan.ranged(packed)
-    with observed(ranges.add):
-        for function, of_function in zip(functions, given, strict=True):
-            _run(function, packed, of_function, kwargs)
-    plan.ranges = {slot: ranges.measured(slot) for slot in plan.with_ranges}
+    ends = np.cumsum([0, *(np.prod(_lead(slot), dtype=int) for slot in plan.with_ranges)])
+    least, largest = np.full(ends[-1], np.inf), np.full(ends[-1], -np.inf)
+    lock = threading.Lock()
+
+    def tell(weights, low, high):
+        with lock:
+            np.minimum.at(least, weights, low)
+            np.maximum.at(largest, weights, high)
+
+    numbers = {
+        slot: np.arange(first, end).reshape(_lead(slot))
+        for slot, first, end in zip(plan.with_ranges, ends, ends[1:], strict=False)
+    }
+
+    def pairs(of_weights: Callable) -> dict:
+        both = {slot: np.stack(of_weights(x), -1) for slot, x in numbers.items()}
+        return {slot: x.astype(np.float32) for slot, x in both.items()}
+
+    with calibration(tell) as number:
+        plan.ranges = pairs(lambda x: (np.full_like(x, number), x))
+        yield
+    plan.ranges = pairs(lambda x: (least[x], largest[x]))
     for slot, found in plan.ranges.items():
         _check(plan.name(slot), found)
 
 
-def _run(function: Callable, packed, calibrate, kwargs: dict) -> None:
+def _lead(slot) -> tuple[int, ...]:
+    return slot.static.activation_range.shape[:-1]
+
+
+def run(function: Callable, packed, calibrate, kwargs: dict) -> None:
+    """Run a function on batches.
+
+    Raises:
+      TypeError: if these are no batches.
+    """
     if calibrate is None:
         return
-    is_batch = isinstance(calibrate, (tuple, Mapping)) or hasattr(calibrate, "shape")
+    is_batch = type(calibrate) is tuple or isinstance(calibrate, Mapping)
+    is_batch = is_batch or hasattr(calibrate, "shape")
     batches = [calibrate] if is_batch else calibrate
     if not isinstance(batches, Iterable):
         expected = "a batch (a tuple of the arguments after params) or an iterable of batches"
@@ -109,7 +94,7 @@ def _run(function: Callable, packed, calibrate, kwargs: dict) -> None:
     total = len(batches) if hasattr(batches, "__len__") else None
     with progress("calibrating", total, after=1.0) as advance:
         for batch in batches:
-            args = batch if isinstance(batch, tuple) else (batch,)
+            args = batch if type(batch) is tuple else (batch,)
             for x in jax.tree.leaves((args, kwargs)):
                 if isinstance(x, jax.ShapeDtypeStruct):
                     raise refusal("pack", "calibrate", "of arrays with values", repr(x), TypeError)
@@ -120,8 +105,8 @@ def _run(function: Callable, packed, calibrate, kwargs: dict) -> None:
 def _check(name: str, found: np.ndarray) -> None:
     if np.isposinf(found[..., 0]).any():
         raise ValueError(
-            f"quake_jax.pack: no batch of calibrate reaches the weight {name}: give batches that "
-            "do, or leave it alone by a rule"
+            f"quake_jax.pack: no batch of calibrate reaches the weight {name}, or nothing needs "
+            "what it gives: give batches that reach it, or leave it alone by a rule"
         )
     if not np.isfinite(found).all():
         raise ValueError(

@@ -104,7 +104,7 @@ class Plan:
       params: the parameters, abstract.
       slots: the packed weights.
       is_measured: whether programs are for calibration (see `Format`).
-      ranges: those of activations, by slot, once they are known.
+      ranges: those of activations, by slot; while they are measured, names in their place.
     """
 
     def __init__(self, params, rules: Rules):
@@ -272,8 +272,7 @@ class Plan:
         error = None if is_traced else relative_error(weight, made)
         if slot.static.activation_range is None:
             return made, error
-        unknown = np.full(slot.static.activation_range.shape, np.nan, np.float32)
-        return _with_range(made, self.ranges.get(slot, unknown)), error
+        return _with_range(made, self.ranges[slot]), error
 
     def entries(self, packed) -> list:
         """What stands in the places of the parameters."""

@@ -22,9 +22,11 @@ from quake_jax._dense import layout, pack_primitive
 from quake_jax._dense.api import LONGEST, dense
 from quake_jax._dense.call import chained as chained_layers
 from quake_jax._dense.layout import GROUP_MULTIPLE, LARGEST, ROWS
+from quake_jax._dense.packed import PackedWeight
 from quake_jax._rewrite import activations, norms, views
 from quake_jax._rewrite.graph import Node, Value, has_jaxpr
 from quake_jax._rewrite.match import Match, Reject
+from quake_jax._rewrite.observe import observe
 
 NAME = "dense"
 # With fewer inputs or outputs a weight keeps 8 bits at least, and so does one with so many times
@@ -108,7 +110,7 @@ class Product:
       packing: the parameters of the packing.
       dtype: of the result.
       in_call: whether the weight is packed in each call.
-      is_coded: whether the rows may come as codes.
+      range: of its rows: "" if each has its own, "known", or "measured" by calibration.
     """
 
     rows_first: bool
@@ -121,7 +123,7 @@ class Product:
     packing: tuple[tuple[str, object], ...]
     dtype: str
     in_call: bool
-    is_coded: bool
+    range: str
 
     def packed(self, w):
         w = jnp.transpose(w, self.w_order)
@@ -222,7 +224,7 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
         tuple(packing.items()),
         result.dtype.name,
         chosen.in_call,
-        packing["calibrated"] and not chosen.measured,
+        ("measured" if chosen.measured else "known") if packing["calibrated"] else "",
     )
     return product, x, w
 
@@ -338,12 +340,13 @@ def chained(match: Match, matches: Sequence[Match]) -> Iterator[tuple[Match, tup
         return  # it may be a part of another replacement by now
     (chain,), x = match.chains, match.inputs[0]
     before = None if x.node is None else x.node.match
-    if not (chain.product.is_coded and chain.product.has_its_order and before in matches):
+    is_known = chain.product.range == "known" and chain.product.has_its_order
+    if not is_known or before not in matches:
         return
     if not isinstance(before, _Layers) or len(before.chains) > 1:
         return
     (first,) = before.chains
-    fits = first.product.is_plain and math.prod(first.product.columns) == chain.product.k
+    fits = first.product.is_plain and first.product.rows == chain.product.rows
     is_alone = not x.is_output and all(use in chain.everything for use in x.uses)
     is_split = any(any(v.aval.sharding.spec) for v in (*before.inputs, *match.inputs))
     is_normed = dict(match.static)["norm"] is not None
@@ -650,15 +653,25 @@ def _call_chained(x, *arrays, first, second, count, order):
 def _call(x, *arrays, products, extras, activation, norm, order):
     weights, given, keywords = _given(arrays, products, extras, activation, norm, order)
 
-    def layer(x, weights):
+    def layer(x, weights, gates):
+        if products[0].range == "measured":
+            names = [w.activation_range for w in (*weights, *gates)]
+            x = observe(x, norms.applied(keywords["norm"], x), names)
+            weights, gates = _without_ranges(weights), _without_ranges(gates)
+        rest = dict(given[0], gate=gates[0] if gates else None)
         if len(weights) == 1:
-            return [dense(x, weights[0], **given[0], **keywords)]
+            return [dense(x, weights[0], **rest, **keywords)]
         return dense(x, weights, [names.get("bias") for names in given], **keywords)
 
     x = products[0].operand(x)
-    results = jax.vmap(layer)(x, weights) if products[0].stack else layer(x, weights)
+    gates = [g for names in given if (g := names.get("gate")) is not None]
+    results = (jax.vmap(layer) if products[0].stack else layer)(x, weights, gates)
     results = [product.result(y) for product, y in zip(products, results, strict=True)]
     return results if len(results) > 1 else results[0]
+
+
+def _without_ranges(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
+    return [dataclasses.replace(w, activation_range=None) for w in weights]
 
 
 def _operand(name: str, value, product: Product):

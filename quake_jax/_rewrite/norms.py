@@ -282,6 +282,16 @@ def is_slow_alone(match: Match) -> bool:
     return is_norm(match) and match.root.output.dtype == jnp.float32
 
 
+def applied(norm: LayerNorm | RMSNorm | None, x):
+    """The rows that a norm of `dense` makes of x, in float32; x itself without one."""
+    if norm is None:
+        return x
+    names = ("scale", "offset") if isinstance(norm, LayerNorm) else ("scale",)
+    arrays = {name: array for name in names if (array := getattr(norm, name)) is not None}
+    function = layer_norm if isinstance(norm, LayerNorm) else rms_norm
+    return function(x.astype(jnp.float32), **arrays, epsilon=norm.epsilon)
+
+
 def of_dense(arrays, *, centered, given, epsilon, dtype) -> LayerNorm | RMSNorm:
     """The norm that a match is, as `dense` takes it; `arrays` are the match's inputs after x."""
     del dtype  # it stays float32

@@ -91,9 +91,12 @@ def test_row_that_is_not_finite(value, order):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("limits", [(np.nan, 1), (-1, np.nan), (-np.inf, 1), (-1, np.inf)])
-def test_range_that_is_not_finite(limits):
-    assert np.isnan(quake_jax.dense(normal((3, K)), weight(limits=limits))).all()
+@pytest.mark.parametrize("order", [None, "exact"])
+@pytest.mark.parametrize(
+    "limits", [(np.nan, 1), (-1, np.nan), (-np.inf, 1), (-1, np.inf), (np.inf, 1), (-1, -np.inf)]
+)
+def test_range_that_is_not_finite(limits, order):
+    assert np.isnan(quake_jax.dense(normal((3, K)), weight(limits=limits), order=order)).all()
 
 
 def test_transformations():

@@ -1,7 +1,7 @@
 """pack with calibrate: the ranges of activations, and layers that give codes to the next one."""
 
-import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,15 @@ CHAINS = {
     ),
     "gate": (lambda p, x: jax.nn.silu((h := x @ p["up"]) @ p["down"]) * (h @ p["down2"]), True),
     "residual": (lambda p, x: (x @ p["down"].T + p["gate"][:24]) @ p["down"], False),
+    "one head": (
+        lambda p, x: (
+            jnp.einsum(
+                "rhd,dk->rhk", jnp.einsum("rk,khd->rhd", x, p["up"].reshape(K, 1, -1)), p["down"]
+            )
+            + x[:, None]
+        ),
+        False,
+    ),
     "three": (lambda p, x: ((x @ p["up"]) @ p["down"]) @ p["gate"], True),
     "four": (lambda p, x: (((x @ p["up"]) @ p["down"]) @ p["gate"]) @ p["down2"], True),
     "reshaped": (lambda p, x: (x @ p["up"]).reshape(2, 12, HIDDEN) @ p["down"], False),
@@ -223,6 +232,10 @@ def nothing(p, x):
     return lax.cond(x[0, 0] > 1e9, lambda: x @ p["up"], lambda: x @ p["down"].T)
 
 
+def not_needed(p, x):
+    return lax.scan(lambda x, p: (jnp.tanh(x @ p["c"]), x @ p["w"]), x, p)[0]
+
+
 BAD = {
     "no batches": (TypeError, "calibrate must be a batch", {"calibrate": 3}),
     "abstract batch": (
@@ -262,8 +275,13 @@ BAD = {
     ),
     "not reached": (
         ValueError,
-        "no batch of calibrate reaches the weight up: give batches that do",
+        "no batch of calibrate reaches the weight up, or nothing needs what it gives: give batches",
         {"calibrate": X[0], "fun": nothing},
+    ),
+    "not needed": (
+        ValueError,
+        "no batch of calibrate reaches the weight w, or nothing needs what it gives: give batches",
+        {"calibrate": X[0], "fun": not_needed, "p": {"c": normal(3, K, K), "w": normal(3, K, K)}},
     ),
     "no batch": (ValueError, "no batch of calibrate reaches the weight up", {"calibrate": []}),
 }
@@ -283,10 +301,92 @@ def test_bad_batches_of_several_functions():
         quake_jax.pack(pairs, P, weights="int8", calibrate=[X])
 
 
-def test_calibration_leaves_no_trace():
-    """The function is compiled anew: no program that was made for calibration is used again."""
-    fast, packed = pack(calibrate=X)
-    text = jax.jit(fast).lower(packed, X[0]).as_text()
-    assert "callback" not in text
-    dynamic = dataclasses.replace(packed["up"], activation_range=None)
-    assert "callback" not in jax.jit(quake_jax.dense).lower(X[0], dynamic).as_text()
+class Config:
+    """An argument by whose identity programs cannot be told apart: calls are not compiled."""
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_calibration_leaves_no_trace(is_compiled):
+    """Programs that were made for calibration are not used again, compiled or not."""
+
+    def fun(p, x, config):
+        return jnp.tanh(x @ p["up"])
+
+    config = 1 if is_compiled else Config()
+    for scale in (1, 2):
+        batch = (scale * X[0], config)
+        fast, packed = quake_jax.pack(fun, P, *batch, weights="int8", calibrate=batch)
+        np.testing.assert_allclose(packed["up"].activation_range, limits(scale * X[0]), rtol=1e-6)
+        expected = quake_jax.dense(5 * X[0], packed["up"], activation="tanh")
+        np.testing.assert_array_equal(fast(packed, 5 * X[0], config), expected)
+
+
+def test_other_functions_are_not_measured():
+    """Neither those that make the batches nor those inside, which have ranges already."""
+    first, of_first = pack(lambda p, x: jnp.tanh(x @ p["up"]), calibrate=X[0])
+    encode = jax.jit(first)  # not compiled before it makes the batches
+    batches = (encode(of_first, scale * X[0]) for scale in (1, 3))
+    _, packed = pack(lambda p, h: h @ p["down"], x=X[0] @ P["up"], calibrate=batches)
+    made = [quake_jax.dense(s * X[0], of_first["up"], activation="tanh") for s in (1, 3)]
+    np.testing.assert_allclose(packed["down"].activation_range, limits(*made), rtol=1e-6)
+    np.testing.assert_array_equal(encode(of_first, 3 * X[0]), made[1])
+    _, both = pack(lambda p, x: first(of_first, x) @ p["down"], calibrate=X[0])
+    np.testing.assert_allclose(both["down"].activation_range, limits(made[0]), rtol=1e-6)
+
+
+def test_calibrates_what_is_exact():
+    _, packed = pack(lambda p, x: jnp.tanh(x @ p["up"]), calibrate=X[0], order="exact")
+    np.testing.assert_allclose(packed["up"].activation_range, limits(X[0]), rtol=1e-6)
+
+
+def test_calibrates_while_nan_is_looked_for():
+    with jax.debug_nans(True):
+        _, packed = pack(calibrate=X[0])
+    assert np.isfinite(packed["up"].activation_range).all()
+
+
+def test_weights_of_one_call_in_loops_of_their_own():
+    """Each has the range of the rows, though they are stacked differently."""
+    p = {"q": normal(2, K, K), "k": normal(K, K, seed=1), "v": normal(2, 3, K, K, seed=2)}
+
+    def model(p, x):
+        def inner(x, v, q):
+            return jnp.sin(x @ q) + jnp.cos(x @ p["k"]) + jnp.sin(x @ v), None
+
+        def outer(x, weights):
+            q, v = weights
+            return lax.scan(lambda x, v: inner(x, v, q), x, v)[0], None
+
+        return lax.scan(outer, x, (p["q"], p["v"]))[0]
+
+    _, packed = pack(model, p, calibrate=X[0])
+    v = np.asarray(packed["v"].activation_range)
+    assert v.shape == (2, 3, 2) and packed["q"].activation_range.shape == (2, 2)
+    np.testing.assert_allclose(v[0, 0], limits(X[0]), rtol=1e-6)
+    for q, of_v in zip(packed["q"].activation_range, v, strict=True):
+        np.testing.assert_array_equal(q, [of_v[:, 0].min(), of_v[:, 1].max()])
+    whole = [v[..., 0].min(), v[..., 1].max()]
+    np.testing.assert_array_equal(packed["k"].activation_range, whole)
+
+
+class Batch(NamedTuple):
+    x: jax.Array
+    scale: jax.Array
+
+
+def test_a_named_tuple_is_one_argument():
+    batch = Batch(X[0], np.float32(2))
+    _, packed = pack(lambda p, b: (b.x * b.scale) @ p["up"], x=batch, calibrate=[batch])
+    np.testing.assert_allclose(packed["up"].activation_range, limits(2 * X[0]), rtol=1e-6)
+
+
+def test_parameters_with_and_without_ranges_are_told_apart():
+    (fast, packed), (other, ranged) = pack(), pack(calibrate=X[0])
+    one, another = (
+        f"PackedWeight(shape=(64, 128), dtype='int8', group_size=None, activations='int8'{rest})"
+        for rest in ("", ", activation_range=…")
+    )
+    for function, wrong, texts in ((fast, ranged, (one, another)), (other, packed, (another, one))):
+        message = "packed up must be {}; got {}".format(*texts)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(wrong, X[0])
