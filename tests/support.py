@@ -306,3 +306,9 @@ def run_python(code: str, folder, check: bool = True, **environment) -> subproce
 
 # The repository's.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def weights_like(*shape, seed=0) -> np.ndarray:
+    """Normally distributed weights (…, K, N) that keep the size of what they multiply."""
+    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1.0
+    return (np.random.default_rng(seed).normal(size=shape) / scale).astype(np.float32)

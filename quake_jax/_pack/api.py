@@ -158,8 +158,8 @@ def pack(
         element; or batches of inputs, on which `fun` is run here. Then int8 weights without groups
         get an `activation_range` (see `PackedWeight`), the least and the largest element of their
         rows in all batches. So no row is searched, and where a layer's result goes into another
-        one and nowhere else, as in feed-forward blocks, it is written as int8. Faster, but less
-        exact: what is beyond the range is clipped. A batch is a tuple of the arguments after
+        one and nowhere else, as in feed-forward blocks, it is written as int8. That is less exact:
+        what is beyond the range is clipped. A batch is a tuple of the arguments after
         params, or the only one of them, if that is no tuple or list; batches are an iterable of
         such. For a sequence of functions, calibrate is one too, with the batches of each, or None.
       order: accuracy of activations and attention, as in `accelerate`.

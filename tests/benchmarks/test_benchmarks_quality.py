@@ -121,8 +121,9 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
     logits = np.random.default_rng(4).normal(size=(3, 6)).astype(np.float32)
 
     class Generator:
-        def __init__(self, config, params, order=None, weights=None, calibrate=None):
+        def __init__(self, config, params, order=None, weights=None, calibrate=None, rules=None):
             tokens = {"exact": [1, 2, 3, 4], 5: [1, 2, 0, 4], "int8": [0, 2, 3, 4]}
+            assert rules in (None, [("h_0/.*", None)])
             assert calibrate is None or calibrate.tolist() == [[8, 9]] * tasks.SAMPLES
             self._tokens = tokens[order or weights]
 
@@ -148,7 +149,7 @@ def test_continuations_end_at_the_first_difference(monkeypatch):
     found = task.outputs("float32", 5, exact)
     assert exact["continuations"].tolist() == [[1, 2, 3, 4]]
     assert found["continuations"].tolist() == [[1, 2, 0, -1]]
-    for weights in ("int8", "int8-calibrated"):
+    for weights in ("int8", "int8-calibrated", "int8 but h_0/.*"):
         packed = task.outputs("float32", weights, exact)
         assert packed["continuations"].tolist() == [[0, -1, -1, -1]]
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

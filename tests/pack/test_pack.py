@@ -15,23 +15,13 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
+from support import weights_like as normal
 
 import quake_jax
 from quake_jax._core import progress
 from quake_jax._pack import plan
-from quake_jax._rewrite import engine
 
 K, N, ROWS = 64, 96, 32
-
-
-@pytest.fixture(autouse=True)
-def failures(monkeypatch):
-    monkeypatch.setattr(engine, "RAISE_FAILURES", True)
-
-
-def normal(*shape, seed=0):
-    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1.0
-    return (np.random.default_rng(seed).normal(size=shape) / scale).astype(np.float32)
 
 
 X = normal(ROWS, K, seed=1)

@@ -8,21 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support import weights_like as normal
 
 import quake_jax
-from quake_jax._rewrite import engine
 
 K, HIDDEN, ROWS = 64, 128, 24
-
-
-@pytest.fixture(autouse=True)
-def failures(monkeypatch):
-    monkeypatch.setattr(engine, "RAISE_FAILURES", True)
-
-
-def normal(*shape, seed=0):
-    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1.0
-    return (np.random.default_rng(seed).normal(size=shape) / scale).astype(np.float32)
 
 
 def block(p, x):

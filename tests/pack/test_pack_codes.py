@@ -10,15 +10,9 @@ import pytest
 from jax import lax
 
 import quake_jax
-from quake_jax._rewrite import engine
 
 K, N = 64, 96
 X = np.random.default_rng(1).normal(size=(8, K)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def failures(monkeypatch):
-    monkeypatch.setattr(engine, "RAISE_FAILURES", True)
 
 
 @functools.partial(

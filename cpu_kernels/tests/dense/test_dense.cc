@@ -10,10 +10,11 @@ namespace {
 
 using std::size_t;
 
-constexpr struct {
+struct Kind {
   DenseFormat format;
   bool grouped, offsets, range = false;
-} kKinds[] = {
+};
+constexpr Kind kKinds[] = {
     {DenseFormat::kFloat32, false, false},
     {DenseFormat::kBFloat16, false, false},
     {DenseFormat::kInt8, false, false},
@@ -28,6 +29,16 @@ constexpr struct {
     {DenseFormat::kInt4Quantized, true, true},
     {DenseFormat::kInt8Quantized, false, false, true},
 };
+
+DenseShape shape_of(const Kind& kind, size_t rows, size_t size, size_t columns) {
+  return {.format = kind.format,
+          .group_size = kind.grouped ? size_t{32} : 0,
+          .offsets = kind.offsets,
+          .rows = rows,
+          .size = size,
+          .columns = {columns},
+          .range = kind.range};
+}
 
 std::vector<const char*> pointers(const std::vector<DenseArray>& arrays) {
   std::vector<const char*> in;
@@ -239,13 +250,7 @@ void test_ranges(const KernelTable& table) {
   std::mt19937 random(11);
   for (const auto& kind : kKinds) {
     for (const float value : {0.0f, 1e-37f, -1e-36f, 1e30f, -1e35f}) {
-      DenseShape s = {.format = kind.format,
-                      .group_size = kind.grouped ? size_t{32} : 0,
-                      .offsets = kind.offsets,
-                      .rows = 3,
-                      .size = 64,
-                      .columns = {5},
-                      .range = kind.range};
+      DenseShape s = shape_of(kind, 3, 64, 5);
       std::vector<DenseArray> arrays = random_operands(s, random);
       for (size_t k = 0; k < s.size; ++k)
         write(arrays[0].bytes.data(), s.size + k, k % 3 ? value : 0.5f * value);
@@ -278,13 +283,7 @@ void test_given_ranges(const KernelTable& table) {
     for (const auto& range : kRanges) {
       for (const char* which : {"range", "out_range"}) {
         if (which[0] == 'r' && !kind.range) continue;
-        DenseShape s = {.format = kind.format,
-                        .group_size = kind.grouped ? size_t{32} : 0,
-                        .offsets = kind.offsets,
-                        .rows = 7,
-                        .size = 64,
-                        .columns = {21},
-                        .range = kind.range};
+        DenseShape s = shape_of(kind, 7, 64, 21);
         if (which[0] == 'o') s.out = &kCodeStorage;
         std::vector<DenseArray> arrays = random_operands(s, random);
         for (DenseArray& array : arrays) {
@@ -307,17 +306,10 @@ void test_chain(const KernelTable& table) {
   for (const auto& kind : kKinds) {
     for (const size_t rows : {1, 2, 7, 25}) {
       for (const bool gate : {false, true}) {
-        DenseShape first = {.format = kind.format,
-                            .group_size = kind.grouped ? size_t{32} : 0,
-                            .offsets = kind.offsets,
-                            .rows = rows,
-                            .size = 64,
-                            .columns = {16 + random() % 300},
-                            .bias = true,
-                            .gate = gate,
-                            .activation = true,
-                            .range = kind.range,
-                            .out = &kCodeStorage};
+        DenseShape first = shape_of(kind, rows, 64, 16 + random() % 300);
+        first.bias = first.activation = true;
+        first.gate = gate;
+        first.out = &kCodeStorage;
         DenseShape second = {.format = DenseFormat::kInt8Quantized,
                              .rows = rows,
                              .size = first.columns[0],
