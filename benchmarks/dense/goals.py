@@ -9,6 +9,7 @@ from benchmarks.dense import cases
 from benchmarks.dense.cases import FORMATS, FUSED, LAYERS, PEERS, ROWS, SHAPES, Case, Shape
 from benchmarks.harness import bars
 from benchmarks.harness.bars import Bar, Figure, Kind
+from benchmarks.harness.hardware import MATRIX_INT8
 from benchmarks.harness.pages import median
 
 BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
@@ -50,6 +51,12 @@ def share(of: str) -> Figure:
     return lambda entry, subject: percent(entry, name_of(subject))
 
 
+def _share_of_vector_peak(entry: dict, subject: str) -> float | None:
+    """Of formats that instructions for vectors multiply: the bars were set for these."""
+    matrices = subject != "float32" and MATRIX_INT8 in entry.get("peaks_gflops", ())
+    return None if matrices else share("peak")(entry, subject)
+
+
 def _over(other: str) -> Figure:
     def time(entry: dict, subject: str) -> float | None:
         ratio = _ratio(entry, subject, [name_of(other)])
@@ -69,7 +76,7 @@ def _stated(key: str) -> Figure:
     return lambda entry, subject: median(entry[key]) if entry["subject"] == subject else None
 
 
-PEAK = Kind("{subject}, of the peak of its instruction", "%", share("peak"))
+PEAK = Kind("{subject}, of the peak of its instruction", "%", _share_of_vector_peak)
 READ = Kind("{subject}, of the fastest read loop", "%", share("read"))
 FLOAT32 = Kind("{subject} against our float32", "×", against(name_of("float32")))
 INT8 = Kind("time of {subject} over int8", "×", _over("int8"), at_least=False)

@@ -18,27 +18,36 @@ from benchmarks.dense.systems import Entry, Layer
 from benchmarks.harness import bars, environment, frame, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
-from benchmarks.harness.hardware import BFLOAT16, FMA, INT8, Ceilings
+from benchmarks.harness.hardware import (
+    BFLOAT16,
+    FMA,
+    INT8,
+    MATRIX_BFLOAT16,
+    MATRIX_INT8,
+    Ceilings,
+)
 from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.timing import Contestant, paired_ratio
 
 # A contestant beyond this error, relative to the largest element, computes something else.
 SANE_ERROR = {"int4": 0.3, "int8": 0.1, "bfloat16": 0.05, "float32": 1e-3}
-# Which peak is the limit of a format; of weights alone the products are float32's.
-PEAK = {"float32": FMA, "bfloat16": BFLOAT16, "int8": INT8, "int4/32": INT8, "int4/128": INT8}
+# Which peaks limit a format, the first that there is: without an instruction of its own bfloat16 is
+# widened to float32; of weights alone the products are float32's.
+INTEGERS = (MATRIX_INT8, INT8)
+PEAKS = {
+    "bfloat16": (MATRIX_BFLOAT16, BFLOAT16, FMA),
+    "int8": INTEGERS,
+    "int4/32": INTEGERS,
+    "int4/128": INTEGERS,
+}
 QUICK_BYTES = 4 << 20
 ATTEMPTS = 3  # of a reading, which may last for seconds
 PACKING_ROUNDS = 3
 
 
 def peak_of(format_: str, peaks: Container[str]) -> str | None:
-    """The name of the peak that limits a format, or None if it is not among these. Without an
-    instruction of its own bfloat16 is widened to float32.
-    """
-    name = PEAK.get(format_, FMA)
-    if name == BFLOAT16 and name not in peaks:
-        name = FMA
-    return name if name in peaks else None
+    """The name of the peak that limits a format, or None if it is not among these."""
+    return next((name for name in PEAKS.get(format_, (FMA,)) if name in peaks), None)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -149,8 +149,9 @@ def remarks(result: dict) -> list[str]:
         "float32; else rows of x are quantised at the call. XLA bfloat16 is what Flax's "
         "dtype=bfloat16 traces to. Constants: weights known when the program is compiled.",
         "Peaks are of instructions between registers, timed in the same rounds: fused "
-        "multiply-adds of float32 at the width of our kernels, and vdpbf16ps and vpdpbusd where "
-        "the CPU has them; without the former bfloat16 is widened, and the peak is float32's. "
+        "multiply-adds of float32 at the width of our kernels, and vdpbf16ps, vpdpbusd, and AMX's "
+        "tdpbf16ps and tdpbssd where the CPU has them; without any for bfloat16 it is widened, and "
+        "the peak is float32's. "
         "Read: the fastest of loops over the float32 copies, of 1 to 8 streams, with and without "
         "prefetching.",
         *pages.isa_remarks(result),

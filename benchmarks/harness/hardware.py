@@ -21,6 +21,7 @@ from benchmarks.harness.timing import Contestant
 
 CLOCK, FMA, READ = "clock", "fma peak", "read"
 BFLOAT16, INT8 = "vdpbf16ps peak", "vpdpbusd peak"
+MATRIX_BFLOAT16, MATRIX_INT8 = "tdpbf16ps peak", "tdpbssd peak"
 
 # --- The clock: a chain of dependent multiplications takes a known number of cycles, whatever else
 # the core does.
@@ -63,6 +64,13 @@ _INSTRUCTIONS = {
     BFLOAT16: ("vdpbf16ps", 4, "avx512_bf16"),
     INT8: ("vpdpbusd", 8, "avx512_vnni"),
 }
+# Those of AMX, between registers of 16 lines of 64 bytes: how many operations. The set with them
+# has asked Linux for the registers.
+_MATRIX_INSTRUCTIONS = {
+    MATRIX_BFLOAT16: ("tdpbf16ps", 2 * 16 * 16 * 32),
+    MATRIX_INT8: ("tdpbssd", 2 * 16 * 16 * 64),
+}
+_MATRICES = 4  # that are added to in turn
 # How a read loop goes: in how many streams, and how many bytes ahead it prefetches.
 _READS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
 
@@ -83,6 +91,23 @@ void {instruction}_chains(long calls) {{
   for (long i = 0; i < calls * {repeats}; ++i) {{
     {step}
   }}
+}}
+"""
+
+_MATRICES_SOURCE = """
+void {instruction}_chains(long calls) {{
+  struct {{
+    unsigned char palette, start_row, reserved[14];
+    unsigned short bytes_of_row[16];
+    unsigned char rows[16];
+  }} configuration = {{1}};
+  for (int i = 0; i < 8; ++i) configuration.bytes_of_row[i] = 64, configuration.rows[i] = 16;
+  __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
+  {clear}
+  for (long i = 0; i < calls * {repeats}; ++i) {{
+    {step}
+  }}
+  __asm__ volatile("tilerelease");
 }}
 """
 
@@ -128,6 +153,9 @@ class Ceilings:
         for name, (_, operations, flag) in _INSTRUCTIONS.items():
             if flag is None or (width[0] == 64 and flag in environment.cpu_flags()):
                 self.peaks[name] = operations * width[0] / 4.0 * _CHAINS * _REPEATS * threads
+        if isa.endswith("amx"):
+            for name, (_, operations) in _MATRIX_INSTRUCTIONS.items():
+                self.peaks[name] = 1.0 * operations * _MATRICES * _REPEATS * threads
         self.flops_per_call = self.peaks[FMA]
 
     def fma(self) -> Contestant:
@@ -136,7 +164,8 @@ class Ceilings:
 
     def peak(self, name: str) -> Contestant:
         """One of `peaks`, on as many threads as the operators may use."""
-        loop = _typed(self._library[f"{_INSTRUCTIONS[name][0]}_chains"], ctypes.c_long)
+        instruction = (_INSTRUCTIONS | _MATRIX_INSTRUCTIONS)[name][0]
+        loop = _typed(self._library[f"{instruction}_chains"], ctypes.c_long)
         return Contestant(name, lambda calls: self._on_all([(loop, calls)] * self._threads))
 
     def read(self, name: str, arrays: Sequence) -> Contestant:
@@ -188,6 +217,16 @@ def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
             step=" ".join(step.format(i) for i in range(_CHAINS)),
         )
 
+    def matrices(instruction: str) -> str:
+        clear = '__asm__ volatile("tilezero %%tmm{}" : :);'
+        step = f'__asm__ volatile("{instruction} %%tmm7, %%tmm6, %%tmm{{}}" : :);'
+        return _MATRICES_SOURCE.format(
+            instruction=instruction,
+            repeats=_REPEATS,
+            clear=" ".join(clear.format(i) for i in range(8)),
+            step=" ".join(step.format(i) for i in range(_MATRICES)),
+        )
+
     def streams(count: int, ahead: int) -> str:
         loads, lines = [], 8 // count
         for stream in range(count):
@@ -201,7 +240,8 @@ def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
     known = [name for name, *_, flag in _INSTRUCTIONS.values() if flag is None or size == 64]
     text = _SOURCE.format(
         bytes=size,
-        chains="".join(map(chains, known)),
+        chains="".join(map(chains, known))
+        + "".join(matrices(name) for name, _ in _MATRIX_INSTRUCTIONS.values()),
         streams="".join(streams(*way) for way in _READS),
     )
     return _compile(text, *flags.split())

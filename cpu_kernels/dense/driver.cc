@@ -20,6 +20,8 @@ constexpr size_t kBlockRows = 192;
 // Words of a panel that a block of rows is multiplied with before the next ones, for the same reason; and of
 // factors, where they are expanded.
 constexpr size_t kDepth = 4096, kExpandedDepth = 1024;
+// The same of lines, for the first-level cache: of two panels, 32 KB.
+constexpr size_t kLinesDepth = 256;
 // Rows whose products are finished at a time: few enough to stay in the first-level cache.
 constexpr size_t kRowsAtOnce = 24;
 // A task is at least and about so many products.
@@ -30,8 +32,8 @@ constexpr size_t kSlack = 16;
 // How a part of the rows is cut into tiles: of one shape, or the last ones of the next lower one.
 struct Tiling {
   int shape;
-  size_t rows, panels;  // of the shape
-  bool expanded;        // likewise
+  size_t rows, panels;   // of the shape
+  bool expanded, lines;  // likewise
   size_t tiles, low_tiles, low_rows;
 
   bool is_low(size_t tile) const { return tile + low_tiles >= tiles; }
@@ -41,7 +43,7 @@ struct Tiling {
   }
 };
 
-Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
+Tiling cut_rows(const DenseKernels::Format& kernels, size_t rows) {
   const auto* const shapes = kernels.shapes;
   const int last = kernels.shape_count - 1;
   const size_t used = ceil_div(rows, ceil_div(rows, shapes[last].rows));
@@ -51,10 +53,10 @@ Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
   constexpr size_t kFewTiles = 4;
   if (shape < last && shapes[shape + 1].rows == shapes[shape].rows && rows > kFewTiles * used) ++shape;
   const DenseKernels::Shape& tall = shapes[shape];
-  Tiling best = {shape, tall.rows, tall.panels, tall.expanded, ceil_div(rows, tall.rows), 0, 0};
+  Tiling best = {shape, tall.rows, tall.panels, tall.expanded, tall.lines, ceil_div(rows, tall.rows), 0, 0};
   if (shape == 0 || shape < last) return best;
   const DenseKernels::Shape& low = shapes[shape - 1];
-  if (low.panels != tall.panels || low.expanded != tall.expanded) return best;
+  if (low.panels != tall.panels || low.expanded != tall.expanded || low.lines != tall.lines) return best;
   best.low_rows = low.rows;
   size_t least = best.tiles * tall.rows;
   for (size_t count = 1; count <= 2 && count * low.rows < rows; ++count) {
@@ -70,9 +72,9 @@ Tiling cut_rows(const DenseKernels& kernels, size_t rows) {
 
 // Codes whose values are close have a product of their own for few rows.
 bool are_narrow(const DenseProblem& p, const DenseKernels& kernels) {
-  const int narrow = static_cast<int>(DenseFormat::kInt4Narrow);
   if (p.format != DenseFormat::kInt4Quantized || p.group_size == 0) return false;
-  if (!kernels.grouped[narrow][cut_rows(kernels, p.rows).shape]) return false;
+  const DenseKernels::Format& narrow = kernels.of(DenseFormat::kInt4Narrow);
+  if (narrow.shape_count == 0 || p.rows > narrow.shapes[narrow.shape_count - 1].rows) return false;
   const std::int8_t* const values = static_cast<const std::int8_t*>(p.weights[0].panels.table);
   const auto [least, largest] = std::minmax_element(values, values + 16);
   return *largest - *least <= 15;
@@ -97,10 +99,10 @@ class DenseCall {
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
       : p_(problem),
         kernels_(kernels),
-        format_(static_cast<int>(are_narrow(problem, kernels) ? DenseFormat::kInt4Narrow : problem.format)) {
+        format_(kernels.of(are_narrow(problem, kernels) ? DenseFormat::kInt4Narrow : problem.format)) {
     depth_ = p_.weights[0].panels.depth;
     padded_size_ = depth_ * elements_of_word(p_.format);
-    factors_ = elements_of_word(p_.format) / kernels_.row_word[format_];
+    factors_ = elements_of_word(p_.format) / format_.row_word;
     row_words_ = depth_ * factors_;
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
@@ -113,7 +115,7 @@ class DenseCall {
   }
 
   const char* run(ParallelFor parallel) {
-    const Tiling whole = cut_rows(kernels_, p_.rows);
+    const Tiling whole = cut_rows(format_, p_.rows);
     const size_t part_tiles =
         std::max<size_t>(kBlockRows / whole.rows, kRowBytes / (row_words_ * whole.rows * sizeof(PackedWord)));
     const size_t part_rows = part_tiles * whole.rows;
@@ -142,9 +144,10 @@ class DenseCall {
   };
 
   bool run_part(size_t first, size_t rows, ParallelFor parallel) {
-    Part part = {.first = first, .rows = rows, .tiling = cut_rows(kernels_, rows)};
+    Part part = {.first = first, .rows = rows, .tiling = cut_rows(format_, rows)};
     const Tiling& t = part.tiling;
-    part.tile_words = round_up(row_words_ * t.rows + kSlack, kCacheLine / sizeof(PackedWord));
+    const size_t words = t.lines ? round_up(row_words_, kLineWords) : row_words_;
+    part.tile_words = round_up(words * t.rows + kSlack, kCacheLine / sizeof(PackedWord));
     const auto carve = [&](Carver carver) {
       part.words = carver.take<PackedWord>(part.tile_words * t.tiles);
       part.sums = has_sums_ ? carver.take<PackedWord>(t.tiles * groups_ * t.rows) : nullptr;
@@ -202,11 +205,12 @@ class DenseCall {
                       .group_size = p_.group_size ? p_.group_size : padded_size_,
                       .range = p_.range ? &range_ : nullptr,
                       .zero_point = p_.format == DenseFormat::kInt8Quantized && !p_.group_size,
+                      .lines = t.lines,
                       .out = part.words + tile * part.tile_words,
                       .scales = part.scales + row_in_part,
                       .zeros = part.zeros + row_in_part,
                       .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr};
-    if (!p_.norm && !p_.permutation) return kernels_.encode[format_][static_cast<int>(p_.dtype)](rows);
+    if (!p_.norm && !p_.permutation) return format_.encode[static_cast<int>(p_.dtype)](rows);
     char* const memory = workspace((count + 1) * p_.size * sizeof(float), WorkspaceOf::kTask);
     if (!memory) {
       failed_ = true;
@@ -227,7 +231,7 @@ class DenseCall {
       }
     }
     rows.x = values;
-    kernels_.encode[format_][static_cast<int>(DType::kFloat32)](rows);
+    format_.encode[static_cast<int>(DType::kFloat32)](rows);
   }
 
   // Panels [from, to) of a weight.
@@ -240,7 +244,7 @@ class DenseCall {
     const Tiling& t = part.tiling;
     const size_t columns_of_tile = t.panels * kPanelColumns, first_row = t.first_row(first_tile);
     const size_t size = (last_tile - first_tile) * t.rows * columns_of_tile;
-    const bool expanded = t.expanded && kernels_.expand[format_];
+    const bool expanded = t.expanded && format_.expand;
     const size_t step = step_of(t, expanded);
     float *values = nullptr, *gates = nullptr;
     PackedWord* factors = nullptr;
@@ -256,6 +260,10 @@ class DenseCall {
       return;
     }
     carve(Carver(memory));
+    if (t.lines) {
+      const size_t group = p_.group_size / format_.row_word;
+      kernels_.begin_lines(sums_groups(expanded) && group % kLineWords != 0 ? kLineWords / 2 : kLineWords);
+    }
     for (size_t panel = columns.from; panel < columns.to; panel += t.panels) {
       const Panels panels = {columns.weight, panel, std::min(t.panels, columns.to - panel)};
       if (gates) {
@@ -268,6 +276,7 @@ class DenseCall {
                 finish(part, row, part.rows_of(tile, count), panels, values + at, gates ? gates + at : nullptr);
               });
     }
+    if (t.lines) kernels_.end_lines();
   }
 
   // From a panel on.
@@ -284,6 +293,7 @@ class DenseCall {
   // Words of a panel that all tiles of a block are multiplied with before the next ones.
   size_t step_of(const Tiling& t, bool expanded) const {
     if (sums_groups(expanded)) return depth_;
+    if (t.lines && t.tiles > 1) return std::min(depth_, kLinesDepth / factors_);
     if (expanded) return std::min(depth_, kExpandedDepth / factors_);
     return t.tiles == 1 ? depth_ : std::min(depth_, kDepth);
   }
@@ -303,7 +313,7 @@ class DenseCall {
                const Panels& panels, size_t step, PackedWord* factors, float* out,
                const Finished& finished) const {
     const Tiling& t = part.tiling;
-    const auto& kernels = sums_groups(factors) ? kernels_.grouped : kernels_.product;
+    const auto& kernels = sums_groups(factors) ? format_.grouped : format_.product;
     const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows);
     for (size_t k = 0; k == 0 || k < depth_; k += step) {
       DensePanels b = panel_of(weight, panels.first);
@@ -311,7 +321,7 @@ class DenseCall {
       if (factors) {
         const size_t words = b.depth * factors_ * kPanelColumns;
         for (size_t i = 0; i < panels.count; ++i) {
-          kernels_.expand[format_](panel_of(weight, panels.first + i), k, b.depth, factors + i * words);
+          format_.expand(panel_of(weight, panels.first + i), k, b.depth, factors + i * words);
         }
         b.words = factors;
         b.panel_words = words;
@@ -325,7 +335,7 @@ class DenseCall {
         const size_t end = low ? last_tile : std::min(last_tile, t.tiles - t.low_tiles);
         const size_t rows = t.rows_of(tile);
         count = std::min(at_once, end - tile);
-        kernels[format_][t.shape - low](
+        kernels[t.shape - low](
             b, {.count = count,
                 .rows = part.words + tile * part.tile_words + k * factors_ * rows,
                 .row_words = part.tile_words,
@@ -382,7 +392,7 @@ class DenseCall {
 
   const DenseProblem& p_;
   const DenseKernels& kernels_;
-  const int format_;
+  const DenseKernels::Format& format_;
   size_t depth_, padded_size_, groups_;
   size_t factors_, row_words_;  // of a word of the weight, and of a row: what products multiply
   bool quantized_, has_sums_;
@@ -393,11 +403,8 @@ class DenseCall {
 }  // namespace
 
 const char* run_dense(const DenseProblem& p, const DenseKernels& kernels, ParallelFor parallel) {
-  const int format = static_cast<int>(p.format);
-  if (kernels.shape_count == 0 || !kernels.encode[format][static_cast<int>(p.dtype)] ||
-      !kernels.product[format][0]) {
-    return kNoKernel;
-  }
+  const DenseKernels::Format& format = kernels.of(p.format);
+  if (!format.encode[static_cast<int>(p.dtype)] || !format.product[0]) return kNoKernel;
   size_t columns = 0;
   for (const DenseWeight& weight : p.weights) columns += weight.columns;
   if (p.rows == 0 || p.size == 0 || columns == 0) return nullptr;

@@ -6,18 +6,20 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
   if constexpr (I < kDenseShapes.count) {
     constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
     constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
-    const int f = static_cast<int>(format);
+    DenseKernels::Format& f = table.of(format);
+    f.shapes[I] = kDenseShapes.at[I];
+    f.shape_count = kDenseShapes.count;
     if constexpr (Words::kFactors > 1 && kDenseShapes.at[I].expanded) {
       using Expanded = typename Words::Expanded;
-      table.expand[f] = expand_panel<Words>;
-      table.product[f][I] = dense_product<Expanded, kRows, kPanels>;
+      f.expand = expand_panel<Words>;
+      f.product[I] = dense_product<Expanded, kRows, kPanels>;
       if constexpr (kGrouped && std::is_same_v<typename Expanded::Sum, vi>) {
-        table.grouped[f][I] = grouped_product<Expanded, kRows, kPanels>;
+        f.grouped[I] = grouped_product<Expanded, kRows, kPanels>;
       }
     } else {
-      if constexpr (kDenseShapes.at[I].expanded) table.expand[f] = nullptr;  // the extended set may have one
-      table.product[f][I] = dense_product<Words, kRows, kPanels>;
-      if constexpr (kGrouped) table.grouped[f][I] = grouped_product<Words, kRows, kPanels>;
+      if constexpr (kDenseShapes.at[I].expanded) f.expand = nullptr;  // the extended set may have one
+      f.product[I] = dense_product<Words, kRows, kPanels>;
+      if constexpr (kGrouped) f.grouped[I] = grouped_product<Words, kRows, kPanels>;
     }
     fill_dense_products<Words, kGrouped, I + 1>(table, format);
   }
@@ -27,7 +29,10 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
 template <int I = 0>
 void fill_narrow_products(DenseKernels& table) {
   if constexpr (!kDenseShapes.at[I].expanded) {
-    table.grouped[static_cast<int>(DenseFormat::kInt4Narrow)][I] =
+    DenseKernels::Format& f = table.of(DenseFormat::kInt4Narrow);
+    f.shapes[I] = kDenseShapes.at[I];
+    f.shape_count = I + 1;
+    f.grouped[I] =
         narrow_product<static_cast<int>(kDenseShapes.at[I].rows), static_cast<int>(kDenseShapes.at[I].panels)>;
     fill_narrow_products<I + 1>(table);
   }
@@ -36,14 +41,14 @@ void fill_narrow_products(DenseKernels& table) {
 // Where looking up bytes is cheaper than floats.
 template <int I = 0>
 void fill_byte_codes(DenseKernels& table) {
-  constexpr int f = static_cast<int>(DenseFormat::kInt4);
+  DenseKernels::Format& f = table.of(DenseFormat::kInt4);
   if constexpr (kDenseShapes.at[I].expanded) {
-    table.expand[f] = expand_codes<expand_panel<DenseByteCodes>, expand_panel<DenseCodes>>;
+    f.expand = expand_codes<expand_panel<DenseByteCodes>, expand_panel<DenseCodes>>;
   } else {
     constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
     constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
-    table.grouped[f][I] = product_of_codes<grouped_product<DenseByteCodes, kRows, kPanels>,
-                                           grouped_product<DenseCodes, kRows, kPanels>>;
+    f.grouped[I] = product_of_codes<grouped_product<DenseByteCodes, kRows, kPanels>,
+                                    grouped_product<DenseCodes, kRows, kPanels>>;
     fill_byte_codes<I + 1>(table);
   }
 }
@@ -51,9 +56,9 @@ void fill_byte_codes(DenseKernels& table) {
 // What encodes rows of the types T for them.
 template <class Encoder, class... T>
 void fill_dense_rows(DenseKernels& table, DenseFormat format) {
-  const int f = static_cast<int>(format);
-  table.row_word[f] = Encoder::kElements;
-  ((table.encode[f][static_cast<int>(kDTypeOf<T>)] = Encoder::template encode<T>), ...);
+  DenseKernels::Format& f = table.of(format);
+  f.row_word = Encoder::kElements;
+  ((f.encode[static_cast<int>(kDTypeOf<T>)] = Encoder::template encode<T>), ...);
 }
 
 // What an instruction set with products of its own fills again.
@@ -79,8 +84,6 @@ void fill_dense_narrow(DenseKernels& table) {
 
 template <class... T>
 void fill_dense(DenseKernels& table) {
-  table.shape_count = kDenseShapes.count;
-  for (int i = 0; i < kDenseShapes.count; ++i) table.shapes[i] = kDenseShapes.at[i];
   fill_dense_products<DenseFloats, false>(table, DenseFormat::kFloat32);
   fill_dense_products<DenseBytes, true>(table, DenseFormat::kInt8);
   fill_dense_products<DenseCodes, true>(table, DenseFormat::kInt4);

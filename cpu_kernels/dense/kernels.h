@@ -60,7 +60,10 @@ constexpr float kLeastScale = 0x1p-118f;
 constexpr std::int8_t kNoCode = -128;
 
 // Encodes `count` rows of x into a tile of `tile_rows` rows: [depth words of x][tile_rows], the others 0. The
-// words of x are what the format's product multiplies with one factor of a word of the weight.
+// words of x are what the format's product multiplies with one factor of a word of the weight. With `lines`
+// kLineWords of a row stay together: [depth / kLineWords, rounded up][tile_rows][kLineWords].
+inline constexpr std::size_t kLineWords = 16;
+
 struct DenseRows {
   const void* x;  // rows of `size` elements, one after the other; int8 are codes of `range`
   std::size_t count, tile_rows, size;
@@ -68,7 +71,8 @@ struct DenseRows {
   std::size_t group_size;       // of the sums; padded_size without groups
   const DenseQuantizer* range;  // of all rows, or null: each by its own
   bool zero_point;              // then with one, or symmetrically
-  PackedWord* out;              // writes up to a vector past the tile's end
+  bool lines;
+  PackedWord* out;      // writes up to a vector past the tile's end
   float* scales;        // [tile_rows], of quantised rows; NaN if the row has one, or an infinity, or kNoCode
   std::int32_t* zeros;  // [tile_rows], their zero points
   PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32)
@@ -112,33 +116,43 @@ struct DenseStore {
 };
 
 struct DenseKernels {
-  static constexpr int kMaxShapes = 6;
+  static constexpr int kMaxShapes = 8;
   // Register tiles, rising: rows, and panels beside each other. Panels of words that hold several factors are
   // expanded before they are multiplied with a tall tile, once for all tiles of a block of rows.
   struct Shape {
     std::size_t rows, panels;
     bool expanded = false;
+    bool lines = false;  // of the encoded rows, see DenseRows
   };
   using EncodeFn = void (*)(const DenseRows& rows);
   using ExpandFn = void (*)(const DensePanels& b, std::size_t first, std::size_t count, PackedWord* out);
   using ProductFn = void (*)(const DensePanels& b, const DenseTiles& tiles);
 
-  Shape shapes[kMaxShapes];
-  int shape_count;
-  // Elements of x in a word of the encoded rows, by format.
-  std::size_t row_word[kDenseFormats];
-  EncodeFn encode[kDenseFormats][kDTypes];
+  struct Format {
+    Shape shapes[kMaxShapes];
+    int shape_count;
+    std::size_t row_word;  // elements of x in a word of the encoded rows
+    EncodeFn encode[kDTypes];
+    // The factors in `count` words of a panel from the first one on, in the order of the words of x, times the
+    // scales of their groups and with the offsets if the rows are floats. Null where a word is one factor.
+    ExpandFn expand;
+    // Of the words of the weight, or for shapes that are expanded of its factors, 32 bits each.
+    ProductFn product[kMaxShapes];
+    ProductFn grouped[kMaxShapes];
+  };
+
+  Format formats[kDenseFormats];
+  // Around the products of a task whose rows are lines: `words` of a column are multiplied at once.
+  void (*begin_lines)(std::size_t words);
+  void (*end_lines)();
   // A row as float32; `norm` may be null.
   void (*normalize[kDTypes])(const void* x, std::size_t size, const Norm* norm, float* out);
-  // The factors in `count` words of a panel from the first one on, in the order of the words of x, times the
-  // scales of their groups and with the offsets if the rows are floats. Null where a word is one factor.
-  ExpandFn expand[kDenseFormats];
-  // Of the words of the weight, or for shapes that are expanded of its factors, 32 bits each.
-  ProductFn product[kDenseFormats][kMaxShapes];
-  ProductFn grouped[kDenseFormats][kMaxShapes];
   void (*scale)(float* tile, const DenseScale& how);
   // out = (gate *) tile (+ residual), with the tile scaled first if `how` is not null.
   void (*store[kDTypes])(const float* tile, const DenseScale* how, const DenseStore& to);
+
+  Format& of(DenseFormat format) { return formats[static_cast<int>(format)]; }
+  const Format& of(DenseFormat format) const { return formats[static_cast<int>(format)]; }
 };
 
 }  // namespace quake

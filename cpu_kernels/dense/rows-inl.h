@@ -4,12 +4,26 @@
 
 // Words of a row that are encoded before they are turned: they stay in L1.
 constexpr std::size_t kRowChunk = 64;
-constexpr std::size_t kMaxTileRows = 16;
+constexpr std::size_t kMaxTileRows = 32;
+
+using RowsChunk = PackedWord[kMaxTileRows][kRowChunk];
+
+// Of `words` words of each row, the lines.
+QUAKE_INLINE void split_lines(const RowsChunk& chunk, std::size_t words, std::size_t tile_rows,
+                              PackedWord* out) {
+  for (std::size_t k = 0; k < words; k += kLineWords) {
+    for (std::size_t r = 0; r < tile_rows; ++r, out += kLineWords) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kLineWords; i += kLanes) {
+        store(as_floats(out + i), load(as_floats(&chunk[r][k + i])));
+      }
+    }
+  }
+}
 
 // Turns `words` words of `tile_rows` rows, of which those that do not exist are 0, to out[word][row]. A vector
 // of a column may reach into the next column, which is written after it.
-QUAKE_INLINE void turn(const PackedWord (&chunk)[kMaxTileRows][kRowChunk], std::size_t words,
-                       std::size_t tile_rows, PackedWord* out) {
+QUAKE_INLINE void turn(const RowsChunk& chunk, std::size_t words, std::size_t tile_rows, PackedWord* out) {
   if (tile_rows == 1) {
     std::memcpy(out, chunk, words * sizeof(PackedWord));
     return;
@@ -66,19 +80,28 @@ void sum_groups(const DenseRows& t) {
   }
 }
 
+// The rows that a tile lacks, and those of its last vector.
+QUAKE_INLINE void clear_missing(const DenseRows& t, RowsChunk& chunk) {
+  const std::size_t rows = round_up(t.tile_rows, kLanes);
+  std::memset(&chunk[t.count], 0, (rows - t.count) * sizeof chunk[0]);
+}
+
 template <class Row, class T>
 void encode_converted(const DenseRows& t) {
   constexpr std::size_t kChunk = kRowChunk * Row::kElements;
-  alignas(kCacheLine) PackedWord chunk[kMaxTileRows][kRowChunk] = {};
+  alignas(kCacheLine) RowsChunk chunk;
+  clear_missing(t, chunk);
   for (std::size_t j = 0; j < t.padded_size; j += kChunk) {
     const std::size_t padded = t.padded_size - j < kChunk ? t.padded_size - j : kChunk;
     const std::size_t count = t.size - j < padded ? t.size - j : padded;
     for (std::size_t r = 0; r < t.count; ++r) {
       // What the last words lack, the weight has as 0; here it must not be NaN.
-      if (count < padded) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
+      if (count < kChunk) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
       Row::convert(row_at<T>(t, r) + j, count, &chunk[r][0]);
     }
-    turn(chunk, padded / Row::kElements, t.tile_rows, t.out + j / Row::kElements * t.tile_rows);
+    const std::size_t words = padded / Row::kElements;
+    PackedWord* const out = t.out + j / Row::kElements * t.tile_rows;
+    t.lines ? split_lines(chunk, words, t.tile_rows, out) : turn(chunk, words, t.tile_rows, out);
   }
   if (t.sums != nullptr) {
     std::memset(t.sums, 0, t.size / t.group_size * t.tile_rows * sizeof(PackedWord));
@@ -175,10 +198,10 @@ QUAKE_INLINE DenseQuantizer quantizer_of_row(const DenseRows& t, std::size_t r) 
 
 // The words of fours of bytes in turn, or of the pairs of int16 that they are.
 template <std::size_t kElements>
-QUAKE_INLINE void turn_bytes(const PackedWord (&chunk)[kMaxTileRows][kRowChunk], std::size_t words,
-                             std::size_t tile_rows, PackedWord* out) {
+QUAKE_INLINE void turn_bytes(const RowsChunk& chunk, std::size_t words, std::size_t tile_rows, bool lines,
+                             PackedWord* out) {
   if constexpr (kElements == 4) {
-    turn(chunk, words, tile_rows, out);
+    lines ? split_lines(chunk, words, tile_rows, out) : turn(chunk, words, tile_rows, out);
   } else {
     alignas(kCacheLine) PackedWord turned[kRowChunk * kMaxTileRows + kLanes];
     turn(chunk, words, tile_rows, turned);
@@ -196,7 +219,8 @@ QUAKE_INLINE void turn_bytes(const PackedWord (&chunk)[kMaxTileRows][kRowChunk],
 template <std::size_t kElements, class T>
 void encode_quantized(const DenseRows& t) {
   constexpr std::size_t kChunk = 4 * kRowChunk, kBlock = 32;
-  alignas(kCacheLine) PackedWord chunk[kMaxTileRows][kRowChunk] = {};
+  alignas(kCacheLine) RowsChunk chunk;
+  clear_missing(t, chunk);
   DenseQuantizer quantizers[kMaxTileRows];
   vf poison[kMaxTileRows] = {};
   const bool grouped = t.group_size < t.padded_size;
@@ -210,7 +234,7 @@ void encode_quantized(const DenseRows& t) {
     const std::size_t padded = t.padded_size - j < kChunk ? t.padded_size - j : kChunk;
     const std::size_t count = t.size - j < padded ? t.size - j : padded;
     for (std::size_t r = 0; r < t.count; ++r) {
-      if (count < padded) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
+      if (count < kChunk) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
       quantize_row(row_at<T>(t, r) + j, count, quantizers[r], grouped ? kBlock : kChunk,
                    reinterpret_cast<std::int8_t*>(&chunk[r][0]), poison[r],
                    [&](std::size_t first, std::int32_t sum) {
@@ -218,7 +242,7 @@ void encode_quantized(const DenseRows& t) {
                      t.sums[group * t.tile_rows + r].bits += static_cast<std::uint32_t>(sum);
                    });
     }
-    turn_bytes<kElements>(chunk, padded / 4, t.tile_rows, t.out + j / kElements * t.tile_rows);
+    turn_bytes<kElements>(chunk, padded / 4, t.tile_rows, t.lines, t.out + j / kElements * t.tile_rows);
   }
   for (std::size_t r = 0; r < t.tile_rows; ++r) t.scales[r] = quantizers[r].scale + reduce_add(poison[r]);
 }

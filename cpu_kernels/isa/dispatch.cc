@@ -11,6 +11,10 @@
 #include <sys/sysctl.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace quake {
@@ -23,8 +27,8 @@ struct InstructionSet {
   void (*fill)(KernelTable&);
 };
 
+// Whether the CPU has what list.h calls `name`, and the operating system lets a process use it.
 #if defined(__aarch64__)
-// What list.h calls features, as the kernel of the operating system names them.
 bool has_feature(const char* name) {
   struct Feature {
     const char* name;
@@ -49,10 +53,55 @@ bool has_feature(const char* name) {
   }
   return false;
 }
-#define QUAKE_HAS_FEATURE(feature) has_feature(#feature)
 #else
-// The compiler's builtin asks cpuid, and whether the operating system saves the wide registers.
-#define QUAKE_HAS_FEATURE(feature) __builtin_cpu_supports(#feature)
+// Linux gives a process the registers of AMX when it asks: from then on alternate stacks for signals must have
+// room for them (11 KB), and where a thread has a smaller one, it says no.
+bool may_use_matrices() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_feature(const char* name) {
+  enum Register { kEax, kEbx, kEcx, kEdx };
+  // What the operating system saves of a thread, as bits of XCR0.
+  constexpr std::uint32_t kNone = 0, kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
+  struct Feature {
+    const char* name;
+    unsigned leaf, subleaf;  // of cpuid
+    Register where;
+    unsigned bit;
+    std::uint32_t saved;
+  };
+  constexpr Feature kFeatures[] = {
+      {"fma", 1, 0, kEcx, 12, kYmm},        {"f16c", 1, 0, kEcx, 29, kYmm},
+      {"avx2", 7, 0, kEbx, 5, kYmm},        {"bmi2", 7, 0, kEbx, 8, kNone},
+      {"avxvnni", 7, 1, kEax, 4, kYmm},     {"avx512f", 7, 0, kEbx, 16, kZmm},
+      {"avx512dq", 7, 0, kEbx, 17, kZmm},   {"avx512bw", 7, 0, kEbx, 30, kZmm},
+      {"avx512vl", 7, 0, kEbx, 31, kZmm},   {"avx512vnni", 7, 0, kEcx, 11, kZmm},
+      {"avx512bf16", 7, 1, kEax, 5, kZmm},  {"amx-bf16", 7, 0, kEdx, 22, kTiles},
+      {"amx-tile", 7, 0, kEdx, 24, kTiles}, {"amx-int8", 7, 0, kEdx, 25, kTiles},
+  };
+  for (const Feature& feature : kFeatures) {
+    if (std::strcmp(feature.name, name) != 0) continue;
+    unsigned registers[4];
+    const auto ask = [&](unsigned leaf, unsigned subleaf) {
+      return __get_cpuid_count(leaf, subleaf, registers, registers + 1, registers + 2, registers + 3) != 0;
+    };
+    if (feature.saved != kNone) {
+      if (!ask(1, 0) || !(registers[kEcx] >> 27 & 1)) return false;  // OSXSAVE: xgetbv exists
+      std::uint32_t saved, high;
+      asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+      if ((saved & feature.saved) != feature.saved) return false;
+    }
+    if (!ask(feature.leaf, feature.subleaf) || !(registers[feature.where] >> feature.bit & 1)) return false;
+    return feature.saved != kTiles || may_use_matrices();
+  }
+  return false;
+}
 #endif
 
 // The rows of the sets that were compiled (CMakeLists.txt defines QUAKE_HAVE_name as 1 or 0).
@@ -61,7 +110,7 @@ constexpr InstructionSet kSets[] = {
 #define QUAKE_ROW_0(...)
 #define QUAKE_ROW_IF(built, ...) QUAKE_ROW_##built(__VA_ARGS__)
 #define QUAKE_ROW(built, ...) QUAKE_ROW_IF(built, __VA_ARGS__)
-#define HAS(feature) &&QUAKE_HAS_FEATURE(feature)
+#define HAS(feature) &&has_feature(#feature)
 #define QUAKE_ISA(processor, name, extended, features) \
   QUAKE_ROW(                                           \
       QUAKE_HAVE_##name, #name, #extended, []() -> bool { return true features; }, isa::fill_##name)

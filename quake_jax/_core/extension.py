@@ -71,9 +71,10 @@ def version() -> str:
 def isa() -> str:
     """Return the instruction set in use.
 
-    On x86-64 "baseline", "avx2", "avx512", "avx512vnni" or "avx512bf16"; on aarch64 "neon",
-    "neondot" (products of bytes) or "neonbf16" (and of bfloat16 pairs). The best that the CPU has
-    is chosen when quake_jax is imported; the environment variable QUAKE_JAX_ISA forces another.
+    On x86-64 "baseline", "avx2", "avx2vnni", "avx512", "avx512vnni", "avx512bf16" or
+    "avx512bf16amx"; on aarch64 "neon", "neondot" (products of bytes) or "neonbf16" (and of
+    bfloat16 pairs). The best that the CPU has is chosen when quake_jax is imported; the
+    environment variable QUAKE_JAX_ISA forces another.
 
     Example:
       >>> import quake_jax

@@ -19,7 +19,7 @@ from benchmarks.dense.cases import FORMATS, FORMS, PEERS, XLA, Case, Shape
 from benchmarks.harness import bars, hardware, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
-from benchmarks.harness.hardware import BFLOAT16, FMA, INT8
+from benchmarks.harness.hardware import BFLOAT16, FMA, INT8, MATRIX_BFLOAT16
 
 SMALL = Shape(3, 128, 40)
 DECODED = ("int8 weights", "int4/32 weights")
@@ -184,6 +184,7 @@ def test_every_limit_can_be_timed():
         ("float32", {FMA}, FMA),
         ("int8 weights", {FMA, INT8}, FMA),
         ("bfloat16", {FMA, BFLOAT16}, BFLOAT16),
+        ("bfloat16", {FMA, BFLOAT16, MATRIX_BFLOAT16}, MATRIX_BFLOAT16),
         ("bfloat16", {FMA}, FMA),
         ("int4/32", {FMA, INT8}, INT8),
         ("int8", {FMA}, None),
