@@ -17,11 +17,12 @@ using std::size_t;
 constexpr size_t kRowBytes = size_t{4} << 20;
 // Rows of a task: their words stay in the second-level cache while the panels pass by.
 constexpr size_t kBlockRows = 192;
-// Words of a panel that a block of rows is multiplied with before the next ones, for the same reason; and of
-// factors, where they are expanded.
-constexpr size_t kDepth = 4096, kExpandedDepth = 1024;
-// The same of lines, for the first-level cache: of two panels, 32 KB.
-constexpr size_t kLinesDepth = 256;
+// More words of so many rows than these do not stay there: then so many at a time, which meet these steps of
+// panels before the next words do.
+constexpr size_t kDepth = 1024, kStepsAtOnce = 8;
+// Words of a panel that a block of rows is multiplied with before the next ones: of factors, where they are
+// expanded, for the second-level cache; of lines, for the first-level one.
+constexpr size_t kExpandedDepth = 1024, kLinesDepth = 256;
 // Rows whose products are finished at a time: few enough to stay in the first-level cache.
 constexpr size_t kRowsAtOnce = 24;
 // A task is at least and about so many products.
@@ -116,9 +117,9 @@ class DenseCall {
 
   const char* run(ParallelFor parallel) {
     const Tiling whole = cut_rows(format_, p_.rows);
-    const size_t part_tiles =
-        std::max<size_t>(kBlockRows / whole.rows, kRowBytes / (row_words_ * whole.rows * sizeof(PackedWord)));
-    const size_t part_rows = part_tiles * whole.rows;
+    const size_t block_rows = kBlockRows / whole.rows * whole.rows;
+    const size_t part_rows =
+        std::max<size_t>(1, kRowBytes / (row_words_ * block_rows * sizeof(PackedWord))) * block_rows;
     for (size_t first = 0; first < p_.rows; first += part_rows) {
       if (!run_part(first, std::min(part_rows, p_.rows - first), parallel)) return "not enough memory";
     }
@@ -172,8 +173,11 @@ class DenseCall {
     const size_t rows_of_block = std::min(block_tiles, t.tiles) * t.rows;
     size_t all_panels = 0;
     for (const DenseWeight& weight : p_.weights) all_panels += ceil_div(weight.columns, kPanelColumns);
-    const size_t work = std::clamp(rows * p_.size * all_panels * kPanelColumns / 32, kLeastWork, kMostWork);
     const size_t of_step = rows_of_block * padded_size_ * t.panels * kPanelColumns * (p_.gate ? 2 : 1);
+    // The words of a block's rows that stay in the cache serve all columns of a task.
+    const bool wait = block_step(t, t.expanded && format_.expand) < depth_;
+    const size_t most_work = wait ? std::max(kMostWork, kStepsAtOnce * of_step) : kMostWork;
+    const size_t work = std::clamp(rows * p_.size * all_panels * kPanelColumns / 32, kLeastWork, most_work);
     const size_t steps_at_once = std::max<size_t>(1, work / of_step);
     // The columns of one weight after the other.
     std::vector<Columns> tasks;
@@ -245,13 +249,16 @@ class DenseCall {
     const size_t columns_of_tile = t.panels * kPanelColumns, first_row = t.first_row(first_tile);
     const size_t size = (last_tile - first_tile) * t.rows * columns_of_tile;
     const bool expanded = t.expanded && format_.expand;
-    const size_t step = step_of(t, expanded);
+    const size_t step = block_step(t, expanded);
+    // Sums of all columns if they wait for the next words.
+    const bool wait = step < depth_;
+    const size_t kept = size * (wait ? ceil_div(columns.to - columns.from, t.panels) : 1);
     float *values = nullptr, *gates = nullptr;
     PackedWord* factors = nullptr;
     const auto carve = [&](Carver carver) {
-      values = carver.take<float>(size);
-      if (p_.gate) gates = carver.take<float>(size);
-      if (expanded) factors = carver.take<PackedWord>(columns_of_tile * step * factors_);
+      values = carver.take<float>(kept);
+      if (p_.gate) gates = carver.take<float>(kept);
+      if (expanded) factors = carver.take<PackedWord>(columns_of_tile * panel_step(t, true) * factors_);
       return carver.used();
     };
     char* const memory = workspace(carve(Carver(nullptr)), WorkspaceOf::kTask);
@@ -264,17 +271,25 @@ class DenseCall {
       const size_t group = p_.group_size / format_.row_word;
       kernels_.begin_lines(sums_groups(expanded) && group % kLineWords != 0 ? kLineWords / 2 : kLineWords);
     }
-    for (size_t panel = columns.from; panel < columns.to; panel += t.panels) {
-      const Panels panels = {columns.weight, panel, std::min(t.panels, columns.to - panel)};
-      if (gates) {
-        product(part, first_tile, last_tile, p_.gate->panels, panels, step, factors, gates,
-                [](size_t, size_t) {});
+    for (size_t k = 0; k < depth_; k += step) {
+      const size_t last = std::min(depth_, k + step);
+      for (size_t panel = columns.from; panel < columns.to; panel += t.panels) {
+        const Panels panels = {columns.weight, panel, std::min(t.panels, columns.to - panel)};
+        const size_t kept_at = wait ? (panel - columns.from) / t.panels * size : 0;
+        float* const sums = values + kept_at;
+        float* const gate_sums = gates ? gates + kept_at : nullptr;
+        if (gates) {
+          product(part, first_tile, last_tile, p_.gate->panels, panels, k, last, factors, gate_sums,
+                  [](size_t, size_t) {});
+        }
+        product(part, first_tile, last_tile, columns.weight->panels, panels, k, last, factors, sums,
+                [&](size_t tile, size_t count) {
+                  if (last < depth_) return;
+                  const size_t row = t.first_row(tile), at = (row - first_row) * columns_of_tile;
+                  finish(part, row, part.rows_of(tile, count), panels, sums + at,
+                         gates ? gate_sums + at : nullptr);
+                });
       }
-      product(part, first_tile, last_tile, columns.weight->panels, panels, step, factors, values,
-              [&](size_t tile, size_t count) {
-                const size_t row = t.first_row(tile), at = (row - first_row) * columns_of_tile;
-                finish(part, row, part.rows_of(tile, count), panels, values + at, gates ? gates + at : nullptr);
-              });
     }
     if (t.lines) kernels_.end_lines();
   }
@@ -290,12 +305,16 @@ class DenseCall {
     return b;
   }
 
+  // Words of all panels of a task that a block of rows is multiplied with before the next words.
+  size_t block_step(const Tiling& t, bool expanded) const {
+    const size_t rows = std::min(t.tiles * t.rows, kBlockRows);
+    return sums_groups(expanded) || rows * row_words_ <= kBlockRows * kDepth ? depth_ : kDepth / factors_;
+  }
   // Words of a panel that all tiles of a block are multiplied with before the next ones.
-  size_t step_of(const Tiling& t, bool expanded) const {
+  size_t panel_step(const Tiling& t, bool expanded) const {
     if (sums_groups(expanded)) return depth_;
     if (t.lines && t.tiles > 1) return std::min(depth_, kLinesDepth / factors_);
-    if (expanded) return std::min(depth_, kExpandedDepth / factors_);
-    return t.tiles == 1 ? depth_ : std::min(depth_, kDepth);
+    return expanded ? std::min(depth_, kExpandedDepth / factors_) : depth_;
   }
   // Whether the product has the scales of groups; those of float factors are in what is expanded.
   bool sums_groups(bool expanded) const { return p_.group_size != 0 && (quantized_ || !expanded); }
@@ -306,18 +325,19 @@ class DenseCall {
     size_t first, count;
   };
 
-  // The rows of tiles times panels, one after the other in `out`. `factors` has room for those of `step` words
-  // of all panels, or is null where words are multiplied. finished(tile, count) is called with some at a time.
+  // The rows of tiles times the words [first, last) of panels, one after the other in `out`: added to what is
+  // there, but for word 0. `factors` has room for the words of all panels that are multiplied at a time, or
+  // is null where words are multiplied. finished(tile, count) is called with some at a time.
   template <class Finished>
   void product(const Part& part, size_t first_tile, size_t last_tile, const DensePanels& weight,
-               const Panels& panels, size_t step, PackedWord* factors, float* out,
+               const Panels& panels, size_t first, size_t last, PackedWord* factors, float* out,
                const Finished& finished) const {
     const Tiling& t = part.tiling;
     const auto& kernels = sums_groups(factors) ? format_.grouped : format_.product;
-    const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows);
-    for (size_t k = 0; k == 0 || k < depth_; k += step) {
+    const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows), step = panel_step(t, factors);
+    for (size_t k = first; k < last; k += step) {
       DensePanels b = panel_of(weight, panels.first);
-      b.depth = std::min(step, depth_ - k);
+      b.depth = std::min(step, last - k);
       if (factors) {
         const size_t words = b.depth * factors_ * kPanelColumns;
         for (size_t i = 0; i < panels.count; ++i) {
@@ -344,7 +364,7 @@ class DenseCall {
                 .panels = panels.count,
                 .add = k > 0,
                 .tiles = out + (t.first_row(tile) - t.first_row(first_tile)) * t.panels * kPanelColumns});
-        if (k + step >= depth_) finished(tile, count);
+        if (k + step >= last) finished(tile, count);
       }
     }
   }

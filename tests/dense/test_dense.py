@@ -26,6 +26,19 @@ def test_product(format, shape):
     oracle.assert_close(y, oracle.dense(x, packed))
 
 
+# More words of 192 rows than the second-level cache has room for (kDepth in driver.cc): sums of all
+# columns wait for the next ones. A word has 1 to 4 elements of x; where it has fewer, more wait.
+@pytest.mark.parametrize(
+    ("format", "k"), [("float32", 1100), ("bfloat16", 2100), ("int8", 4200), ("int4", 4224)]
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_sums_that_wait(format, k, gated):
+    x = normal((205, k))
+    packed, gate = (pack(normal((k, 70), seed), format) for seed in (1, 2))
+    keywords = {"gate": gate, "activation": "silu"} if gated else {}
+    oracle.assert_close(quake_jax.dense(x, packed, **keywords), oracle.dense(x, packed, **keywords))
+
+
 @pytest.mark.parametrize(
     ("finer", "coarser"),
     [
