@@ -51,7 +51,7 @@ bool has_feature(const char* name) {
     return (getauxval(feature.auxiliary) >> feature.bit & 1) != 0;
 #endif
   }
-  return false;
+  throw std::logic_error(std::string("no row for the feature ") + name);
 }
 #else
 // Linux gives a process the registers of AMX when it asks: from then on alternate stacks for signals must have
@@ -100,7 +100,7 @@ bool has_feature(const char* name) {
     if (!ask(feature.leaf, feature.subleaf) || !(registers[feature.where] >> feature.bit & 1)) return false;
     return feature.saved != kTiles || may_use_matrices();
   }
-  return false;
+  throw std::logic_error(std::string("no row for the feature ") + name);
 }
 #endif
 
