@@ -146,7 +146,7 @@ class Ceilings:
         self._threads = threads
         self._pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
         width = next((w for name, w in _WIDTHS.items() if (isa or "").startswith(name)), None)
-        self._library = _compile_loops(*width) if width else None
+        self._library = _compile_loops(*width, isa.endswith("amx")) if width else None
         if self._library is None:
             self.left_out = "needs a C++ compiler, and AVX2 or AVX-512"
             return
@@ -206,7 +206,7 @@ class Ceilings:
             future.result()
 
 
-def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
+def _compile_loops(size: int, flags: str, amx: bool) -> ctypes.CDLL | None:
     def chains(instruction: str) -> str:
         step = f'__asm__ volatile("{instruction} %1, %1, %0" : "+v"(a{{}}) : "v"(x));'
         return _CHAINS_SOURCE.format(
@@ -241,7 +241,7 @@ def _compile_loops(size: int, flags: str) -> ctypes.CDLL | None:
     text = _SOURCE.format(
         bytes=size,
         chains="".join(map(chains, known))
-        + "".join(matrices(name) for name, _ in _MATRIX_INSTRUCTIONS.values()),
+        + "".join(matrices(name) for name, _ in _MATRIX_INSTRUCTIONS.values() if amx),
         streams="".join(streams(*way) for way in _READS),
     )
     return _compile(text, *flags.split())

@@ -17,11 +17,11 @@ using std::size_t;
 constexpr size_t kRowBytes = size_t{4} << 20;
 // Rows of a task: their words stay in the second-level cache while the panels pass by.
 constexpr size_t kBlockRows = 192;
-// More words of so many rows than these do not stay there: then so many at a time, which meet these steps of
-// panels before the next words do.
+// More words of so many rows than these do not stay there: then so many of each at a time, which meet these
+// steps of panels before the next words do.
 constexpr size_t kDepth = 1024, kStepsAtOnce = 8;
-// Words of a panel that a block of rows is multiplied with before the next ones: of factors, where they are
-// expanded, for the second-level cache; of lines, for the first-level one.
+// As many words of a row, or factors of a panel, a block of rows is multiplied with before the next ones: where
+// they are expanded, for the second-level cache; of lines, for the first-level one.
 constexpr size_t kExpandedDepth = 1024, kLinesDepth = 256;
 // Rows whose products are finished at a time: few enough to stay in the first-level cache.
 constexpr size_t kRowsAtOnce = 24;
@@ -175,7 +175,7 @@ class DenseCall {
     for (const DenseWeight& weight : p_.weights) all_panels += ceil_div(weight.columns, kPanelColumns);
     const size_t of_step = rows_of_block * padded_size_ * t.panels * kPanelColumns * (p_.gate ? 2 : 1);
     // The words of a block's rows that stay in the cache serve all columns of a task.
-    const bool wait = block_step(t, t.expanded && format_.expand) < depth_;
+    const bool wait = block_step(t) < depth_;
     const size_t most_work = wait ? std::max(kMostWork, kStepsAtOnce * of_step) : kMostWork;
     const size_t work = std::clamp(rows * p_.size * all_panels * kPanelColumns / 32, kLeastWork, most_work);
     const size_t steps_at_once = std::max<size_t>(1, work / of_step);
@@ -248,8 +248,7 @@ class DenseCall {
     const Tiling& t = part.tiling;
     const size_t columns_of_tile = t.panels * kPanelColumns, first_row = t.first_row(first_tile);
     const size_t size = (last_tile - first_tile) * t.rows * columns_of_tile;
-    const bool expanded = t.expanded && format_.expand;
-    const size_t step = block_step(t, expanded);
+    const size_t step = block_step(t);
     // Sums of all columns if they wait for the next words.
     const bool wait = step < depth_;
     const size_t kept = size * (wait ? ceil_div(columns.to - columns.from, t.panels) : 1);
@@ -258,7 +257,7 @@ class DenseCall {
     const auto carve = [&](Carver carver) {
       values = carver.take<float>(kept);
       if (p_.gate) gates = carver.take<float>(kept);
-      if (expanded) factors = carver.take<PackedWord>(columns_of_tile * panel_step(t, true) * factors_);
+      if (t.expanded) factors = carver.take<PackedWord>(columns_of_tile * panel_step(t) * factors_);
       return carver.used();
     };
     char* const memory = workspace(carve(Carver(nullptr)), WorkspaceOf::kTask);
@@ -268,8 +267,7 @@ class DenseCall {
     }
     carve(Carver(memory));
     if (t.lines) {
-      const size_t group = p_.group_size / format_.row_word;
-      kernels_.begin_lines(sums_groups(expanded) && group % kLineWords != 0 ? kLineWords / 2 : kLineWords);
+      kernels_.begin_lines(words_at_once(sums_groups(t) ? p_.group_size / format_.row_word : 0));
     }
     for (size_t k = 0; k < depth_; k += step) {
       const size_t last = std::min(depth_, k + step);
@@ -306,18 +304,18 @@ class DenseCall {
   }
 
   // Words of all panels of a task that a block of rows is multiplied with before the next words.
-  size_t block_step(const Tiling& t, bool expanded) const {
+  size_t block_step(const Tiling& t) const {
     const size_t rows = std::min(t.tiles * t.rows, kBlockRows);
-    return sums_groups(expanded) || rows * row_words_ <= kBlockRows * kDepth ? depth_ : kDepth / factors_;
+    return sums_groups(t) || rows * row_words_ <= kBlockRows * kDepth ? depth_ : kDepth / factors_;
   }
   // Words of a panel that all tiles of a block are multiplied with before the next ones.
-  size_t panel_step(const Tiling& t, bool expanded) const {
-    if (sums_groups(expanded)) return depth_;
+  size_t panel_step(const Tiling& t) const {
+    if (sums_groups(t)) return depth_;
     if (t.lines && t.tiles > 1) return std::min(depth_, kLinesDepth / factors_);
-    return expanded ? std::min(depth_, kExpandedDepth / factors_) : depth_;
+    return t.expanded ? std::min(depth_, kExpandedDepth / factors_) : depth_;
   }
   // Whether the product has the scales of groups; those of float factors are in what is expanded.
-  bool sums_groups(bool expanded) const { return p_.group_size != 0 && (quantized_ || !expanded); }
+  bool sums_groups(const Tiling& t) const { return p_.group_size != 0 && (quantized_ || !t.expanded); }
 
   // Panels beside each other: of the columns of a weight, or of its gate.
   struct Panels {
@@ -333,8 +331,8 @@ class DenseCall {
                const Panels& panels, size_t first, size_t last, PackedWord* factors, float* out,
                const Finished& finished) const {
     const Tiling& t = part.tiling;
-    const auto& kernels = sums_groups(factors) ? format_.grouped : format_.product;
-    const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows), step = panel_step(t, factors);
+    const auto& kernels = sums_groups(t) ? format_.grouped : format_.product;
+    const size_t at_once = std::max<size_t>(1, kRowsAtOnce / t.rows), step = panel_step(t);
     for (size_t k = first; k < last; k += step) {
       DensePanels b = panel_of(weight, panels.first);
       b.depth = std::min(step, last - k);

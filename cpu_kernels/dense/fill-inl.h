@@ -7,9 +7,10 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
     constexpr int kRows = static_cast<int>(kDenseShapes.at[I].rows);
     constexpr int kPanels = static_cast<int>(kDenseShapes.at[I].panels);
     DenseKernels::Format& f = table.of(format);
-    f.shapes[I] = kDenseShapes.at[I];
+    constexpr bool kExpanded = Words::kFactors > 1 && kDenseShapes.at[I].expanded;
+    f.shapes[I] = {kDenseShapes.at[I].rows, kDenseShapes.at[I].panels, kExpanded};
     f.shape_count = kDenseShapes.count;
-    if constexpr (Words::kFactors > 1 && kDenseShapes.at[I].expanded) {
+    if constexpr (kExpanded) {
       using Expanded = typename Words::Expanded;
       f.expand = expand_panel<Words>;
       f.product[I] = dense_product<Expanded, kRows, kPanels>;
@@ -17,7 +18,6 @@ void fill_dense_products(DenseKernels& table, DenseFormat format) {
         f.grouped[I] = grouped_product<Expanded, kRows, kPanels>;
       }
     } else {
-      if constexpr (kDenseShapes.at[I].expanded) f.expand = nullptr;  // the extended set may have one
       f.product[I] = dense_product<Words, kRows, kPanels>;
       if constexpr (kGrouped) f.grouped[I] = grouped_product<Words, kRows, kPanels>;
     }

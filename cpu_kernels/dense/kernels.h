@@ -63,6 +63,10 @@ constexpr std::int8_t kNoCode = -128;
 // words of x are what the format's product multiplies with one factor of a word of the weight. With `lines`
 // kLineWords of a row stay together: [depth / kLineWords, rounded up][tile_rows][kLineWords].
 inline constexpr std::size_t kLineWords = 16;
+// How many of a line are multiplied at once, in groups of so many words or without (0).
+constexpr std::size_t words_at_once(std::size_t group_words) {
+  return group_words % kLineWords == 0 ? kLineWords : kLineWords / 2;
+}
 
 struct DenseRows {
   const void* x;  // rows of `size` elements, one after the other; int8 are codes of `range`

@@ -119,15 +119,16 @@ void grouped_lines_product_of(const DensePanels& b, const DenseTiles& tiles) {
 
 template <class Matrix, int R, int V>
 void grouped_lines_product(const DensePanels& b, const DenseTiles& tiles) {
-  const bool whole = b.group_words % kLineWords == 0;
-  (whole ? grouped_lines_product_of<Matrix, R, V, kLineWords>
-         : grouped_lines_product_of<Matrix, R, V, kLineWords / 2>)(b, tiles);
+  (words_at_once(b.group_words) == kLineWords
+       ? grouped_lines_product_of<Matrix, R, V, kLineWords>
+       : grouped_lines_product_of<Matrix, R, V, kLineWords / 2>)(b, tiles);
 }
 
 // From shape `kFirst` on: of fewer rows, the extended set's products stay.
 template <class Matrix, bool kGrouped, int kFirst, int I = 0>
 void fill_lines_products(DenseKernels::Format& f, DenseKernels::ExpandFn expand = nullptr) {
-  static_assert(kLanes == kPanelColumns);
+  static_assert(kLanes == kPanelColumns && kFirst + 3 <= DenseKernels::kMaxShapes);
+  static_assert(kFirst == 0 || kDenseShapes.at[kFirst > 0 ? kFirst - 1 : 0].rows <= 8);
   constexpr DenseKernels::Shape kShapes[] = {{16, 4}, {16, 2}, {32, 2}};
   if constexpr (I < 3) {
     constexpr int kRows = static_cast<int>(kShapes[I].rows), kPanels = static_cast<int>(kShapes[I].panels);

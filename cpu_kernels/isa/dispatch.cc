@@ -1,18 +1,22 @@
 #include "isa/dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <list>
 #include <stdexcept>
 
 #include "isa/sets.h"
 
-#if defined(__APPLE__)
-#include <sys/sysctl.h>
-#elif defined(__aarch64__)
-#include <sys/auxv.h>
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -26,6 +30,21 @@ struct InstructionSet {
   bool (*runs_here)();   // but for what the extended one takes
   void (*fill)(KernelTable&);
 };
+
+// The set that the environment names, or nothing.
+std::string_view forced_set() {
+  const char* const name = std::getenv("QUAKE_JAX_ISA");
+  return name == nullptr ? "" : name;
+}
+
+bool is_set(std::string_view name) {
+  constexpr std::string_view kNames[] = {
+#define QUAKE_ISA(processor, name, extended, features) #name,
+#include "isa/list.h"
+#undef QUAKE_ISA
+  };
+  return std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames);
+}
 
 // Whether the CPU has what list.h calls `name`, and the operating system lets a process use it.
 #if defined(__aarch64__)
@@ -55,11 +74,16 @@ bool has_feature(const char* name) {
 }
 #else
 // Linux gives a process the registers of AMX when it asks: from then on alternate stacks for signals must have
-// room for them (11 KB), and where a thread has a smaller one, it says no.
+// room for them (11 KB), and where a thread has a smaller one, it says no. Not if another set is forced.
 bool may_use_matrices() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  static const bool granted = [] {
+    const std::string_view wanted = forced_set();
+    return (!is_set(wanted) || wanted.ends_with("amx")) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
 #else
   return false;
 #endif
@@ -95,6 +119,9 @@ bool has_feature(const char* name) {
       if (!ask(1, 0) || !(registers[kEcx] >> 27 & 1)) return false;  // OSXSAVE: xgetbv exists
       std::uint32_t saved, high;
       asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+#if defined(__APPLE__)
+      if ((saved & kYmm) == kYmm) saved |= kZmm;  // macOS turns these on when a thread first uses them
+#endif
       if ((saved & feature.saved) != feature.saved) return false;
     }
     if (!ask(feature.leaf, feature.subleaf) || !(registers[feature.where] >> feature.bit & 1)) return false;
@@ -154,11 +181,11 @@ const std::vector<const KernelTable*>& supported_tables() {
 const KernelTable& active_table() {
   static const KernelTable& table = []() -> const KernelTable& {
     const std::vector<const KernelTable*>& tables = supported_tables();
-    const char* wanted = std::getenv("QUAKE_JAX_ISA");
-    if (wanted == nullptr || *wanted == '\0') return *tables.back();
+    const std::string_view wanted = forced_set();
+    if (wanted.empty()) return *tables.back();
     std::string names;
     for (const KernelTable* candidate : tables) {
-      if (std::string(wanted) == candidate->isa) return *candidate;
+      if (wanted == candidate->isa) return *candidate;
       names += names.empty() ? "" : ", ";
       names += candidate->isa;
     }
