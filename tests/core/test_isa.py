@@ -30,7 +30,7 @@ def test_sets_are_those_whose_features_linux_tells():
         named = {FLAGS.get(feature, feature.replace("-", "_")) for feature in needed}
         if extended in wanted and named <= flags:
             wanted.add(name)
-    # A compiler may lack some, and a process may have asked for AMX too late.
+    # Older compilers lack AVX-VNNI and AMX, and Linux may refuse the latter's registers.
     found = set(quake_jax.supported_isas())
     assert "baseline" in found and found <= wanted
     assert {"avx2", "avx512", "avx512vnni", "avx512bf16"} & wanted <= found
