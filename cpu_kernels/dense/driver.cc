@@ -15,11 +15,9 @@ using std::size_t;
 
 // Encoded rows are kept in memory of about this size, and what is longer is done in parts.
 constexpr size_t kRowBytes = size_t{4} << 20;
-// Rows of a task: their words stay in the second-level cache while the panels pass by.
-constexpr size_t kBlockRows = 192;
-// More words of so many rows than these do not stay there: then so many of each at a time, which meet these
-// steps of panels before the next words do.
-constexpr size_t kDepth = 1024, kStepsAtOnce = 8;
+// Rows of a task, whose words stay in the second-level cache while the panels pass by, if they are no more than
+// these. Else so many of them at a time, which meet these steps of panels before the next words do.
+constexpr size_t kBlockRows = 192, kBlockWords = kBlockRows * 1024, kStepsAtOnce = 8;
 // As many words of a row, or factors of a panel, a block of rows is multiplied with before the next ones: where
 // they are expanded, for the second-level cache; of lines, for the first-level one.
 constexpr size_t kExpandedDepth = 1024, kLinesDepth = 256;
@@ -81,6 +79,19 @@ bool are_narrow(const DenseProblem& p, const DenseKernels& kernels) {
   return *largest - *least <= 15;
 }
 
+// Splitting floats pays for more rows than a tile has, and for some depth.
+bool are_split(const DenseProblem& p, const DenseKernels& kernels) {
+  const DenseKernels::Format& split = kernels.of(DenseFormat::kFloat32Split);
+  return p.format == DenseFormat::kFloat32 && split.shape_count > 0 && p.rows > split.shapes[0].rows &&
+         p.size >= 2 * split.row_elements;
+}
+
+// The format that a problem is computed in.
+DenseFormat choose_format(const DenseProblem& p, const DenseKernels& kernels) {
+  if (are_narrow(p, kernels)) return DenseFormat::kInt4Narrow;
+  return are_split(p, kernels) ? DenseFormat::kFloat32Split : p.format;
+}
+
 // Of a range [low, high], which is widened to 0: that is one of the integers.
 DenseQuantizer quantizer_of(const float* range) {
   ScopedFlushDenormals flush;
@@ -98,13 +109,10 @@ DenseQuantizer quantizer_of(const float* range) {
 class DenseCall {
  public:
   DenseCall(const DenseProblem& problem, const DenseKernels& kernels)
-      : p_(problem),
-        kernels_(kernels),
-        format_(kernels.of(are_narrow(problem, kernels) ? DenseFormat::kInt4Narrow : problem.format)) {
+      : p_(problem), kernels_(kernels), format_(kernels.of(choose_format(problem, kernels))) {
     depth_ = p_.weights[0].panels.depth;
     padded_size_ = depth_ * elements_of_word(p_.format);
-    factors_ = elements_of_word(p_.format) / format_.row_word;
-    row_words_ = depth_ * factors_;
+    row_words_ = factors_of(depth_);
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
     // A weight without columns has no offsets.
@@ -117,9 +125,8 @@ class DenseCall {
 
   const char* run(ParallelFor parallel) {
     const Tiling whole = cut_rows(format_, p_.rows);
-    const size_t block_rows = kBlockRows / whole.rows * whole.rows;
-    const size_t part_rows =
-        std::max<size_t>(1, kRowBytes / (row_words_ * block_rows * sizeof(PackedWord))) * block_rows;
+    const size_t block = block_rows(whole);
+    const size_t part_rows = std::max<size_t>(1, kRowBytes / (row_words_ * block * sizeof(PackedWord))) * block;
     for (size_t first = 0; first < p_.rows; first += part_rows) {
       if (!run_part(first, std::min(part_rows, p_.rows - first), parallel)) return "not enough memory";
     }
@@ -127,6 +134,14 @@ class DenseCall {
   }
 
  private:
+  // How many words of a row, or factors of a column, meet so many words of a column; and the other way round.
+  size_t factors_of(size_t words) const {
+    return ceil_div(words * elements_of_word(p_.format), format_.row_elements) * format_.row_words;
+  }
+  size_t words_of(size_t factors) const {
+    return factors / format_.row_words * format_.row_elements / elements_of_word(p_.format);
+  }
+
   // Of the rows that a part begins with.
   struct Part {
     size_t first, rows;
@@ -168,7 +183,7 @@ class DenseCall {
     });
     if (failed_) return false;
 
-    const size_t block_tiles = std::max<size_t>(1, kBlockRows / t.rows);
+    const size_t block_tiles = block_rows(t) / t.rows;
     const size_t blocks = ceil_div(t.tiles, block_tiles);
     const size_t rows_of_block = std::min(block_tiles, t.tiles) * t.rows;
     size_t all_panels = 0;
@@ -192,7 +207,28 @@ class DenseCall {
       multiply(part, block * block_tiles, std::min(t.tiles, (block + 1) * block_tiles),
                tasks[task % tasks.size()]);
     });
-    return !failed_;
+    return !failed_ && multiply_infinite(part);
+  }
+
+  // Rows with infinities lose them when they are split: one after the other, as floats.
+  bool multiply_infinite(const Part& part) const {
+    if (&format_ != &kernels_.of(DenseFormat::kFloat32Split)) return true;
+    std::vector<size_t> rows;
+    for (size_t row = 0; row < part.rows; ++row) {
+      if (std::isinf(part.scales[row])) rows.push_back(part.first + row);
+    }
+    for (const size_t row : rows) {
+      DenseProblem one = p_;
+      one.rows = 1;
+      one.x = static_cast<const char*>(p_.x) + row * p_.size * element_size(p_.dtype);
+      for (DenseWeight& weight : one.weights) {
+        const size_t bytes = row * weight.columns * element_size(p_.out_dtype);
+        weight.out = static_cast<char*>(weight.out) + bytes;
+        if (p_.residual) one.residual = static_cast<const char*>(p_.residual) + bytes;
+      }
+      if (DenseCall(one, kernels_).run(in_order)) return false;
+    }
+    return true;
   }
 
   void encode(const Part& part, size_t tile) {
@@ -257,7 +293,7 @@ class DenseCall {
     const auto carve = [&](Carver carver) {
       values = carver.take<float>(kept);
       if (p_.gate) gates = carver.take<float>(kept);
-      if (t.expanded) factors = carver.take<PackedWord>(columns_of_tile * panel_step(t) * factors_);
+      if (t.expanded) factors = carver.take<PackedWord>(columns_of_tile * factors_of(panel_step(t)));
       return carver.used();
     };
     char* const memory = workspace(carve(Carver(nullptr)), WorkspaceOf::kTask);
@@ -267,7 +303,7 @@ class DenseCall {
     }
     carve(Carver(memory));
     if (t.lines) {
-      kernels_.begin_lines(words_at_once(sums_groups(t) ? p_.group_size / format_.row_word : 0));
+      kernels_.begin_lines(words_at_once(sums_groups(t) ? p_.group_size / format_.row_elements : 0));
     }
     for (size_t k = 0; k < depth_; k += step) {
       const size_t last = std::min(depth_, k + step);
@@ -303,16 +339,22 @@ class DenseCall {
     return b;
   }
 
+  // Rows of a block: more where many share what is expanded, if the cache has room for the depth they need.
+  size_t block_rows(const Tiling& t) const {
+    constexpr size_t kMore = 2 * kBlockRows;
+    const bool more = t.expanded && t.lines && (!sums_groups(t) || kMore * row_words_ <= kBlockWords);
+    return (more ? kMore : kBlockRows) / t.rows * t.rows;
+  }
   // Words of all panels of a task that a block of rows is multiplied with before the next words.
   size_t block_step(const Tiling& t) const {
-    const size_t rows = std::min(t.tiles * t.rows, kBlockRows);
-    return sums_groups(t) || rows * row_words_ <= kBlockRows * kDepth ? depth_ : kDepth / factors_;
+    const size_t rows = std::min(t.tiles * t.rows, block_rows(t));
+    return sums_groups(t) || rows * row_words_ <= kBlockWords ? depth_ : words_of(kBlockWords / block_rows(t));
   }
   // Words of a panel that all tiles of a block are multiplied with before the next ones.
   size_t panel_step(const Tiling& t) const {
     if (sums_groups(t)) return depth_;
-    if (t.lines && t.tiles > 1) return std::min(depth_, kLinesDepth / factors_);
-    return t.expanded ? std::min(depth_, kExpandedDepth / factors_) : depth_;
+    if (t.lines && t.tiles > 1) return std::min(depth_, words_of(kLinesDepth));
+    return t.expanded ? std::min(depth_, words_of(kExpandedDepth)) : depth_;
   }
   // Whether the product has the scales of groups; those of float factors are in what is expanded.
   bool sums_groups(const Tiling& t) const { return p_.group_size != 0 && (quantized_ || !t.expanded); }
@@ -337,14 +379,14 @@ class DenseCall {
       DensePanels b = panel_of(weight, panels.first);
       b.depth = std::min(step, last - k);
       if (factors) {
-        const size_t words = b.depth * factors_ * kPanelColumns;
+        const size_t words = factors_of(b.depth) * kPanelColumns;
         for (size_t i = 0; i < panels.count; ++i) {
           format_.expand(panel_of(weight, panels.first + i), k, b.depth, factors + i * words);
         }
         b.words = factors;
         b.panel_words = words;
-        b.depth *= factors_;
-        b.group_words *= factors_;
+        b.depth = factors_of(b.depth);
+        b.group_words = factors_of(b.group_words);
       } else {
         b.words += k * kPanelColumns;
       }
@@ -355,7 +397,7 @@ class DenseCall {
         count = std::min(at_once, end - tile);
         kernels[t.shape - low](
             b, {.count = count,
-                .rows = part.words + tile * part.tile_words + k * factors_ * rows,
+                .rows = part.words + tile * part.tile_words + factors_of(k) * rows,
                 .row_words = part.tile_words,
                 .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr,
                 .sum_words = has_sums_ ? groups_ * t.rows : 0,
@@ -412,7 +454,7 @@ class DenseCall {
   const DenseKernels& kernels_;
   const DenseKernels::Format& format_;
   size_t depth_, padded_size_, groups_;
-  size_t factors_, row_words_;  // of a word of the weight, and of a row: what products multiply
+  size_t row_words_;  // of an encoded row
   bool quantized_, has_sums_;
   DenseQuantizer range_, out_range_;  // if the problem has them
   std::atomic<bool> failed_ = false;

@@ -57,7 +57,8 @@ void fill_byte_codes(DenseKernels& table) {
 template <class Encoder, class... T>
 void fill_dense_rows(DenseKernels& table, DenseFormat format) {
   DenseKernels::Format& f = table.of(format);
-  f.row_word = Encoder::kElements;
+  f.row_elements = Encoder::kElements;
+  f.row_words = Encoder::kWords;
   ((f.encode[static_cast<int>(kDTypeOf<T>)] = Encoder::template encode<T>), ...);
 }
 

@@ -18,6 +18,7 @@ enum class DenseFormat : int {
   kInt4,           // eight codes of four bits, indices of a table of floats; x stays float32
   kInt4Quantized,  // the same of a table of int8; the rows of x are quantised
   kInt4Narrow,     // the same if the table's values differ by at most 15: the driver's choice for few rows
+  kFloat32Split,   // kFloat32 as three bfloat16: the driver's choice for many rows
   kCount
 };
 inline constexpr int kDenseFormats = static_cast<int>(DenseFormat::kCount);
@@ -76,8 +77,10 @@ struct DenseRows {
   const DenseQuantizer* range;  // of all rows, or null: each by its own
   bool zero_point;              // then with one, or symmetrically
   bool lines;
-  PackedWord* out;      // writes up to a vector past the tile's end
-  float* scales;        // [tile_rows], of quantised rows; NaN if the row has one, or an infinity, or kNoCode
+  PackedWord* out;  // writes up to a vector past the tile's end
+  // [tile_rows]: of quantised rows; NaN if the row has one, or an infinity, or kNoCode. Of split ones infinite if
+  // the row has an infinity, or what rounds to one, and no NaN.
+  float* scales;
   std::int32_t* zeros;  // [tile_rows], their zero points
   PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32)
 };
@@ -135,7 +138,7 @@ struct DenseKernels {
   struct Format {
     Shape shapes[kMaxShapes];
     int shape_count;
-    std::size_t row_word;  // elements of x in a word of the encoded rows
+    std::size_t row_elements, row_words;  // of x, and the words that they are encoded in
     EncodeFn encode[kDTypes];
     // The factors in `count` words of a panel from the first one on, in the order of the words of x, times the
     // scales of their groups and with the offsets if the rows are floats. Null where a word is one factor.

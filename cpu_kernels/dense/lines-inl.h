@@ -9,6 +9,7 @@
 //   store_matrix<T>(p, stride)
 //   begin_matrices(words), end_matrices()    between them, of 4 to 7 only that many words deep: 8 or 16
 //   MatrixBytes, MatrixBFloats               multiply_add<C, A, B>(): C += A · B
+//   append_halves(a, b)                      the upper halves of the lanes of a, then of b
 
 constexpr std::size_t kMatrixWords = kLineWords * kPanelColumns;
 
@@ -26,6 +27,89 @@ QUAKE_INLINE void multiply_lines(const PackedWord* rows, const PackedWord* const
   if constexpr (R == 32 || V == 4) {
     Matrix::template multiply_add<2, V == 4 ? 4 : 5, 6>();
     Matrix::template multiply_add<3, V == 4 ? 4 : 5, 7>();
+  }
+}
+
+// Floats as sums of three bfloat16, the low, middle and high ones of so many elements one after the other.
+constexpr std::size_t kSplitElements = 2 * kLineWords, kSplitWords = 3 * kLineWords;
+
+// One part of rows times one of the panels, which are in the registers unless they are loaded.
+template <int R, bool kLoadRows, bool kLoadPanels>
+QUAKE_INLINE void multiply_parts(const PackedWord* rows, const PackedWord* const (&panels)[2], std::size_t at) {
+  if constexpr (kLoadRows) {
+    load_matrix<4>(rows, kLineWords);
+    if constexpr (R == 32) load_matrix<5>(rows + kMatrixWords, kLineWords);
+  }
+  if constexpr (kLoadPanels) {
+    load_matrix<6>(panels[0] + at, kPanelColumns);
+    load_matrix<7>(panels[1] + at, kPanelColumns);
+  }
+  MatrixBFloats::multiply_add<0, 4, 6>();
+  MatrixBFloats::multiply_add<1, 4, 7>();
+  if constexpr (R == 32) {
+    MatrixBFloats::multiply_add<2, 5, 6>();
+    MatrixBFloats::multiply_add<3, 5, 7>();
+  }
+}
+
+// Six of the nine products: the others are at most 3 * 2^-24 of that of the floats.
+template <int R>
+QUAKE_INLINE void multiply_split(const PackedWord* rows, const PackedWord* const (&panels)[2], std::size_t at) {
+  const PackedWord *const middle = rows + kLineWords * R, *const high = middle + kLineWords * R;
+  const std::size_t at_middle = at + kMatrixWords, at_high = at_middle + kMatrixWords;
+  multiply_parts<R, true, true>(rows, panels, at_high);
+  multiply_parts<R, true, false>(middle, panels, at_high);
+  multiply_parts<R, false, true>(middle, panels, at_middle);
+  multiply_parts<R, true, false>(high, panels, at_middle);
+  multiply_parts<R, false, true>(high, panels, at);
+  multiply_parts<R, false, true>(high, panels, at_high);
+}
+
+typedef std::uint32_t Unsigned __attribute__((vector_size(sizeof(vi))));
+
+// Cut off after a bfloat16's bits, and rounded to nearest.
+QUAKE_INLINE vf cut_bfloat(vf v) { return as_float(as_int(v) & ~0xffff); }
+QUAKE_INLINE vf nearest_bfloat(vf v) { return as_float((as_int(v) + 0x8000) & ~0xffff); }
+
+// Parts to nearest have both signs: what is left out of a product is small, and has no side.
+struct SplitRow {
+  static constexpr std::size_t kElements = kSplitElements, kWords = kSplitWords;
+  template <class T>
+  QUAKE_INLINE vf convert(const T* x, std::size_t count, PackedWord* out) {
+    vf sizes = {};
+    for (std::size_t i = 0; i < count; i += kElements, out += kWords) {
+      const std::size_t n = count - i;
+      vf a = load_up_to(x + i, n < kLanes ? n : kLanes);
+      vf b = n <= kLanes ? vf{} : load_up_to(x + i + kLanes, n < kElements ? n - kLanes : kLanes);
+#pragma GCC unroll 3
+      for (int part = 2; part >= 0; --part) {
+        const vf high_a = nearest_bfloat(a), high_b = nearest_bfloat(b);
+        store(as_floats(out + part * kLineWords), as_float(append_halves(high_a, high_b)));
+        if (part == 2) sizes = fma(abs(high_a) + abs(high_b), set1(0x1p-64f), sizes);
+        a -= high_a;
+        b -= high_b;
+      }
+    }
+    return sizes;
+  }
+};
+
+// The parts of a panel's words.
+inline void split_panel(const DensePanels& b, std::size_t first, std::size_t count, PackedWord* out) {
+  for (std::size_t k = 0; k < count; k += kSplitElements, out += kSplitWords * kPanelColumns) {
+    const PackedWord* from = b.words + (first + k) * kPanelColumns;
+    for (std::size_t i = 0; i < kSplitElements; i += 2, from += 2 * kPanelColumns) {
+      vf even = k + i < count ? load(as_floats(from)) : vf{};
+      vf odd = k + i + 1 < count ? load(as_floats(from + kPanelColumns)) : vf{};
+      PackedWord* to = out + 2 * kMatrixWords + i / 2 * kPanelColumns;
+#pragma GCC unroll 3
+      for (int part = 0; part < 3; ++part, to -= kMatrixWords) {
+        const vf high_even = cut_bfloat(even), high_odd = cut_bfloat(odd);
+        store(as_floats(to), as_float((vi)((Unsigned)as_int(high_even) >> 16) | as_int(high_odd)));
+        even -= high_even;
+        odd -= high_odd;
+      }
+    }
   }
 }
 
@@ -60,6 +144,20 @@ struct StoreSums {
   }
   float* to;
 };
+
+template <int R, int V>
+void split_product(const DensePanels& b, const DenseTiles& tiles) {
+  const PackedWord* const panels[V] = {b.words, b.words + panel_at<V>(tiles, 1) * b.panel_words};
+  for (std::size_t i = 0; i < tiles.count; ++i) {
+    const PackedWord* const rows = tiles.rows + i * tiles.row_words;
+    float* const tile = tiles.tiles + i * R * V * kPanelColumns;
+    tiles.add ? for_sums<R, V>(LoadSums<V>{tile}) : for_sums<R, V>(ClearSums{});
+    for (std::size_t k = 0; k < b.depth; k += kSplitWords) {
+      multiply_split<R>(rows + k * R, panels, k * kPanelColumns);
+    }
+    for_sums<R, V>(StoreSums<V>{tile});
+  }
+}
 
 template <class Matrix, int R, int V>
 void lines_product(const DensePanels& b, const DenseTiles& tiles) {
@@ -141,6 +239,18 @@ void fill_lines_products(DenseKernels::Format& f, DenseKernels::ExpandFn expand 
   }
 }
 
+template <class... T>
+void fill_split_products(DenseKernels& table) {
+  DenseKernels::Format& f = table.of(DenseFormat::kFloat32Split);
+  f.expand = split_panel;
+  f.shape_count = 2;
+  f.shapes[0] = {16, 2, true, true};
+  f.shapes[1] = {32, 2, true, true};
+  f.product[0] = split_product<16, 2>;
+  f.product[1] = split_product<32, 2>;
+  fill_dense_rows<EncodeConverted<SplitRow>, T...>(table, DenseFormat::kFloat32Split);
+}
+
 // 4-bit codes as the signed bytes of their table.
 struct MatrixCodes {
   using Vector = vi;
@@ -152,7 +262,8 @@ struct MatrixCodes {
   ByteTable table;
 };
 
-inline void fill_dense_lines(DenseKernels& table) {
+template <class... T>
+void fill_dense_lines(DenseKernels& table) {
   table.begin_lines = begin_matrices;
   table.end_lines = end_matrices;
   // Integers of up to 8 rows stay with vectors, which expand no codes. Sums of bfloat16 are rounded in another
@@ -160,4 +271,5 @@ inline void fill_dense_lines(DenseKernels& table) {
   fill_lines_products<MatrixBFloats, false, 0>(table.of(DenseFormat::kBFloat16));
   fill_lines_products<MatrixBytes, true, 5>(table.of(DenseFormat::kInt8Quantized));
   fill_lines_products<MatrixBytes, true, 5>(table.of(DenseFormat::kInt4Quantized), expand_panel<MatrixCodes>);
+  fill_split_products<T...>(table);
 }

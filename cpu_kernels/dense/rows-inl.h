@@ -33,23 +33,24 @@ QUAKE_INLINE void turn(const RowsChunk& chunk, std::size_t words, std::size_t ti
   }
 }
 
-// How the elements of a row become its words.
+// How the elements of a row become its words, kElements of them kWords. What is returned becomes its scale.
 struct FloatRow {
-  static constexpr std::size_t kElements = 1;  // in a word
+  static constexpr std::size_t kElements = 1, kWords = 1;
   template <class T>
-  QUAKE_INLINE void convert(const T* x, std::size_t count, PackedWord* out) {
+  QUAKE_INLINE vf convert(const T* x, std::size_t count, PackedWord* out) {
     for (std::size_t i = 0; i < count; i += kLanes) {
       store(as_floats(out + i), load_up_to(x + i, count - i < kLanes ? count - i : kLanes));
     }
+    return vf{};
   }
 };
 
 // Rounded to bfloat16, in pairs or as floats.
 template <bool kInPairs>
 struct BFloatRow {
-  static constexpr std::size_t kElements = kInPairs ? 2 : 1;
+  static constexpr std::size_t kElements = kInPairs ? 2 : 1, kWords = 1;
   template <class T>
-  QUAKE_INLINE void convert(const T* x, std::size_t count, PackedWord* out) {
+  QUAKE_INLINE vf convert(const T* x, std::size_t count, PackedWord* out) {
     const auto part = [&](std::size_t i) {
       return i >= count ? vf{} : plain_nans(load_up_to(x + i, count - i < kLanes ? count - i : kLanes));
     };
@@ -60,6 +61,7 @@ struct BFloatRow {
         store(as_floats(out + i), bfloat_to_float(float_to_bfloat(part(i))));
       }
     }
+    return vf{};
   }
 };
 
@@ -88,21 +90,23 @@ QUAKE_INLINE void clear_missing(const DenseRows& t, RowsChunk& chunk) {
 
 template <class Row, class T>
 void encode_converted(const DenseRows& t) {
-  constexpr std::size_t kChunk = kRowChunk * Row::kElements;
+  constexpr std::size_t kChunk = kRowChunk / Row::kWords * Row::kElements;
   alignas(kCacheLine) RowsChunk chunk;
   clear_missing(t, chunk);
+  vf scales[kMaxTileRows] = {};
   for (std::size_t j = 0; j < t.padded_size; j += kChunk) {
     const std::size_t padded = t.padded_size - j < kChunk ? t.padded_size - j : kChunk;
     const std::size_t count = t.size - j < padded ? t.size - j : padded;
     for (std::size_t r = 0; r < t.count; ++r) {
       // What the last words lack, the weight has as 0; here it must not be NaN.
       if (count < kChunk) std::memset(&chunk[r][0], 0, sizeof chunk[r]);
-      Row::convert(row_at<T>(t, r) + j, count, &chunk[r][0]);
+      scales[r] += Row::convert(row_at<T>(t, r) + j, count, &chunk[r][0]);
     }
-    const std::size_t words = padded / Row::kElements;
-    PackedWord* const out = t.out + j / Row::kElements * t.tile_rows;
+    const std::size_t words = ceil_div(padded, Row::kElements) * Row::kWords;
+    PackedWord* const out = t.out + j / Row::kElements * Row::kWords * t.tile_rows;
     t.lines ? split_lines(chunk, words, t.tile_rows, out) : turn(chunk, words, t.tile_rows, out);
   }
+  for (std::size_t r = 0; r < t.tile_rows; ++r) t.scales[r] = reduce_add(scales[r]);
   if (t.sums != nullptr) {
     std::memset(t.sums, 0, t.size / t.group_size * t.tile_rows * sizeof(PackedWord));
     sum_groups<T>(t);
@@ -250,13 +254,13 @@ void encode_quantized(const DenseRows& t) {
 // The encoders as the table is filled with them.
 template <class Row>
 struct EncodeConverted {
-  static constexpr std::size_t kElements = Row::kElements;
+  static constexpr std::size_t kElements = Row::kElements, kWords = Row::kWords;
   template <class T>
   static constexpr DenseKernels::EncodeFn encode = encode_converted<Row, T>;
 };
 template <std::size_t kPerWord>
 struct EncodeQuantized {
-  static constexpr std::size_t kElements = kPerWord;
+  static constexpr std::size_t kElements = kPerWord, kWords = 1;
   template <class T>
   static constexpr DenseKernels::EncodeFn encode = encode_quantized<kPerWord, T>;
 };

@@ -57,10 +57,17 @@ void begin_matrices(std::size_t words) {
 // Else the registers would be saved whenever the thread is interrupted.
 void end_matrices() { asm volatile("tilerelease"); }
 
+typedef std::int16_t Words __attribute__((vector_size(64)));
+QUAKE_INLINE vi append_halves(vf a, vf b) {
+  constexpr Words kUpper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                            33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return (vi)_mm512_permutex2var_epi16((__m512i)a, (__m512i)kUpper, (__m512i)b);
+}
+
 #include "dense/lines-inl.h"
 
 }  // namespace
 
-void isa::fill_avx512bf16amx(KernelTable& table) { fill_dense_lines(table.dense); }
+void isa::fill_avx512bf16amx(KernelTable& table) { fill_dense_lines<bfloat16, float, float16>(table.dense); }
 
 }  // namespace quake

@@ -245,6 +245,60 @@ void test_special_values(const KernelTable& table) {
   }
 }
 
+// Infinities among many rows: the sums of what they are with their weights. So is the largest float, which is
+// rounded where floats are split.
+void test_infinities(const KernelTable& table) {
+  std::mt19937 random(16);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  static constexpr float kPairs[][2] = {{kInf, 0}, {-kInf, 2},    {kInf, kInf},      {kInf, -kInf},
+                                        {0, kInf}, {-kInf, kNan}, {0, kLargest / 2}, {-kLargest, 0}};
+  for (const auto& kind : kKinds) {
+    if (kind.format != DenseFormat::kFloat32 && kind.format != DenseFormat::kBFloat16) continue;
+    for (const size_t rows : {5, 40}) {
+      DenseShape s = shape_of(kind, rows, 130, 70);
+      s.bias = s.residual = true;
+      std::vector<DenseArray> arrays = random_operands(s, random);
+      const auto set_row = [&](size_t row, const float(&pair)[2]) {
+        for (size_t k = 0; k < s.size; ++k) {
+          const float value = k == 17 ? pair[0] : k == 128 ? pair[1] : 0.0f;
+          write(arrays[0].bytes.data(), row * s.size + k, value);
+        }
+      };
+      // Zero, and each of the two weights.
+      const size_t row = rows - 2;
+      std::vector<double> of[3];
+      for (size_t i = 0; i < 3; ++i) {
+        set_row(row, i == 0   ? (const float[2]){0, 0}
+                     : i == 1 ? (const float[2]){1, 0}
+                              : (const float[2]){0, 1});
+        const std::vector<char> out = results_of(s, table, arrays, in_order)[0];
+        for (size_t n = 0; n < 70; ++n) of[i].push_back(read<float>(out.data(), row * 70 + n));
+      }
+      for (const auto& pair : kPairs) {
+        if (pair[0] == -kLargest && kind.format == DenseFormat::kBFloat16) continue;  // rounds to an infinity
+        set_row(row, pair);
+        const std::vector<char> out = results_of(s, table, arrays, in_order)[0];
+        for (size_t n = 0; n < 70; ++n) {
+          const float weights[2] = {static_cast<float>(of[1][n] - of[0][n]),
+                                    static_cast<float>(of[2][n] - of[0][n])};
+          double expected = 0;
+          for (int i = 0; i < 2; ++i) expected += pair[i] == 0 ? 0.0 : double{pair[i]} * weights[i];
+          const double actual = read<float>(out.data(), row * 70 + n);
+          const bool rounded = std::fabs(expected) > 0.99 * double{kLargest};
+          // The weights of this test are differences, of two roundings.
+          const bool ok = std::isnan(expected)   ? std::isnan(actual)
+                          : std::isinf(expected) ? actual == expected
+                                                 : rounded || std::fabs(actual / expected - 1) < 0.01;
+          check(ok, "%s: %s: %g and %g give [%zu] = %g, not %g", table.isa, describe(s).c_str(),
+                double{pair[0]}, double{pair[1]}, n, actual, expected);
+        }
+      }
+    }
+  }
+}
+
 // Rows of zeros, of values whose range is below what a scale can be, and of the largest values.
 void test_ranges(const KernelTable& table) {
   std::mt19937 random(11);
@@ -423,6 +477,7 @@ int main(int argc, char** argv) {
     test_deep(table);
     test_threads(table);
     test_special_values(table);
+    test_infinities(table);
     test_ranges(table);
     test_given_ranges(table);
     test_chain(table);
