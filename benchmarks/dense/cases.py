@@ -21,12 +21,15 @@ GELU_ROWS = 8  # from so many on, GELU is measured
 FORMATS: dict[str, dict] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 of bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "int8"},
     "int4/32": {"dtype": "int4", "group_size": 32},
     "int4/128": {"dtype": "int4", "group_size": 128},
     "int8 weights": {"dtype": "int8", "activations": None},
     "int4/32 weights": {"dtype": "int4", "group_size": 32, "activations": None},
 }
+# What x and the result are where they are not float32, which is the name of their precision too.
+X_DTYPES = {"bfloat16 of bfloat16": "bfloat16"}
 # Others by name: which of ours has the same precision.
 XLA = {
     "XLA float32": "float32",
@@ -114,12 +117,18 @@ def bytes_of(format_: str) -> float:
 
 
 def fits(format_: str, shape: Shape) -> bool:
-    """Whether a format is measured: groups divide the columns, and weights that are quantised
-    alone have few rows.
+    """Whether a format is measured: groups divide the columns, weights that are quantised alone
+    have few rows, and another dtype of x many, since few rows wait for weights.
     """
     described = FORMATS[format_]
     decoded = "activations" in described and shape.m > DECODED_ROWS
-    return shape.k % described.get("group_size", 1) == 0 and not decoded
+    waits = format_ in X_DTYPES and shape.walks
+    return shape.k % described.get("group_size", 1) == 0 and not decoded and not waits
+
+
+def precision(format_: str) -> str:
+    """What a format is called among others of the same precision."""
+    return X_DTYPES.get(format_, format_)
 
 
 def choose(shape: Shape, wanted: list[str] | None) -> list[Case]:

@@ -33,7 +33,8 @@ def against(*others: str) -> Figure:
 
 def fastest_peer(entry: dict, subject: str) -> float | None:
     """Speed of ours over that of the fastest other library with the same precision."""
-    return _ratio(entry, subject, [name for name, of in PEERS.items() if of == subject])
+    precision = cases.precision(subject)
+    return _ratio(entry, subject, [name for name, of in PEERS.items() if of == precision])
 
 
 def fastest_xla(*endings: str) -> Figure:
@@ -118,7 +119,7 @@ def _all(rows: Iterable[int], layers: Iterable[tuple[int, int]] = LAYERS) -> lis
 
 _FROM_8, MANY = ([m for m in ROWS if m >= least] for least in (8, 128))
 LARGE_MANY = _all(MANY, [(k, n) for k, n in LAYERS if min(k, n) >= 768])
-WITH_PEERS = [name for name in FORMATS if name in PEERS.values()]
+WITH_PEERS = [name for name in FORMATS if cases.precision(name) in PEERS.values()]
 _SMALL_INT8 = Shape(3072, 768, 768)  # where the output takes as long as the product
 _SPEED = (
     *_bars(PEAK, LARGE_MANY, 93, "float32"),

@@ -47,7 +47,8 @@ PACKING_ROUNDS = 3
 
 def peak_of(format_: str, peaks: Container[str]) -> str | None:
     """The name of the peak that limits a format, or None if it is not among these."""
-    return next((name for name in PEAKS.get(format_, (FMA,)) if name in peaks), None)
+    wanted = PEAKS.get(all_cases.precision(format_), (FMA,))
+    return next((name for name in wanted if name in peaks), None)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -191,14 +191,15 @@ def _ours(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entr
         )
         extra["norm"] = module.LayerNorm(scale, offset, EPSILON)
     for name, arguments in FORMATS.items():
-        if cases.fits(name, layer.shape):
+        dtype = cases.X_DTYPES.get(name, "float32")
+        if cases.fits(name, layer.shape) and (form != "all" or dtype == "float32"):
             pack = functools.partial(module.pack_weight, layer.weight, **arguments)
             copies = layer.copies(f"quake {name}", cases.bytes_of(name), pack)
 
             def operator(x, w, bias):
                 return module.dense(x, w, bias, **extra)
 
-            yield entry(f"quake {name}", name, copies, operator, ("float32", "float32"))
+            yield entry(f"quake {name}", name, copies, operator, (dtype, dtype))
 
 
 def _xla(layer: Layer, form: str, entry: Callable[..., Entry]) -> Iterator[Entry]:

@@ -16,8 +16,8 @@ using std::size_t;
 // Encoded rows are kept in memory of about this size, and what is longer is done in parts.
 constexpr size_t kRowBytes = size_t{4} << 20;
 // Rows of a task, whose words stay in the second-level cache while the panels pass by, if they are no more than
-// these. Else so many of them at a time, which meet these steps of panels before the next words do.
-constexpr size_t kBlockRows = 192, kBlockWords = kBlockRows * 1024, kStepsAtOnce = 8;
+// these. Else so many of them at a time, which meet so many steps of panels before the next words do.
+constexpr size_t kBlockRows = 192, kBlockWords = kBlockRows * 1024, kLeastSteps = 4, kStepsAtOnce = 8;
 // As many words of a row, or factors of a panel, a block of rows is multiplied with before the next ones: where
 // they are expanded, for the second-level cache; of lines, for the first-level one.
 constexpr size_t kExpandedDepth = 1024, kLinesDepth = 256;
@@ -193,7 +193,7 @@ class DenseCall {
     const bool wait = block_step(t) < depth_;
     const size_t most_work = wait ? std::max(kMostWork, kStepsAtOnce * of_step) : kMostWork;
     const size_t work = std::clamp(rows * p_.size * all_panels * kPanelColumns / 32, kLeastWork, most_work);
-    const size_t steps_at_once = std::max<size_t>(1, work / of_step);
+    const size_t steps_at_once = std::max(wait ? kLeastSteps : 1, work / of_step);
     // The columns of one weight after the other.
     std::vector<Columns> tasks;
     for (const DenseWeight& weight : p_.weights) {

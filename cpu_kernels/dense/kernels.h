@@ -78,8 +78,8 @@ struct DenseRows {
   bool zero_point;              // then with one, or symmetrically
   bool lines;
   PackedWord* out;  // writes up to a vector past the tile's end
-  // [tile_rows]: of quantised rows; NaN if the row has one, or an infinity, or kNoCode. Of split ones infinite if
-  // the row has an infinity, or what rounds to one, and no NaN.
+  // [tile_rows]. Of quantised rows; NaN if the row has one, or an infinity, or kNoCode. Of split rows:
+  // infinite if the row has an infinity, or what rounds to one.
   float* scales;
   std::int32_t* zeros;  // [tile_rows], their zero points
   PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32)

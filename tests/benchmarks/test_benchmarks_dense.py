@@ -26,13 +26,17 @@ DECODED = ("int8 weights", "int4/32 weights")
 WALKED = 100_000  # a few copies of all formats
 
 
+def fitting(shape: Shape) -> list[str]:
+    return [name for name in FORMATS if cases.fits(name, shape)]
+
+
 # --- Cases
 
 
 def test_work_and_bytes_are_those_of_the_product():
     assert Shape(2, 3, 5).flops == 60
     assert [cases.bytes_of(name) for name in FORMATS] == [
-        *(4, 2, 1, 0.5625, 0.515625),
+        *(4, 2, 2, 1, 0.5625, 0.515625),
         *(1, 0.5625),
     ]
 
@@ -40,7 +44,7 @@ def test_work_and_bytes_are_those_of_the_product():
 @pytest.mark.parametrize(
     ("rows", "unfit"),
     [
-        (1, {(192, "int4/128")}),
+        (1, {(192, "int4/128")} | {(k, name) for k, _ in cases.LAYERS for name in cases.X_DTYPES}),
         (197, {(192, "int4/128")} | {(k, n) for k, _ in cases.LAYERS for n in DECODED}),
     ],
 )
@@ -103,12 +107,14 @@ def names_of(entries, layer, form):
     return names
 
 
-@pytest.mark.parametrize(("form", "rows"), [*((form, 3) for form in FORMS), ("bias", 1)])
+@pytest.mark.parametrize(
+    ("form", "rows"), [*((form, 3) for form in FORMS), ("bias", 1), ("bias", 20), ("gelu", 20)]
+)
 def test_all_contestants_compute_the_same(form, rows):
     layer = systems.Layer(Shape(rows, 128, 40), WALKED)
     names = names_of(systems.in_jax(layer, form, 1e-5, 1), layer, form)
     xla = [] if form == "all" else [n for n in XLA if rows == 1 or "constants" not in n]
-    assert sorted(names) == sorted([f"quake {name}" for name in FORMATS] + xla)
+    assert sorted(names) == sorted([f"quake {name}" for name in fitting(layer.shape)] + xla)
 
 
 def test_a_layer_with_other_rows_has_the_same_weights():
@@ -288,7 +294,7 @@ def test_the_forms_of_a_layer_are_compared_round_by_round():
     assert sum(shares) == pytest.approx(1)
     assert [entry["form"] for entry in entries] == ["bias", "all"]
     for entry in entries:
-        assert set(entry["contestants"]) >= {f"quake {name}" for name in FORMATS}
+        assert set(entry["contestants"]) >= {f"quake {name}" for name in fitting(SMALL)}
         assert ("quake int8" in entry["relative"]) == (entry["form"] == "all")
         assert "quake float32" in entry["ratios"]["quake int8"]
         for one in entry["contestants"].values():
