@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from matplotlib import pyplot as plt
 
-from benchmarks.dense.cases import FORMATS, PEERS, XLA
+from benchmarks.dense.cases import FORMATS, PEERS, XLA, precision
 from benchmarks.dense.measure import peak_of
 from benchmarks.harness import plots
 
@@ -30,7 +30,8 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
 
 
 def _panel(axis: plt.Axes, cases: list[dict], format_: str) -> None:
-    same = [f"quake {format_}", *(n for n, of in (XLA | PEERS).items() if of == format_)]
+    others = (n for n, of in (XLA | PEERS).items() if of == precision(format_))
+    same = [f"quake {format_}", *others]
     points: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         for name in same:

@@ -20,7 +20,7 @@ using Bytes = std::unique_ptr<char[], FreeBytes>;
 Bytes allocate(std::size_t count);
 
 // This thread's work memory, aligned to a cache line, or null if it is refused. A thread keeps it from call to
-// call, since fresh memory would cost a tenth of the time of a call; it is a few MiB, whatever the length
+// call, since fresh memory would cost a tenth of the time of a call; it is some 16 MiB at most, whatever the length
 // of the sequences. What was in it is lost with the next call for the same user: a driver's call, or a task,
 // which may run on the thread of the call.
 enum class WorkspaceOf { kCall, kTask };

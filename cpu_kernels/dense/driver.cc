@@ -14,10 +14,12 @@ namespace {
 using std::size_t;
 
 // Encoded rows are kept in memory of about this size, and what is longer is done in parts.
-constexpr size_t kRowBytes = size_t{4} << 20;
+constexpr size_t kRowBytes = size_t{16} << 20;
 // Rows of a task, whose words stay in the second-level cache while the panels pass by, if they are no more than
 // these. Else so many of them at a time, which meet so many steps of panels before the next words do.
 constexpr size_t kBlockRows = 192, kBlockWords = kBlockRows * 1024, kLeastSteps = 4, kStepsAtOnce = 8;
+// Where there would be fewer tasks, they have fewer steps.
+constexpr size_t kFewTasks = 16;
 // As many words of a row, or factors of a panel, a block of rows is multiplied with before the next ones: where
 // they are expanded, for the second-level cache; of lines, for the first-level one.
 constexpr size_t kExpandedDepth = 1024, kLinesDepth = 256;
@@ -136,10 +138,10 @@ class DenseCall {
  private:
   // How many words of a row, or factors of a column, meet so many words of a column; and the other way round.
   size_t factors_of(size_t words) const {
-    return ceil_div(words * elements_of_word(p_.format), format_.row_elements) * format_.row_words;
+    return ceil_div(words * elements_of_word(p_.format), format_.row_elements) * format_.encoded_words;
   }
   size_t words_of(size_t factors) const {
-    return factors / format_.row_words * format_.row_elements / elements_of_word(p_.format);
+    return factors / format_.encoded_words * format_.row_elements / elements_of_word(p_.format);
   }
 
   // Of the rows that a part begins with.
@@ -193,7 +195,9 @@ class DenseCall {
     const bool wait = block_step(t) < depth_;
     const size_t most_work = wait ? std::max(kMostWork, kStepsAtOnce * of_step) : kMostWork;
     const size_t work = std::clamp(rows * p_.size * all_panels * kPanelColumns / 32, kLeastWork, most_work);
-    const size_t steps_at_once = std::max(wait ? kLeastSteps : 1, work / of_step);
+    const size_t steps_of_many = blocks * ceil_div(all_panels, t.panels) / kFewTasks;
+    const size_t least_steps = wait ? std::clamp<size_t>(steps_of_many, 1, kLeastSteps) : 1;
+    const size_t steps_at_once = std::max(least_steps, work / of_step);
     // The columns of one weight after the other.
     std::vector<Columns> tasks;
     for (const DenseWeight& weight : p_.weights) {
@@ -207,26 +211,30 @@ class DenseCall {
       multiply(part, block * block_tiles, std::min(t.tiles, (block + 1) * block_tiles),
                tasks[task % tasks.size()]);
     });
-    return !failed_ && multiply_infinite(part);
+    return !failed_ && multiply_infinite(part, parallel);
   }
 
-  // Rows with infinities lose them when they are split: one after the other, as floats.
-  bool multiply_infinite(const Part& part) const {
+  // Rows with infinities lose them when they are split: so few at a time that they are not.
+  bool multiply_infinite(const Part& part, ParallelFor parallel) const {
     if (&format_ != &kernels_.of(DenseFormat::kFloat32Split)) return true;
     std::vector<size_t> rows;
     for (size_t row = 0; row < part.rows; ++row) {
       if (std::isinf(part.scales[row])) rows.push_back(part.first + row);
     }
-    for (const size_t row : rows) {
-      DenseProblem one = p_;
-      one.rows = 1;
-      one.x = static_cast<const char*>(p_.x) + row * p_.size * element_size(p_.dtype);
-      for (DenseWeight& weight : one.weights) {
-        const size_t bytes = row * weight.columns * element_size(p_.out_dtype);
-        weight.out = static_cast<char*>(weight.out) + bytes;
-        if (p_.residual) one.residual = static_cast<const char*>(p_.residual) + bytes;
+    for (size_t i = 0, count; i < rows.size(); i += count) {
+      count = 1;
+      while (i + count < rows.size() && rows[i + count] == rows[i] + count && count < format_.shapes[0].rows) {
+        ++count;
       }
-      if (DenseCall(one, kernels_).run(in_order)) return false;
+      DenseProblem few = p_;
+      few.rows = count;
+      few.x = static_cast<const char*>(p_.x) + rows[i] * p_.size * element_size(p_.dtype);
+      for (DenseWeight& weight : few.weights) {
+        const size_t bytes = rows[i] * weight.columns * element_size(p_.out_dtype);
+        weight.out = static_cast<char*>(weight.out) + bytes;
+        if (p_.residual) few.residual = static_cast<const char*>(p_.residual) + bytes;
+      }
+      if (DenseCall(few, kernels_).run(parallel)) return false;
     }
     return true;
   }
@@ -348,7 +356,7 @@ class DenseCall {
   // Words of all panels of a task that a block of rows is multiplied with before the next words.
   size_t block_step(const Tiling& t) const {
     const size_t rows = std::min(t.tiles * t.rows, block_rows(t));
-    return sums_groups(t) || rows * row_words_ <= kBlockWords ? depth_ : words_of(kBlockWords / block_rows(t));
+    return sums_groups(t) || rows * row_words_ <= kBlockWords ? depth_ : words_of(kBlockWords / rows);
   }
   // Words of a panel that all tiles of a block are multiplied with before the next ones.
   size_t panel_step(const Tiling& t) const {

@@ -58,7 +58,7 @@ template <class Encoder, class... T>
 void fill_dense_rows(DenseKernels& table, DenseFormat format) {
   DenseKernels::Format& f = table.of(format);
   f.row_elements = Encoder::kElements;
-  f.row_words = Encoder::kWords;
+  f.encoded_words = Encoder::kWords;
   ((f.encode[static_cast<int>(kDTypeOf<T>)] = Encoder::template encode<T>), ...);
 }
 

@@ -138,10 +138,11 @@ struct DenseKernels {
   struct Format {
     Shape shapes[kMaxShapes];
     int shape_count;
-    std::size_t row_elements, row_words;  // of x, and the words that they are encoded in
+    std::size_t row_elements, encoded_words;  // of x, and how many words they become
     EncodeFn encode[kDTypes];
     // The factors in `count` words of a panel from the first one on, in the order of the words of x, times the
-    // scales of their groups and with the offsets if the rows are floats. Null where a word is one factor.
+    // scales of their groups and with the offsets if the rows are floats. Null where words are multiplied as
+    // they are.
     ExpandFn expand;
     // Of the words of the weight, or for shapes that are expanded of its factors, 32 bits each.
     ProductFn product[kMaxShapes];

@@ -71,21 +71,24 @@ typedef std::uint32_t Unsigned __attribute__((vector_size(sizeof(vi))));
 QUAKE_INLINE vf cut_bfloat(vf v) { return as_float(as_int(v) & ~0xffff); }
 QUAKE_INLINE vf nearest_bfloat(vf v) { return as_float((as_int(v) + 0x8000) & ~0xffff); }
 
-// Parts to nearest have both signs: what is left out of a product is small, and has no side.
+// Parts to nearest have both signs: what is left out of a product is small, and has no side. A NaN with other
+// bits could become 0 when it is rounded.
 struct SplitRow {
   static constexpr std::size_t kElements = kSplitElements, kWords = kSplitWords;
   template <class T>
   QUAKE_INLINE vf convert(const T* x, std::size_t count, PackedWord* out) {
+    const vf small = set1(0x1p-64f);
     vf sizes = {};
     for (std::size_t i = 0; i < count; i += kElements, out += kWords) {
       const std::size_t n = count - i;
-      vf a = load_up_to(x + i, n < kLanes ? n : kLanes);
+      vf a = plain_nans(load_up_to(x + i, n < kLanes ? n : kLanes));
       vf b = n <= kLanes ? vf{} : load_up_to(x + i + kLanes, n < kElements ? n - kLanes : kLanes);
+      b = plain_nans(b);
 #pragma GCC unroll 3
       for (int part = 2; part >= 0; --part) {
         const vf high_a = nearest_bfloat(a), high_b = nearest_bfloat(b);
         store(as_floats(out + part * kLineWords), as_float(append_halves(high_a, high_b)));
-        if (part == 2) sizes = fma(abs(high_a) + abs(high_b), set1(0x1p-64f), sizes);
+        if (part == 2) sizes = fma(abs(high_a), small, fma(abs(high_b), small, sizes));
         a -= high_a;
         b -= high_b;
       }

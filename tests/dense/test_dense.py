@@ -26,8 +26,8 @@ def test_product(format, shape):
     oracle.assert_close(y, oracle.dense(x, packed))
 
 
-# More words of 192 rows than the second-level cache has room for (kDepth in driver.cc): sums of all
-# columns wait for the next ones. A word has 1 to 4 elements of x; where it has fewer, more wait.
+# More words of the rows of a task than the second-level cache has room for (kBlockWords in
+# driver.cc): sums of all columns wait for the next ones. A word has 2/3 to 4 elements of x.
 @pytest.mark.parametrize(
     ("format", "k"), [("float32", 1100), ("bfloat16", 2100), ("int8", 4200), ("int4", 4224)]
 )
