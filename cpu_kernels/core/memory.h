@@ -20,7 +20,7 @@ using Bytes = std::unique_ptr<char[], FreeBytes>;
 Bytes allocate(std::size_t count);
 
 // This thread's work memory, aligned to a cache line, or null if it is refused. A thread keeps it from call to
-// call, since fresh memory would cost a tenth of the time of a call; it is some MiB, of 384 rows of dense layers
+// call, since fresh memory would cost a tenth of its time; it is some MiB, of long rows of dense layers
 // more, whatever the length of the sequences. What was in it is lost with the next call for the same user: a
 // driver's call, or a task, which may run on the thread of the call.
 enum class WorkspaceOf { kCall, kTask };
