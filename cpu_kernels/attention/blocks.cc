@@ -14,10 +14,26 @@ using std::size_t;
 constexpr size_t kScoreStride = AttentionKernels::kScoreStride;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// The registers of the products, set up for as long as it lives.
+class Registers {
+ public:
+  explicit Registers(const AttentionKernels::Format& format) : end_(format.end) {
+    if (format.begin) format.begin();
+  }
+  ~Registers() {
+    if (end_) end_();
+  }
+  Registers(const Registers&) = delete;
+  Registers& operator=(const Registers&) = delete;
+
+ private:
+  void (*end_)();
+};
+
 }  // namespace
 
 AttentionBlocks::AttentionBlocks(AttentionCall& call)
-    : call_(call), p_(call.p), kernels_(call.kernels), plan_(call.plan), layout_(kernels_.layout[call.dtype]) {}
+    : call_(call), p_(call.p), kernels_(call.kernels), plan_(call.plan), format_(call.format), layout_(format_.layout) {}
 
 void AttentionBlocks::run(size_t task) const {
   // Blocks descend: those at the end are the long ones of a causal mask. Heads innermost among the blocks of
@@ -26,6 +42,7 @@ void AttentionBlocks::run(size_t task) const {
   const size_t split = task % plan_.splits, head = task / plan_.splits % plan_.heads;
   Block block;
   if (!begin(block, head, task / plan_.splits / plan_.heads * plan_.block_rows)) return;
+  const Registers registers(format_);
   const size_t first = split * plan_.split_keys, last = std::min(p_.key_length, first + plan_.split_keys);
   attend(block, first, last, true);
   if (plan_.splits > 1) {
@@ -37,10 +54,11 @@ void AttentionBlocks::run(size_t task) const {
 }
 
 void AttentionBlocks::compute_again(size_t head) const {
+  const Registers registers(format_);
   for (size_t first = 0; first < plan_.rows; first += plan_.block_rows) {
     Block block;
     if (!begin(block, head, first)) return;
-    std::fill_n(block.scratch.skipped, ceil_div(block.count, kernels_.row_tile), true);
+    std::fill_n(block.scratch.skipped, ceil_div(block.count, format_.row_tile), true);
     attend(block, 0, p_.key_length, false);
     finish(block);
   }
@@ -50,13 +68,13 @@ void AttentionBlocks::compute_again(size_t head) const {
 
 // Returns false if memory is refused.
 bool AttentionBlocks::take_scratch(Scratch& scratch) const {
-  const size_t rows = plan_.block_rows, tiles = rows / kernels_.row_tile;
+  const size_t rows = plan_.block_rows, tiles = rows / format_.row_tile;
   const auto carve = [&](Carver memory) {
     scratch.queries = memory.take<PackedWord>(tiles * query_tile_words());
     scratch.keys = memory.take<PackedWord>(PackedMatrix::needed_words(p_.head_size, plan_.key_tile, layout_));
     scratch.values =
         memory.take<PackedWord>(PackedMatrix::needed_words(plan_.key_tile, p_.value_size, layout_));
-    scratch.scores = memory.take<float>(kernels_.row_tile * kScoreStride);
+    scratch.scores = memory.take<float>(format_.row_tile * kScoreStride);
     scratch.maxima = memory.take<float>(rows);
     scratch.accumulators = memory.take<float>(rows * plan_.padded_value_size);
     scratch.sums = memory.take<WeightSum>(rows);
@@ -73,7 +91,7 @@ bool AttentionBlocks::take_scratch(Scratch& scratch) const {
   }
   carve(Carver(memory));
   // Rows of a register tile that do not exist are multiplied too: without effect, but not with denormals.
-  std::fill_n(scratch.scores, kernels_.row_tile * kScoreStride, 0.0f);
+  std::fill_n(scratch.scores, format_.row_tile * kScoreStride, 0.0f);
   return true;
 }
 
@@ -83,12 +101,12 @@ float* AttentionBlocks::accumulator(const Scratch& scratch, size_t row) const {
 
 // Packing writes up to a vector past a tile's end.
 size_t AttentionBlocks::query_tile_words() const {
-  return round_up(kernels_.row_tile * layout_.words(p_.head_size) + kernels_.lanes,
+  return round_up(format_.row_tile * layout_.words(p_.head_size) + kernels_.lanes,
                   kCacheLine / sizeof(PackedWord));
 }
 
 PackedWord* AttentionBlocks::packed_queries(const Scratch& scratch, size_t row) const {
-  return scratch.queries + row / kernels_.row_tile * query_tile_words();
+  return scratch.queries + row / format_.row_tile * query_tile_words();
 }
 
 // The block of a key/value head whose first row is `first`, with an empty state; false if memory is refused.
@@ -99,9 +117,9 @@ bool AttentionBlocks::begin(Block& block, size_t head, size_t first) const {
   block.kv_head = head % p_.kv_heads;
   block.first = first;
   block.count = std::min(plan_.block_rows, plan_.rows - first);
-  const size_t tiles = ceil_div(block.count, kernels_.row_tile);
+  const size_t tiles = ceil_div(block.count, format_.row_tile);
   call_.masks.describe_rows(block.batch, block.kv_head, first, block.count, block.scratch.rows);
-  reset(block.scratch, 0, tiles * kernels_.row_tile);
+  reset(block.scratch, 0, tiles * format_.row_tile);
   std::fill_n(block.scratch.skipped, tiles, false);
   std::fill_n(block.scratch.packed, tiles, false);
   return true;
@@ -119,14 +137,14 @@ void AttentionBlocks::reset(const Scratch& scratch, size_t first, size_t count) 
 // noted; without, only the row tiles that are noted are worked on.
 void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) const {
   const Scratch& scratch = block.scratch;
-  const size_t row_tile = kernels_.row_tile;
+  const size_t row_tile = format_.row_tile;
   for (size_t key = begin; key < end; key += plan_.key_tile) {
     const size_t keys = std::min(plan_.key_tile, end - key);
     if (judge_tiles(block, key, keys, skip) == 0) continue;
     const PackedTile tile = {
-        quake::pack_keys(kernels_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key),
+        quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key),
                          p_.key.time, keys, p_.head_size, scratch.keys),
-        quake::pack_values(kernels_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
+        quake::pack_values(format_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
                            p_.value.time, keys, p_.value_size, plan_.key_tile, scratch.values)};
     const Next next = next_tile(block.head, key, end);
     for (size_t r = 0; r < block.count; r += row_tile) {
@@ -140,7 +158,7 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
 
 // Decides for each row tile which pieces of the keys [key, key + keys) are computed; returns those of any.
 std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys, bool skip) const {
-  const size_t row_tile = kernels_.row_tile;
+  const size_t row_tile = format_.row_tile;
   const std::uint32_t all = first_pieces(ceil_div(keys, kPiece));
   std::uint32_t any = 0;
   for (size_t r = 0; r < block.count; r += row_tile) {
@@ -162,22 +180,21 @@ std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys
 void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t row, size_t key,
                                   size_t keys) const {
   const Scratch& scratch = block.scratch;
-  const int dtype = call_.dtype;
-  const size_t count = std::min(kernels_.row_tile, block.count - row);
-  const PieceBits bits = scratch.bits[row / kernels_.row_tile];
+  const size_t count = std::min(format_.row_tile, block.count - row);
+  const PieceBits bits = scratch.bits[row / format_.row_tile];
   const Row* const rows = &scratch.rows[row];
   float* const accumulators = accumulator(scratch, row);
   for_each_run(bits.active, [&](size_t first_piece, size_t last_piece) {
     const size_t first = first_piece * kPiece, n = std::min(last_piece * kPiece, keys) - first;
     const std::uint32_t mixed = bits.mixed >> first_piece & first_pieces(last_piece - first_piece);
     call_.prefetch_adjustments(block.batch, rows, count, key + first, n, mixed != 0);
-    kernels_.score[dtype](packed_queries(scratch, row), count, tile.keys.at_column(first), n, p_.head_size,
+    format_.score(packed_queries(scratch, row), count, tile.keys.at_column(first), n, p_.head_size,
                           p_.scale, scratch.scores);
     call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
-    kernels_.weigh[dtype][call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row,
+    format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row,
                                        accumulators, plan_.padded_value_size, p_.value_size);
     // The words of the weights are where the scores were.
-    kernels_.accumulate[dtype](reinterpret_cast<const PackedWord*>(scratch.scores), count,
+    format_.accumulate(reinterpret_cast<const PackedWord*>(scratch.scores), count,
                                tile.values.at_depth(first), n, tile.values.capacity, p_.value_size,
                                accumulators, plan_.padded_value_size);
   });
@@ -186,17 +203,17 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
 // Packs the queries of a row tile where they are first used.
 void AttentionBlocks::pack_queries(Block& block, size_t row) const {
   const Scratch& scratch = block.scratch;
-  bool& packed = scratch.packed[row / kernels_.row_tile];
+  bool& packed = scratch.packed[row / format_.row_tile];
   if (packed) return;
   packed = true;
   // The next tile's queries are fetched while this one is worked on.
-  for (size_t i = row + kernels_.row_tile; i < std::min(block.count, row + 2 * kernels_.row_tile); ++i) {
+  for (size_t i = row + format_.row_tile; i < std::min(block.count, row + 2 * format_.row_tile); ++i) {
     fetch(call_.query_row(block.batch, scratch.rows[i]), p_.head_size * element_size(p_.dtype));
   }
-  const void* rows[kMaxRowTile];
-  const size_t n = std::min(kMaxRowTile, block.count - row);
+  const void* rows[AttentionKernels::kMaxRowTile];
+  const size_t n = std::min(AttentionKernels::kMaxRowTile, block.count - row);
   for (size_t i = 0; i < n; ++i) rows[i] = call_.query_row(block.batch, scratch.rows[row + i]);
-  kernels_.pack_queries[call_.dtype](rows, n, p_.head_size, p_.scale, packed_queries(scratch, row));
+  format_.pack_queries[call_.dtype](rows, n, p_.head_size, p_.scale, packed_queries(scratch, row));
 }
 
 // The following tile's keys, or the first ones of the head that the same thread most likely has next.
@@ -226,7 +243,7 @@ void AttentionBlocks::fetch_share(const Next& next, size_t row, size_t last, siz
 // Computes again, with every key, the row tiles in which what was skipped counts.
 void AttentionBlocks::repair(Block& block) const {
   const Scratch& scratch = block.scratch;
-  const size_t row_tile = kernels_.row_tile;
+  const size_t row_tile = format_.row_tile;
   bool any = false;
   for (size_t r = 0; r < block.count; r += row_tile) {
     bool& wanted = scratch.skipped[r / row_tile];

@@ -69,7 +69,8 @@ class AttentionBlocks {
   const AttentionProblem& p_;
   const AttentionKernels& kernels_;
   const Plan& plan_;
-  const PackedLayout layout_;
+  const AttentionKernels::Format& format_;
+  const PackedLayout& layout_;
 };
 
 }  // namespace quake

@@ -10,12 +10,17 @@ namespace quake {
 
 using std::size_t;
 
+AttentionFormat format_of(const AttentionProblem& p, const AttentionKernels& kernels) {
+  return !has_few_rows(p) && kernels.of(p.format).score ? p.format : AttentionFormat::kFloat32;
+}
+
 AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKernels& table, int order_index)
     : p(problem),
       kernels(table),
+      format(table.of(format_of(problem, table))),
       order(order_index),
       dtype(static_cast<int>(problem.dtype)),
-      plan(make_plan(problem, table)),
+      plan(make_plan(problem, table, format.row_tile)),
       masks(problem, plan) {}
 
 const char* AttentionCall::bias_at(size_t batch, const Row& row, size_t key) const {

@@ -14,6 +14,9 @@
 
 namespace quake {
 
+// The format of a problem's products. Few rows are multiplied with keys and values as they lie, by FMA.
+AttentionFormat format_of(const AttentionProblem& problem, const AttentionKernels& kernels);
+
 class AttentionCall {
  public:
   AttentionCall(const AttentionProblem& problem, const AttentionKernels& kernels, int order_index);
@@ -44,6 +47,7 @@ class AttentionCall {
 
   const AttentionProblem& p;
   const AttentionKernels& kernels;
+  const AttentionKernels::Format& format;
   const int order, dtype;  // as the table is indexed
   const Plan plan;
   Masks masks;

@@ -69,7 +69,7 @@ void combine(const AttentionCall& call, const AttentionBlocks& blocks, size_t he
 const char* run(AttentionCall& call, ParallelFor parallel) {
   constexpr const char* kRefused = "not enough memory";
   const Plan& plan = call.plan;
-  if (!call.masks.build(call.kernels.row_tile, parallel)) return kRefused;
+  if (!call.masks.build(call.format.row_tile, parallel)) return kRefused;
   if ((plan.in_place || plan.splits > 1) && !call.partials.build(plan)) return kRefused;
   const AttentionBlocks blocks(call);
   if (plan.in_place) {
@@ -87,9 +87,10 @@ const char* run(AttentionCall& call, ParallelFor parallel) {
 // Whether the table has what any problem of this type and order needs.
 bool has_kernels(const AttentionKernels& kernels, const AttentionProblem& p, int order) {
   const int i = static_cast<int>(p.dtype), of_bias = static_cast<int>(p.bias_dtype);
-  return kernels.pack_queries[i] && kernels.pack_keys[i] && kernels.pack_values[i] && kernels.score[i] &&
-         kernels.weigh[i][order] && kernels.weigh[static_cast<int>(DType::kFloat32)][order] &&
-         kernels.accumulate[i] && kernels.finish[i] && kernels.convert_query[i] && kernels.score_in_place[i] &&
+  const AttentionKernels::Format& format = kernels.of(format_of(p, kernels));
+  return format.pack_queries[i] && format.pack_keys[i] && format.pack_values[i] && format.score &&
+         format.weigh[order] && kernels.of(AttentionFormat::kFloat32).weigh[order] && format.accumulate &&
+         kernels.finish[i] && kernels.convert_query[i] && kernels.score_in_place[i] &&
          kernels.accumulate_in_place[i] && kernels.soft_cap[order] && kernels.add_bias[of_bias] &&
          kernels.apply_mask;
 }

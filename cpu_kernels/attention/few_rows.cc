@@ -52,7 +52,7 @@ bool AttentionOfFewRows::begin(size_t batch, size_t split, Heads& heads) const {
   heads = {batch, split, 0, p_.kv_heads, queries, queries + query_count};
   std::fill_n(heads.scores, score_count, 0.0f);
   for (size_t kv_head = 0; kv_head < p_.kv_heads; ++kv_head) {
-    Row rows[kMaxRowTile];
+    Row rows[AttentionKernels::kFewRows];
     call_.masks.describe_rows(batch, kv_head, 0, plan_.rows, rows);
     for (size_t r = 0; r < plan_.rows; ++r) {
       float* const query = queries + (kv_head * plan_.rows + r) * query_stride_;
@@ -68,7 +68,7 @@ bool AttentionOfFewRows::begin(size_t batch, size_t split, Heads& heads) const {
 
 // The keys [key, key + keys), at most kChunk. Heads that have the same pieces to compute go together.
 void AttentionOfFewRows::attend(Heads heads, size_t key, size_t keys) const {
-  Row rows[kMaxRowTile];
+  Row rows[AttentionKernels::kFewRows];
   PieceBits bits[kMostHeads];
   for (size_t h = 0; h < heads.count; ++h) {
     if (call_.masks.any()) call_.masks.describe_rows(heads.batch, heads.first + h, 0, plan_.rows, rows);
@@ -110,9 +110,9 @@ void AttentionOfFewRows::attend_pieces(const Heads& heads, size_t key, size_t ke
 void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t keys,
                                std::uint32_t mixed) const {
   const size_t kv_head = heads.first + h, count = plan_.rows;
-  Row rows[kMaxRowTile];
-  float maxima[kMaxRowTile];
-  WeightSum sums[kMaxRowTile];
+  Row rows[AttentionKernels::kFewRows];
+  float maxima[AttentionKernels::kFewRows];
+  WeightSum sums[AttentionKernels::kFewRows];
   float* const scores = heads.scores + h * count * kScoreStride;
   const auto part = [&](size_t r) {
     return call_.partials.at(heads.batch * p_.kv_heads + kv_head, r, heads.split);
@@ -124,7 +124,7 @@ void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t 
     sums[r] = part(r).header().sum;
   }
   // Weights that are not packed are float32's.
-  kernels_.weigh[static_cast<int>(DType::kFloat32)][call_.order](
+  kernels_.of(AttentionFormat::kFloat32).weigh[call_.order](
       scores, count, keys, maxima, sums, part(0).accumulators(), call_.partials.row_stride(), p_.value_size);
   for (size_t r = 0; r < count; ++r) part(r).header() = {maxima[r], sums[r]};
 }

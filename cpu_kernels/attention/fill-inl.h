@@ -1,23 +1,26 @@
 // Attention's slice of the table. Included inside an instruction set's namespace, last of the family.
 
-// What multiplies the words of type T, and what makes them.
-template <class T>
-void fill_attention_products(AttentionKernels& table) {
-  using Packed = typename WordsOf<T>::Packed;
-  using Product = typename WordsOf<T>::Product;
+// What makes the words of a format of type T.
+template <template <class> class Words, class T>
+void fill_attention_packing(AttentionKernels::Format& format) {
   constexpr int i = static_cast<int>(kDTypeOf<T>);
-  table.layout[i] = {Packed::kPerWord, kPanel};
-  table.pack_queries[i] = pack_rows<Packed, T>;
-  table.pack_keys[i] = pack_transposed<Packed, T>;
-  if constexpr (Packed::kPerWord == 2) {
-    table.pack_values[i] = pack_pair_panels<T>;
+  format.pack_queries[i] = pack_rows<Words<T>, T>;
+  format.pack_keys[i] = pack_transposed<Words<T>, T>;
+  if constexpr (Words<T>::kPerWord == 2) {
+    format.pack_values[i] = pack_pair_panels<T>;
   } else {
-    table.pack_values[i] = pack_panels<T>;
+    format.pack_values[i] = pack_panels<T>;
   }
-  table.score[i] = score<Product>;
-  fill_orders(table.weigh[i], []<int Order>() { return weigh<Product, Order>; });
-  table.accumulate[i] = accumulate<Product>;
-  table.finish[i] = finish<T>;
+}
+
+template <template <class> class Words, class... T>
+void fill_attention_format(AttentionKernels::Format& format) {
+  format.row_tile = kRowTile;
+  format.layout = {Words<float>::kPerWord, kPanel};
+  (fill_attention_packing<Words, T>(format), ...);
+  format.score = score<Words<float>>;
+  fill_orders(format.weigh, []<int Order>() { return weigh<Words<float>, Order>; });
+  format.accumulate = accumulate<Words<float>>;
 }
 
 // What converts type T as it reads.
@@ -26,16 +29,16 @@ void fill_attention_conversions(AttentionKernels& table) {
   constexpr int i = static_cast<int>(kDTypeOf<T>);
   table.add_bias[i] = add_bias<T>;
   table.convert_query[i] = convert_query<T>;
+  table.finish[i] = finish<T>;
   table.score_in_place[i] = score_in_place<T>;
   table.accumulate_in_place[i] = accumulate_in_place<T>;
 }
 
 template <class... T>
 void fill_attention(AttentionKernels& table) {
-  (fill_attention_products<T>(table), ...);
+  fill_attention_format<FloatWords, T...>(table.of(AttentionFormat::kFloat32));
   (fill_attention_conversions<T>(table), ...);
   fill_orders(table.soft_cap, []<int Order>() { return soft_cap<Order>; });
-  table.row_tile = kRowTile;
   table.lanes = kLanes;
   table.apply_mask = apply_mask;
   table.log_sum_correction[0] = (constants::kSoftmaxShift - constants::kOrder1Shift) * 0.693147181f;

@@ -14,15 +14,23 @@ struct WeightSum {
   float used = 0, exact = 0;
 };
 
+// What the words hold that the two products of attention multiply.
+enum class AttentionFormat : int {
+  kFloat32,   // a float
+  kBFloat16,  // two bfloat16: queries, keys, values and weights are rounded to it
+  kCount
+};
+inline constexpr int kAttentionFormats = static_cast<int>(AttentionFormat::kCount);
+
 // The pieces of fused attention; driver.cc puts them together. Sums, scores and what is done to them are
-// float32. What the two products multiply is packed into words (core/packed.h): float32, into which the packing
-// converts 16-bit types, or pairs of bfloat16, where the instruction set multiplies them directly. The kernels
-// of a dtype belong together.
+// float32. What the two products multiply is packed into words (core/packed.h) of a format, into which the
+// packing converts any type. An instruction set that does not multiply a format has none of its kernels.
 //
-// words(n) is that of the dtype's layout. A row tile is up to `row_tile` query rows; its packed queries are
-// [words(size)][row_tile], rows that do not exist being 0. A key tile is up to kKeyTile keys; its packed keys
-// are a PackedMatrix of size x keys, its packed values one of keys x value size. Scores are rows of
-// kScoreStride, and so are the weights that replace them, of words(count) words.
+// words(n) is that of the format's layout. A row tile is up to `row_tile` query rows; its packed queries are
+// [words(size)][row_tile], or in lines [words(size) / words_at_a_time][row_tile][words_at_a_time]; rows that do
+// not exist are 0. A key tile is up to kKeyTile keys; its packed keys are a PackedMatrix of size x keys, its
+// packed values one of keys x value size. Scores are rows of kScoreStride, and so are the weights that replace
+// them, of words(count) words.
 struct AttentionKernels {
   static constexpr std::size_t kKeyTile = 256;
   // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.
@@ -31,44 +39,54 @@ struct AttentionKernels {
   // Up to this many rows of a key/value head, reading keys and values once is all that counts: they are read
   // where they lie (…_in_place), and the rows are not cut into tiles.
   static constexpr std::size_t kFewRows = 8;
-
-  std::size_t row_tile, lanes;
-  PackedLayout layout[kDTypes];
+  static constexpr std::size_t kMaxRowTile = 32;
 
   // `count` pointers to rows of `size` elements. Rows past row_tile are not packed, but where they can be read
   // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score:
   // bfloat16 queries have no room for it.
   using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  PackedWord* out);
-  using PackKeysFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
-                              PackedWord* out);
-  using PackValuesFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
-                                std::size_t capacity, PackedWord* out);
-  PackQueriesFn pack_queries[kDTypes];
-  PackKeysFn pack_keys[kDTypes];
-  PackValuesFn pack_values[kDTypes];
-
+  // The panels have room for `capacity` words of each column; what lies behind those written stays as it is.
+  using PackFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                          std::size_t capacity, PackedWord* out);
   // scores = scale * queries · keys, of whole vectors of keys.
   using ScoreFn = void (*)(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
                            std::size_t count, std::size_t size, float scale, float* scores);
-  ScoreFn score[kDTypes];
+  // One step of online softmax: raises the rows' maxima, replaces the scores by words of e^(score - maximum),
+  // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past
+  // `count` up to a whole vector, and words up to words(count), become 0.
+  using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
+                           float* accumulators, std::size_t accumulator_stride, std::size_t size);
+  // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
+  using AccumulateFn = void (*)(const PackedWord* weights, std::size_t rows, const PackedWord* values,
+                                std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
+                                std::size_t accumulator_stride);
+
+  // The kernels of a format belong together.
+  struct Format {
+    std::size_t row_tile;  // at most kMaxRowTile
+    PackedLayout layout;
+    PackQueriesFn pack_queries[kDTypes];
+    PackFn pack_keys[kDTypes], pack_values[kDTypes];
+    ScoreFn score;
+    WeighFn weigh[kMaxOrder];
+    AccumulateFn accumulate;
+    // Before and after a task, or null: the products have registers that have to be set up.
+    void (*begin)();
+    void (*end)();
+  };
+  Format formats[kAttentionFormats];
+  std::size_t lanes;
+
+  const Format& of(AttentionFormat format) const { return formats[static_cast<int>(format)]; }
+  Format& of(AttentionFormat format) { return formats[static_cast<int>(format)]; }
+
   // scores = cap * tanh(scores / cap)
   void (*soft_cap[kMaxOrder])(float* scores, std::size_t rows, std::size_t count, float cap);
   // One row: scores += bias, whose elements are `stride` apart.
   void (*add_bias[kDTypes])(float* scores, const void* bias, std::ptrdiff_t stride, std::size_t count);
   // One row: scores = kept ? scores : fill, with contiguous mask bytes.
   void (*apply_mask)(float* scores, const unsigned char* mask, std::size_t count, float fill);
-  // One step of online softmax: raises the rows' maxima, replaces the scores by words of e^(score - maximum),
-  // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past
-  // `count` up to a whole vector become 0.
-  using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
-                           float* accumulators, std::size_t accumulator_stride, std::size_t size);
-  WeighFn weigh[kDTypes][kMaxOrder];
-  // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
-  using AccumulateFn = void (*)(const PackedWord* weights, std::size_t rows, const PackedWord* values,
-                                std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
-                                std::size_t accumulator_stride);
-  AccumulateFn accumulate[kDTypes];
   // out = accumulators / sum
   void (*finish[kDTypes])(const float* accumulators, std::size_t size, float sum, void* out);
   // What log(sum) lacks: the exponential of order 1 has a constant factor.

@@ -14,7 +14,11 @@ constexpr size_t kWantedTasks = 16;
 
 }  // namespace
 
-Plan make_plan(const AttentionProblem& p, const AttentionKernels& kernels) {
+bool has_few_rows(const AttentionProblem& p) {
+  return p.query_heads / p.kv_heads * p.query_length <= AttentionKernels::kFewRows;
+}
+
+Plan make_plan(const AttentionProblem& p, const AttentionKernels& kernels, size_t row_tile) {
   Plan plan = {};
   plan.heads = p.batch * p.kv_heads;
   plan.groups = p.query_heads / p.kv_heads;
@@ -26,11 +30,11 @@ Plan make_plan(const AttentionProblem& p, const AttentionKernels& kernels) {
   const size_t fewest_rows = std::min<size_t>(most_rows, 256);
   const size_t wanted_blocks = ceil_div(kWantedTasks, plan.heads);
   const size_t limit = std::clamp(ceil_div(plan.rows, wanted_blocks), fewest_rows, most_rows);
-  plan.block_rows = round_up(ceil_div(plan.rows, ceil_div(plan.rows, limit)), kernels.row_tile);
+  plan.block_rows = round_up(ceil_div(plan.rows, ceil_div(plan.rows, limit)), row_tile);
   plan.blocks = ceil_div(plan.rows, plan.block_rows);
   plan.key_tile = std::clamp<size_t>((std::size_t{64} << 10) / sizes / kPiece * kPiece, 2 * kPiece, kKeyTile);
 
-  plan.in_place = plan.rows <= AttentionKernels::kFewRows;
+  plan.in_place = has_few_rows(p);
   size_t splits = 1;
   if (plan.in_place) {
     splits = std::min(ceil_div(2 * kWantedTasks, p.batch), ceil_div(p.key_length, kKeyTile));

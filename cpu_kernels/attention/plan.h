@@ -12,8 +12,6 @@ namespace quake {
 
 // Masks are judged in pieces of this many keys; a multiple of every instruction set's panel.
 inline constexpr std::size_t kPiece = 32;
-// Upper bound of AttentionKernels::row_tile, and of kFewRows.
-inline constexpr std::size_t kMaxRowTile = 16;
 
 // Of the shape alone.
 //
@@ -32,7 +30,10 @@ struct Plan {
   std::size_t padded_value_size;
 };
 
-Plan make_plan(const AttentionProblem& problem, const AttentionKernels& kernels);
+// Whether a key/value head has so few rows that nothing is packed for them.
+bool has_few_rows(const AttentionProblem& problem);
+
+Plan make_plan(const AttentionProblem& problem, const AttentionKernels& kernels, std::size_t row_tile);
 
 }  // namespace quake
 

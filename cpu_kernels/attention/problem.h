@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention/kernels.h"
 #include "core/work.h"
 
 namespace quake {
@@ -30,6 +31,8 @@ struct AttentionProblem {
   };
 
   DType dtype = DType::kFloat32;  // of q, k, v and out
+  // What may be multiplied; where the instruction set does not, it is kFloat32.
+  AttentionFormat format = AttentionFormat::kFloat32;
   std::size_t batch = 0, query_length = 0, key_length = 0;
   std::size_t query_heads = 0, kv_heads = 0;  // query head n reads key/value head n / (query_heads / kv_heads)
   std::size_t head_size = 0, value_size = 0;

@@ -88,7 +88,7 @@ QUAKE_INLINE WeightSum weigh_row(float* scores, Count vectors, vf base, FloatWor
 // is proportional to how far the values are from their mean. The weights of a pair of vectors overwrite the
 // scores of one that has been read.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(float* scores, Count vectors, vf base, BFloatPairs<bfloat16>) {
+QUAKE_INLINE WeightSum weigh_row(float* scores, Count vectors, vf base, BFloatPairs<float>) {
   const vi ones = vi{} + 0x3f803f80;
   vf used[2] = {}, exact[4] = {};
   const auto step = [&](std::size_t at, int k, bool whole) {
@@ -137,7 +137,7 @@ void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, We
            float* accumulators, std::size_t accumulator_stride, std::size_t size) {
   // Not by ceil_div(): with it GCC 12 counts the loops of weigh_row() by other registers.
   const std::size_t vectors = (count + kLanes - 1) / kLanes, last = count - (vectors - 1) * kLanes;
-  float base[kRowTile > AttentionKernels::kFewRows ? kRowTile : AttentionKernels::kFewRows];
+  float base[AttentionKernels::kMaxRowTile];
   for (std::size_t r = 0; r < rows; ++r) {
     base[r] = scores_maximum(scores + r * kScoreStride, vectors, last);
   }

@@ -14,5 +14,3 @@ QUAKE_INLINE vh float_to_bfloat(vf x) { return narrow((round_to_bfloat(x) >> 16)
 QUAKE_INLINE vi join_bfloats(vf even, vf odd) {
   return ((round_to_bfloat(even) >> 16) & 0xffff) | (round_to_bfloat(odd) & ~0xffff);
 }
-
-constexpr bool kHasBFloatProducts = false;

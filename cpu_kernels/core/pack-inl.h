@@ -117,17 +117,17 @@ void pack_rows(const void* const* rows, std::size_t count, std::size_t size, flo
 }
 
 // The right operand from rows of memory that are its columns: `count` rows of `size` elements that the product
-// sums over.
+// sums over. The panels have room for `capacity` words of each.
 template <class Words, class T>
 void pack_transposed(const void* in, std::ptrdiff_t stride, std::size_t count, std::size_t size,
-                     PackedWord* out) {
+                     std::size_t capacity, PackedWord* out) {
   constexpr std::size_t kChunk = kColumnChunk * Words::kPerWord;
   alignas(kCacheLine) PackedWord chunk[kLanes][kColumnChunk];
   const T* base = static_cast<const T*>(in);
   const bool direct = has_words<Words>(base, stride, size);
   for (std::size_t i = 0; i < count; i += kLanes) {
     const T* from = base + static_cast<std::ptrdiff_t>(i) * stride;
-    PackedWord* to = out + i / kPanel * kPanel * words<Words>(size) + i % kPanel;
+    PackedWord* to = out + i / kPanel * kPanel * capacity + i % kPanel;
     for (std::size_t r = kLanes; r < 2 * kLanes; ++r) {
       prefetch_row(from + static_cast<std::ptrdiff_t>(r) * stride, size);
     }
@@ -149,7 +149,7 @@ void pack_transposed(const void* in, std::ptrdiff_t stride, std::size_t count, s
 constexpr std::ptrdiff_t kRowsAhead = 16;  // 8 to 32 are equally good
 
 // The right operand from rows of memory that are its rows: `depth` of them, of `columns` elements. The panels
-// have room for `capacity` rows.
+// have room for `capacity` words of a column.
 template <class T>
 void pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
                  std::size_t capacity, PackedWord* out) {
@@ -168,6 +168,21 @@ void pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::
   }
 }
 
+// The pairs of two rows, a vector for each half of a panel; the second row may be missing.
+QUAKE_INLINE void load_row_pairs(const bfloat16* a, const bfloat16* b, std::size_t n, vi (&pairs)[2]) {
+  const vi even = load_bfloats(&a->bits, n), odd = b ? load_bfloats(&b->bits, n) : vi{};
+  pairs[0] = interleave_low(even, odd);
+  pairs[1] = interleave_high(even, odd);
+}
+template <class T>
+QUAKE_INLINE void load_row_pairs(const T* a, const T* b, std::size_t n, vi (&pairs)[2]) {
+#pragma GCC unroll 2
+  for (std::size_t half = 0; half < 2; ++half, a += kLanes, b += b ? kLanes : 0) {
+    const std::size_t left = n > half * kLanes ? n - half * kLanes : 0, m = left < kLanes ? left : kLanes;
+    pairs[half] = m == 0 ? vi{} : join_bfloats(load_up_to(a, m), b ? load_up_to(b, m) : vf{});
+  }
+}
+
 // The same of pairs of rows; the last one may lack a partner.
 template <class T>
 void pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
@@ -177,12 +192,12 @@ void pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, 
     prefetch_row(from + kRowsAhead * stride, columns);
     prefetch_row(from + (kRowsAhead + 1) * stride, columns);
     float* to = as_floats(out + i / 2 * kPanel);
-    for (std::size_t j = 0; j < columns; j += kPanel, to += words<BFloatPairs<T>>(capacity) * kPanel) {
+    for (std::size_t j = 0; j < columns; j += kPanel, to += capacity * kPanel) {
       const std::size_t n = columns - j < kPanel ? columns - j : kPanel;
-      const vi a = load_bfloats(&from[j].bits, n);
-      const vi b = i + 1 < depth ? load_bfloats(&from[stride + static_cast<std::ptrdiff_t>(j)].bits, n) : vi{};
-      store(to, as_float(interleave_low(a, b)));
-      store(to + kLanes, as_float(interleave_high(a, b)));
+      vi pairs[2];
+      load_row_pairs(from + j, i + 1 < depth ? from + stride + static_cast<std::ptrdiff_t>(j) : nullptr, n, pairs);
+      store(to, as_float(pairs[0]));
+      store(to + kLanes, as_float(pairs[1]));
     }
   }
 }

@@ -17,12 +17,15 @@ struct PackedWord {
   std::uint32_t bits;
 };
 
-// How the instruction set's product wants the words of a dtype.
+// How the instruction set's product wants the words of a format.
 struct PackedLayout {
-  std::size_t per_word;  // neighbours in a word
-  std::size_t panel;     // columns in a panel
+  std::size_t per_word;        // neighbours in a word
+  std::size_t panel;           // columns in a panel
+  std::size_t words_at_a_time = 1;  // what it multiplies of the depth: a multiple of it is there, the rest 0
 
-  std::size_t words(std::size_t elements) const { return ceil_div(elements, per_word); }
+  std::size_t words(std::size_t elements) const {
+    return round_up(ceil_div(elements, per_word), words_at_a_time);
+  }
 };
 
 // The right operand, a matrix of depth x columns whose products are sums over the depth: panels of

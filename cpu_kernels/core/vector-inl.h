@@ -15,7 +15,7 @@
 //   widen(vh) -> vi, narrow(vi) -> vh, half_to_float(vh) -> vf, float_to_half(vf) -> vh
 //   float_to_bfloat(vf) -> vh       to nearest even (bfloat_words-inl.h does it by integer operations)
 //   join_bfloats(even, odd) -> vi   the same of two vectors, their results in turn
-//   kHasBFloatProducts              the next four are there, for 2 * kLanes bfloat16 in a vi:
+//   Sets that multiply bfloat16 have the next four, for 2 * kLanes of them in a vi:
 //     pair_products(a, b, c) -> vf    c + a0 b0 + a1 b1 of the pairs in each lane
 //     append_bfloats(a, b) -> vi      a rounded to bfloat16, then b
 //     interleave_low(a, b) -> vi, interleave_high   a0 b0 a1 b1 … of the lower half; of the upper half

@@ -22,12 +22,11 @@ struct FloatWords {
   }
 };
 
-// Two neighbours, as bfloat16. A template, so that an instruction set without their products can read past it;
-// T is bfloat16.
+// Two neighbours, as bfloat16, of any T. Only instruction sets that multiply them instantiate it.
 template <class T>
 struct BFloatPairs {
   static constexpr std::size_t kPerWord = 2;
-  static constexpr bool kFromMemory = true;
+  static constexpr bool kFromMemory = std::is_same_v<T, bfloat16>;
   static constexpr bool kScaleInQueries = false;
   using Vector = vi;
 
@@ -39,7 +38,14 @@ struct BFloatPairs {
   }
   QUAKE_INLINE vf multiply_add(vi a, vi b, vf c) { return pair_products(a, b, c); }
   QUAKE_INLINE vf convert(const T* row, std::size_t left) {
-    return as_float(load_bfloats(&row->bits, left < 2 * kLanes ? left : 2 * kLanes));
+    if constexpr (kFromMemory) {
+      return as_float(load_bfloats(&row->bits, left < 2 * kLanes ? left : 2 * kLanes));
+    } else {
+      const vf first = load_up_to(row, left < kLanes ? left : kLanes);
+      const std::size_t rest = left < kLanes ? 0 : left - kLanes;
+      const vf second = rest == 0 ? vf{} : load_up_to(row + kLanes, rest < kLanes ? rest : kLanes);
+      return as_float(append_bfloats(first, second));
+    }
   }
 };
 
@@ -47,16 +53,3 @@ template <class Words>
 constexpr std::size_t words(std::size_t elements) {
   return ceil_div(elements, Words::kPerWord);
 }
-
-// The words that a type is packed into, and those that are multiplied: packing converts what the instruction
-// set does not multiply as it is.
-template <class T, bool kInPairs = kHasBFloatProducts>
-struct WordsOf {
-  using Packed = FloatWords<T>;
-  using Product = FloatWords<float>;
-};
-template <>
-struct WordsOf<bfloat16, true> {
-  using Packed = BFloatPairs<bfloat16>;
-  using Product = BFloatPairs<bfloat16>;
-};

@@ -1,34 +1,9 @@
-// The product of dense layers by matrix instructions, which multiply 16 lines of rows with 16 columns of a
-// panel: 16 words of each at a time, as the encoder and packing leave them. Included inside an instruction
-// set's namespace, after isa/kernels-inl.h.
-//
-// What an instruction set adds to its shim for them, of registers of 16 x 16 words (0 to 3 are sums, 4 and 5
-// rows, 6 and 7 panels):
-//   clear_matrix<T>()                        register T is 0
-//   load_matrix<T>(p, stride)                its lines are `stride` words apart
-//   store_matrix<T>(p, stride)
-//   begin_matrices(words), end_matrices()    between them, of 4 to 7 only that many words deep: 8 or 16
-//   MatrixBytes, MatrixBFloats               multiply_add<C, A, B>(): C += A · B
-//   append_halves(a, b)                      the upper halves of the lanes of a, then of b
+// The product of dense layers by matrix instructions (core/matrix-inl.h): 16 words of rows and of a panel at a
+// time, as the encoder and packing leave them. Included inside an instruction set's namespace, after
+// core/matrix-inl.h.
 
+static_assert(kMatrixLines == kPanelColumns && kMatrixLines == kLineWords);
 constexpr std::size_t kMatrixWords = kLineWords * kPanelColumns;
-
-template <class Matrix, int R, int V>
-QUAKE_INLINE void multiply_lines(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
-  static_assert((R == 32 && V == 2) || (R == 16 && (V == 2 || V == 4)));
-  load_matrix<4>(rows, kLineWords);
-  load_matrix<6>(panels[0] + at, kPanelColumns);
-  load_matrix<7>(panels[1] + at, kPanelColumns);
-  Matrix::template multiply_add<0, 4, 6>();
-  if constexpr (V == 4) load_matrix<6>(panels[2] + at, kPanelColumns);
-  if constexpr (R == 32) load_matrix<5>(rows + kMatrixWords, kLineWords);
-  Matrix::template multiply_add<1, 4, 7>();
-  if constexpr (V == 4) load_matrix<7>(panels[3] + at, kPanelColumns);
-  if constexpr (R == 32 || V == 4) {
-    Matrix::template multiply_add<2, V == 4 ? 4 : 5, 6>();
-    Matrix::template multiply_add<3, V == 4 ? 4 : 5, 7>();
-  }
-}
 
 // Floats as sums of three bfloat16, the low, middle and high ones of so many elements one after the other.
 constexpr std::size_t kSplitElements = 2 * kLineWords, kSplitWords = 3 * kLineWords;
@@ -116,49 +91,17 @@ inline void split_panel(const DensePanels& b, std::size_t first, std::size_t cou
   }
 }
 
-// Registers I to the last one of the sums: action.run<I>(row, panel).
-template <int R, int V, int I = 0, class Action>
-QUAKE_INLINE void for_sums(const Action& action) {
-  if constexpr (I < R / 16 * V) {
-    action.template run<I>(std::size_t{I / V * 16}, std::size_t{I % V});
-    for_sums<R, V, I + 1>(action);
-  }
-}
-struct ClearSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t, std::size_t) const {
-    clear_matrix<I>();
-  }
-};
-// To and from [R][V * kPanelColumns].
-template <int V>
-struct LoadSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
-    load_matrix<I>(from + (row * V + panel) * kPanelColumns, V * kPanelColumns);
-  }
-  const float* from;
-};
-template <int V>
-struct StoreSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
-    store_matrix<I>(to + (row * V + panel) * kPanelColumns, V * kPanelColumns);
-  }
-  float* to;
-};
-
 template <int R, int V>
 void split_product(const DensePanels& b, const DenseTiles& tiles) {
   const PackedWord* const panels[V] = {b.words, b.words + panel_at<V>(tiles, 1) * b.panel_words};
   for (std::size_t i = 0; i < tiles.count; ++i) {
     const PackedWord* const rows = tiles.rows + i * tiles.row_words;
     float* const tile = tiles.tiles + i * R * V * kPanelColumns;
-    tiles.add ? for_sums<R, V>(LoadSums<V>{tile}) : for_sums<R, V>(ClearSums{});
+    tiles.add ? for_sums<R, V>(LoadSums{tile, V * kPanelColumns}) : for_sums<R, V>(ClearSums{});
     for (std::size_t k = 0; k < b.depth; k += kSplitWords) {
       multiply_split<R>(rows + k * R, panels, k * kPanelColumns);
     }
-    for_sums<R, V>(StoreSums<V>{tile});
+    for_sums<R, V>(StoreSums{tile, V * kPanelColumns});
   }
 }
 
@@ -179,12 +122,12 @@ void lines_product(const DensePanels& b, const DenseTiles& tiles) {
   for (std::size_t i = 0; i < tiles.count; ++i) {
     const PackedWord* const rows = tiles.rows + i * tiles.row_words;
     float* const tile = tiles.tiles + i * R * V * kPanelColumns;
-    tiles.add ? for_sums<R, V>(LoadSums<V>{tile}) : for_sums<R, V>(ClearSums{});
+    tiles.add ? for_sums<R, V>(LoadSums{tile, V * kPanelColumns}) : for_sums<R, V>(ClearSums{});
     for (std::size_t k = 0; k < whole; k += kLineWords) {
-      multiply_lines<Matrix, R, V>(rows + k * R, panels, k * kPanelColumns);
+      multiply_lines<Matrix, R, V>(rows + k * R, kLineWords, panels, k * kPanelColumns, kPanelColumns);
     }
-    if (whole < b.depth) multiply_lines<Matrix, R, V>(rows + whole * R, rests, 0);
-    for_sums<R, V>(StoreSums<V>{tile});
+    if (whole < b.depth) multiply_lines<Matrix, R, V>(rows + whole * R, kLineWords, rests, 0, kPanelColumns);
+    for_sums<R, V>(StoreSums{tile, V * kPanelColumns});
   }
 }
 
@@ -203,10 +146,10 @@ void grouped_lines_product_of(const DensePanels& b, const DenseTiles& tiles) {
     for (std::size_t group = 0; group < groups; ++group, sums += R) {
       for_sums<R, V>(ClearSums{});
       for (const std::size_t end = k + b.group_words; k < end; k += kWords) {
-        multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, panels,
-                                     k * kPanelColumns);
+        multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, kLineWords, panels,
+                                     k * kPanelColumns, kPanelColumns);
       }
-      for_sums<R, V>(StoreSums<V>{sums_of_group});
+      for_sums<R, V>(StoreSums{sums_of_group, V * kPanelColumns});
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         add_group<R, V>(

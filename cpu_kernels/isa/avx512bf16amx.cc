@@ -1,5 +1,5 @@
-// AVX-512 with AMX, whose instructions multiply matrices of bytes, or of pairs of bfloat16: the products of
-// dense layers. It extends AVX-512 with BF16.
+// AVX-512 with AMX, whose instructions multiply matrices of bytes, or of pairs of bfloat16: the products of dense
+// layers and of attention. It extends AVX-512 with BF16.
 
 #include <immintrin.h>
 
@@ -10,7 +10,7 @@ namespace quake {
 namespace {
 
 #include "isa/avx512-inl.h"
-#include "core/bfloat_words-inl.h"
+#include "isa/avx512bf16-inl.h"
 #include "isa/kernels-inl.h"
 
 // In assembly: the intrinsics take the registers' numbers as literals alone.
@@ -57,17 +57,21 @@ void begin_matrices(std::size_t words) {
 // Else the registers would be saved whenever the thread is interrupted.
 void end_matrices() { asm volatile("tilerelease"); }
 
-typedef std::int16_t Words __attribute__((vector_size(64)));
 QUAKE_INLINE vi append_halves(vf a, vf b) {
   constexpr Words kUpper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                             33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   return (vi)_mm512_permutex2var_epi16((__m512i)a, (__m512i)kUpper, (__m512i)b);
 }
 
+#include "core/matrix-inl.h"
+#include "attention/matrix-inl.h"
 #include "dense/lines-inl.h"
 
 }  // namespace
 
-void isa::fill_avx512bf16amx(KernelTable& table) { fill_dense_lines<bfloat16, float, float16>(table.dense); }
+void isa::fill_avx512bf16amx(KernelTable& table) {
+  fill_attention_matrices<BFloatPairs, float, bfloat16, float16>(table.attention.of(AttentionFormat::kBFloat16));
+  fill_dense_lines<bfloat16, float, float16>(table.dense);
+}
 
 }  // namespace quake

@@ -29,6 +29,7 @@ enum class Mask { kNone, kRandom, kSparse, kCausal, kBlocks, kLate, kNothing };
 struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
   int dtype = 0, order = 5;
+  bool bfloats = false;  // whether the products may be of bfloat16, whatever the dtype
   bool packed = false;  // queries, keys and values are slices of one array
   float soft_cap = 0;
   Bias bias = Bias::kNone;
@@ -44,9 +45,9 @@ struct Case {
   std::string describe(const KernelTable& table) const {
     char text[400];
     std::snprintf(text, sizeof text,
-                  "%s %s order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
+                  "%s %s bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
                   "%d) mask %d (%d) causal %d window %d %d lengths %d %d values %d",
-                  table.isa, kStorage[dtype].name, order, batch, query_length, key_length, kv_heads, groups,
+                  table.isa, kStorage[dtype].name, bfloats, order, batch, query_length, key_length, kv_heads, groups,
                   head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype, bias_broadcast,
                   static_cast<int>(mask), mask_broadcast, causal, window_left, window_right, query_lengths,
                   key_lengths, static_cast<int>(values));
@@ -182,6 +183,7 @@ void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   in.problem = {};
   AttentionProblem& p = in.problem;
   p.dtype = kStorage[c.dtype].dtype;
+  if (c.bfloats || p.dtype == DType::kBFloat16) p.format = AttentionFormat::kBFloat16;
   p.batch = c.batch;
   p.query_length = c.query_length;
   p.key_length = c.key_length;
@@ -214,16 +216,28 @@ double get(const Storage& storage, const void* data, ptrdiff_t i) {
   return storage.get(static_cast<const char*>(data), static_cast<size_t>(i));
 }
 
-// The vectors of a head in a batch element, one behind the other.
+// Whether the products of many rows are of bfloat16 where that is allowed.
+bool has_bfloats(const KernelTable& table) { return table.attention.of(AttentionFormat::kBFloat16).score; }
+
+// To nearest even.
+double rounded_to_bfloat(double x) {
+  const auto value = static_cast<float>(x);
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return decode_bfloat16(static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+
+// The vectors of a head in a batch element, one behind the other, as the products have them.
 std::vector<double> decoded(const Case& c, const AttentionProblem::Operand& o, size_t b, size_t times,
-                            size_t head, size_t size) {
+                            size_t head, size_t size, bool rounded) {
   std::vector<double> result;
   result.reserve(times * size);
   for (size_t t = 0; t < times; ++t) {
     const ptrdiff_t first = static_cast<ptrdiff_t>(b) * o.batch + static_cast<ptrdiff_t>(t) * o.time +
                             static_cast<ptrdiff_t>(head) * o.head;
     for (size_t i = 0; i < size; ++i) {
-      result.push_back(get(kStorage[c.dtype], o.data, first + static_cast<ptrdiff_t>(i)));
+      const double x = get(kStorage[c.dtype], o.data, first + static_cast<ptrdiff_t>(i));
+      result.push_back(rounded ? rounded_to_bfloat(x) : x);
     }
   }
   return result;
@@ -285,9 +299,6 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, const Head& head, 
   return logits;
 }
 
-// Whether the weights of a dtype are rounded to it.
-bool rounds_weights(const KernelTable& table, int dtype) { return table.attention.layout[dtype].per_word > 1; }
-
 void check_row(const KernelTable& table, const Case& c, const AttentionProblem& p, const Head& head, size_t b,
                size_t n, size_t t, const std::string& what) {
   const Storage& storage = kStorage[c.dtype];
@@ -309,7 +320,7 @@ void check_row(const KernelTable& table, const Case& c, const AttentionProblem& 
     exact[j] += weight * v;
     largest = std::fmax(largest, std::fabs(v));
   });
-  const double u = rounds_weights(table, c.dtype) ? storage.half_ulp : 0;
+  const double u = has_bfloats(table) && p.format == AttentionFormat::kBFloat16 ? kStorage[1].half_ulp : 0;
   if (u != 0) {
     for_each_value(
         [&](double weight, size_t j, double v) { deviation[j] += weight * std::fabs(v - exact[j]); });
@@ -349,12 +360,14 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
     if (first.empty()) first.assign(static_cast<char*>(p.out), static_cast<char*>(p.out) + bytes);
     check(std::memcmp(first.data(), p.out, bytes) == 0, "%s: depends on the order of tasks", what.c_str());
   }
+  // Few rows are multiplied as they are.
+  const bool rounded = c.bfloats && has_bfloats(table) && c.groups * c.query_length > AttentionKernels::kFewRows;
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;
-      const Head head = {decoded(c, p.query, b, p.query_length, n, p.head_size),
-                         decoded(c, p.key, b, p.key_length, shared, p.head_size),
-                         decoded(c, p.value, b, p.key_length, shared, p.value_size)};
+      const Head head = {decoded(c, p.query, b, p.query_length, n, p.head_size, rounded),
+                         decoded(c, p.key, b, p.key_length, shared, p.head_size, rounded),
+                         decoded(c, p.value, b, p.key_length, shared, p.value_size, rounded)};
       for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, head, b, n, t, what);
     }
   }
@@ -378,6 +391,7 @@ void test_random_cases(const KernelTable& table) {
     c.head_size = head_sizes[below(10)];
     c.value_size = one_in(2) ? c.head_size : head_sizes[below(10)];
     c.dtype = one_in(2) ? 0 : static_cast<int>(below(3));
+    c.bfloats = one_in(3);
     c.order = 1 + static_cast<int>(below(5));
     c.packed = one_in(5);
     if (c.packed) c.key_length = c.query_length;
@@ -407,10 +421,14 @@ void test_remainders(const KernelTable& table) {
     check_case(table, {.query_length = 30, .key_length = i, .head_size = 8, .value_size = i, .order = 3},
                random);
     // Words of two elements: odd heads, keys and values, partners that lie behind the end.
-    if (!rounds_weights(table, 1)) continue;
+    if (!has_bfloats(table)) continue;
     check_case(table,
                {.query_length = 9 + i % 12, .key_length = i, .head_size = 41 - i, .value_size = i, .dtype = 1},
                random);
+    check_case(
+        table,
+        {.query_length = 9 + i, .key_length = 3 * i, .head_size = 2 * i, .value_size = 41 - i, .bfloats = true},
+        random);
   }
   // Rows whose words are not aligned, or lie at odd distances.
   for (const size_t value_size : {size_t{3}, size_t{16}}) {

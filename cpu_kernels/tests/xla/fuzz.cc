@@ -507,7 +507,7 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
   const bool valid = !p.query_lengths || t < p.query_lengths[b];
   const double e = bounds::exp[order - 1] / (1 - bounds::exp[order - 1]);
   const double u =
-      active_table().attention.layout[static_cast<int>(p.dtype)].per_word > 1 ? storage.half_ulp : 0;
+      p.format == AttentionFormat::kBFloat16 && active_table().attention.of(p.format).score ? storage.half_ulp : 0;
   const double a = (std::sqrt(static_cast<double>(keys)) + 8) * 0x1p-24;
   const std::ptrdiff_t row = (b * static_cast<std::ptrdiff_t>(p.query_length) + t) * heads + n;
   for (std::ptrdiff_t j = 0; j < values; ++j) {

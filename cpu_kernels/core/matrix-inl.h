@@ -1,0 +1,69 @@
+// Matrix instructions, which multiply 16 lines of rows with 16 columns: 16 words of each at a time. Included
+// inside an instruction set's namespace, after isa/kernels-inl.h.
+//
+// What an instruction set adds to its shim for them, of registers of 16 x 16 words (0 to 3 are sums, 4 and 5
+// rows, 6 and 7 columns):
+//   clear_matrix<T>()                        register T is 0
+//   load_matrix<T>(p, stride)                its lines are `stride` words apart
+//   store_matrix<T>(p, stride)
+//   begin_matrices(words), end_matrices()    between them, of 4 to 7 only that many words deep: 8 or 16
+//   MatrixBytes, MatrixBFloats               multiply_add<C, A, B>(): C += A · B
+//   append_halves(a, b)                      the upper halves of the lanes of a, then of b
+
+constexpr std::size_t kMatrixLines = 16;
+
+// R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on.
+template <class Matrix, int R, int V>
+QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride, const PackedWord* const (&panels)[V],
+                                 std::size_t at, std::size_t panel_stride) {
+  static_assert((R == 32 && V <= 2) || (R == 16 && (V <= 2 || V == 4)));
+  load_matrix<4>(rows, stride);
+  load_matrix<6>(panels[0] + at, panel_stride);
+  if constexpr (V > 1) load_matrix<7>(panels[1] + at, panel_stride);
+  Matrix::template multiply_add<0, 4, 6>();
+  if constexpr (V == 4) load_matrix<6>(panels[2] + at, panel_stride);
+  if constexpr (R == 32) load_matrix<5>(rows + kMatrixLines * stride, stride);
+  if constexpr (V > 1) Matrix::template multiply_add<1, 4, 7>();
+  if constexpr (V == 4) load_matrix<7>(panels[3] + at, panel_stride);
+  if constexpr (R == 32 && V == 1) Matrix::template multiply_add<1, 5, 6>();
+  if constexpr (R == 32 && V == 2) {
+    Matrix::template multiply_add<2, 5, 6>();
+    Matrix::template multiply_add<3, 5, 7>();
+  }
+  if constexpr (V == 4) {
+    Matrix::template multiply_add<2, 4, 6>();
+    Matrix::template multiply_add<3, 4, 7>();
+  }
+}
+
+// Registers I to the last one of the sums: action.run<I>(row, panel).
+template <int R, int V, int I = 0, class Action>
+QUAKE_INLINE void for_sums(const Action& action) {
+  if constexpr (I < R / 16 * V) {
+    action.template run<I>(std::size_t{I / V * 16}, std::size_t{I % V});
+    for_sums<R, V, I + 1>(action);
+  }
+}
+struct ClearSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t, std::size_t) const {
+    clear_matrix<I>();
+  }
+};
+// To and from rows of floats, `stride` apart.
+struct LoadSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
+    load_matrix<I>(from + row * stride + panel * kMatrixLines, stride);
+  }
+  const float* from;
+  std::size_t stride;
+};
+struct StoreSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
+    store_matrix<I>(to + row * stride + panel * kMatrixLines, stride);
+  }
+  float* to;
+  std::size_t stride;
+};
