@@ -33,7 +33,12 @@ class Registers {
 }  // namespace
 
 AttentionBlocks::AttentionBlocks(AttentionCall& call)
-    : call_(call), p_(call.p), kernels_(call.kernels), plan_(call.plan), format_(call.format), layout_(format_.layout) {}
+    : call_(call),
+      p_(call.p),
+      kernels_(call.kernels),
+      plan_(call.plan),
+      format_(call.format),
+      layout_(format_.layout) {}
 
 void AttentionBlocks::run(size_t task) const {
   // Blocks descend: those at the end are the long ones of a causal mask. Heads innermost among the blocks of
@@ -142,8 +147,8 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
     const size_t keys = std::min(plan_.key_tile, end - key);
     if (judge_tiles(block, key, keys, skip) == 0) continue;
     const PackedTile tile = {
-        quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key),
-                         p_.key.time, keys, p_.head_size, scratch.keys),
+        quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key), p_.key.time,
+                         keys, p_.head_size, scratch.keys),
         quake::pack_values(format_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
                            p_.value.time, keys, p_.value_size, plan_.key_tile, scratch.values)};
     const Next next = next_tile(block.head, key, end);
@@ -189,14 +194,13 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
     const std::uint32_t mixed = bits.mixed >> first_piece & first_pieces(last_piece - first_piece);
     call_.prefetch_adjustments(block.batch, rows, count, key + first, n, mixed != 0);
     format_.score(packed_queries(scratch, row), count, tile.keys.at_column(first), n, p_.head_size,
-                          p_.scale, scratch.scores);
+                  call_.score_scale, scratch.scores);
     call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
-    format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row,
-                                       accumulators, plan_.padded_value_size, p_.value_size);
+    format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row, accumulators,
+                               plan_.padded_value_size, p_.value_size);
     // The words of the weights are where the scores were.
-    format_.accumulate(reinterpret_cast<const PackedWord*>(scratch.scores), count,
-                               tile.values.at_depth(first), n, tile.values.capacity, p_.value_size,
-                               accumulators, plan_.padded_value_size);
+    format_.accumulate(reinterpret_cast<const PackedWord*>(scratch.scores), count, tile.values.at_depth(first),
+                       n, tile.values.capacity, p_.value_size, accumulators, plan_.padded_value_size);
   });
 }
 
@@ -213,7 +217,7 @@ void AttentionBlocks::pack_queries(Block& block, size_t row) const {
   const void* rows[AttentionKernels::kMaxRowTile];
   const size_t n = std::min(AttentionKernels::kMaxRowTile, block.count - row);
   for (size_t i = 0; i < n; ++i) rows[i] = call_.query_row(block.batch, scratch.rows[row + i]);
-  format_.pack_queries[call_.dtype](rows, n, p_.head_size, p_.scale, packed_queries(scratch, row));
+  format_.pack_queries[call_.dtype](rows, n, p_.head_size, call_.query_scale, packed_queries(scratch, row));
 }
 
 // The following tile's keys, or the first ones of the head that the same thread most likely has next.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 #include "core/memory.h"
@@ -9,6 +10,23 @@
 namespace quake {
 
 using std::size_t;
+
+namespace {
+
+bool scales_queries(const AttentionKernels::Format& format, float scale) {
+  int exponent;
+  const bool is_power_of_two = std::fabs(std::frexp(scale, &exponent)) == 0.5f && std::abs(exponent) < 64;
+  switch (format.query_scale) {
+    case AttentionKernels::QueryScale::kAny:
+      return true;
+    case AttentionKernels::QueryScale::kPowersOfTwo:
+      return is_power_of_two;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
 
 AttentionFormat format_of(const AttentionProblem& p, const AttentionKernels& kernels) {
   return !has_few_rows(p) && kernels.of(p.format).score ? p.format : AttentionFormat::kFloat32;
@@ -20,6 +38,8 @@ AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKer
       format(table.of(format_of(problem, table))),
       order(order_index),
       dtype(static_cast<int>(problem.dtype)),
+      query_scale(scales_queries(format, problem.scale) ? problem.scale : 1),
+      score_scale(scales_queries(format, problem.scale) ? 1 : problem.scale),
       plan(make_plan(problem, table, format.row_tile)),
       masks(problem, plan) {}
 

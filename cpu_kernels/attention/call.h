@@ -48,7 +48,8 @@ class AttentionCall {
   const AttentionProblem& p;
   const AttentionKernels& kernels;
   const AttentionKernels::Format& format;
-  const int order, dtype;  // as the table is indexed
+  const int order, dtype;                // as the table is indexed
+  const float query_scale, score_scale;  // their product is the problem's
   const Plan plan;
   Masks masks;
   Partials partials;                // of splits

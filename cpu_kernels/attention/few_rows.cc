@@ -124,8 +124,9 @@ void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t 
     sums[r] = part(r).header().sum;
   }
   // Weights that are not packed are float32's.
-  kernels_.of(AttentionFormat::kFloat32).weigh[call_.order](
-      scores, count, keys, maxima, sums, part(0).accumulators(), call_.partials.row_stride(), p_.value_size);
+  kernels_.of(AttentionFormat::kFloat32)
+      .weigh[call_.order](scores, count, keys, maxima, sums, part(0).accumulators(),
+                          call_.partials.row_stride(), p_.value_size);
   for (size_t r = 0; r < count; ++r) part(r).header() = {maxima[r], sums[r]};
 }
 

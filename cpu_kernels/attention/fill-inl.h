@@ -17,6 +17,8 @@ template <template <class> class Words, class... T>
 void fill_attention_format(AttentionKernels::Format& format) {
   format.row_tile = kRowTile;
   format.layout = {Words<float>::kPerWord, kPanel};
+  format.query_scale =
+      Words<float>::kTakesScale ? AttentionKernels::QueryScale::kAny : AttentionKernels::QueryScale::kNone;
   (fill_attention_packing<Words, T>(format), ...);
   format.score = score<Words<float>>;
   fill_orders(format.weigh, []<int Order>() { return weigh<Words<float>, Order>; });

@@ -42,8 +42,8 @@ struct AttentionKernels {
   static constexpr std::size_t kMaxRowTile = 32;
 
   // `count` pointers to rows of `size` elements. Rows past row_tile are not packed, but where they can be read
-  // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score:
-  // bfloat16 queries have no room for it.
+  // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score, of
+  // which the other one has 1: bfloat16 has no room for any.
   using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  PackedWord* out);
   // The panels have room for `capacity` words of each column; what lies behind those written stays as it is.
@@ -62,10 +62,14 @@ struct AttentionKernels {
                                 std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
                                 std::size_t accumulator_stride);
 
+  // Which scales the queries take.
+  enum class QueryScale { kNone, kPowersOfTwo, kAny };
+
   // The kernels of a format belong together.
   struct Format {
     std::size_t row_tile;  // at most kMaxRowTile
     PackedLayout layout;
+    QueryScale query_scale;
     PackQueriesFn pack_queries[kDTypes];
     PackFn pack_keys[kDTypes], pack_values[kDTypes];
     ScoreFn score;

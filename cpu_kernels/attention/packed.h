@@ -13,8 +13,8 @@ namespace quake {
 
 // Keys and values of one head, the first of them at the pointers, packed into memory of needed_words(…) words
 // of the format's layout. Up to kKeyTile keys, for the kernels of tiles.
-PackedMatrix pack_keys(const AttentionKernels::Format& format, DType dtype, const void* keys, std::ptrdiff_t stride,
-                       std::size_t count, std::size_t head_size, PackedWord* memory);
+PackedMatrix pack_keys(const AttentionKernels::Format& format, DType dtype, const void* keys,
+                       std::ptrdiff_t stride, std::size_t count, std::size_t head_size, PackedWord* memory);
 // The panels have room for `capacity` keys.
 PackedMatrix pack_values(const AttentionKernels::Format& format, DType dtype, const void* values,
                          std::ptrdiff_t stride, std::size_t count, std::size_t value_size, std::size_t capacity,

@@ -12,7 +12,7 @@ template <class Words, int R, int V>
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      store(scores + r * kScoreStride + v * kLanes, Words::kScaleInQueries ? c[r][v] : c[r][v] * scale);
+      store(scores + r * kScoreStride + v * kLanes, Words::kTakesScale ? c[r][v] : c[r][v] * scale);
     }
   }
 }

@@ -30,6 +30,7 @@ struct AttentionAttributes {
   std::int32_t is_causal, window_left, window_right;  // windows: negative for no limit
   std::int32_t packed_axis;  // 2 or 3: of the one operand that holds queries, keys and values; else 0
   std::int32_t present;      // a sum of AttentionOperand
+  std::int32_t format;       // an AttentionFormat
 };
 
 // ---- Operands ----
@@ -227,9 +228,14 @@ ffi::Error call_attention(const char* target, ffi::ThreadPool pool, const Attent
   if (attributes.packed_axis != 0 && attributes.packed_axis != 2 && attributes.packed_axis != 3) {
     return invalid(target, "packed_axis is " + std::to_string(attributes.packed_axis) + ", expected 0, 2 or 3");
   }
+  if (attributes.format < 0 || attributes.format >= kAttentionFormats) {
+    return invalid(target, "format is " + std::to_string(attributes.format) + ", expected 0 to " +
+                               std::to_string(kAttentionFormats - 1));
+  }
   const ffi::ErrorOr<Buffers> buffers = take_buffers(target, attributes, arguments, results);
   if (buffers.has_error()) return buffers.error();
   AttentionProblem p;
+  p.format = static_cast<AttentionFormat>(attributes.format);
   const ffi::ErrorOr<std::size_t> next = decode_operands(target, attributes, *buffers, p);
   if (next.has_error()) return next.error();
   if (ffi::Error error = decode_results(target, *buffers, p); error.failure()) return error;
@@ -258,13 +264,15 @@ XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* frame) {
           .Attr<std::int32_t>("window_right")
           .Attr<std::int32_t>("packed_axis")
           .Attr<std::int32_t>("present")
+          .Attr<std::int32_t>("format")
           .RemainingArgs()
           .RemainingRets()
           .To([](ffi::ThreadPool pool, std::int32_t order, float scale, float soft_cap, std::int32_t is_causal,
                  std::int32_t window_left, std::int32_t window_right, std::int32_t packed_axis,
-                 std::int32_t present, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
-            const AttentionAttributes attributes = {order,       scale,        soft_cap,    is_causal,
-                                                    window_left, window_right, packed_axis, present};
+                 std::int32_t present, std::int32_t format, ffi::RemainingArgs arguments,
+                 ffi::RemainingRets results) {
+            const AttentionAttributes attributes = {order,        scale,       soft_cap, is_causal, window_left,
+                                                    window_right, packed_axis, present,  format};
             return call_attention(kAttentionName, pool, attributes, arguments, results);
           })
           .release();

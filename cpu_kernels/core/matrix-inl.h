@@ -14,8 +14,9 @@ constexpr std::size_t kMatrixLines = 16;
 
 // R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on.
 template <class Matrix, int R, int V>
-QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride, const PackedWord* const (&panels)[V],
-                                 std::size_t at, std::size_t panel_stride) {
+QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride,
+                                 const PackedWord* const (&panels)[V], std::size_t at,
+                                 std::size_t panel_stride) {
   static_assert((R == 32 && V <= 2) || (R == 16 && (V <= 2 || V == 4)));
   load_matrix<4>(rows, stride);
   load_matrix<6>(panels[0] + at, panel_stride);

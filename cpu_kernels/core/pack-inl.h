@@ -79,7 +79,7 @@ QUAKE_INLINE bool evenly_spaced(const void* const* rows, std::size_t count, std:
 template <class Words>
 QUAKE_INLINE void transpose_rows(const PackedWord* in, std::ptrdiff_t stride, std::size_t columns, float scale,
                                  PackedWord* out) {
-  if constexpr (Words::kScaleInQueries) {
+  if constexpr (Words::kTakesScale) {
     transpose(in, stride, columns, out, kRowTile, scale);
   } else {
     transpose(in, stride, columns, out, kRowTile);
@@ -195,7 +195,8 @@ void pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, 
     for (std::size_t j = 0; j < columns; j += kPanel, to += capacity * kPanel) {
       const std::size_t n = columns - j < kPanel ? columns - j : kPanel;
       vi pairs[2];
-      load_row_pairs(from + j, i + 1 < depth ? from + stride + static_cast<std::ptrdiff_t>(j) : nullptr, n, pairs);
+      load_row_pairs(from + j, i + 1 < depth ? from + stride + static_cast<std::ptrdiff_t>(j) : nullptr, n,
+                     pairs);
       store(to, as_float(pairs[0]));
       store(to + kLanes, as_float(pairs[1]));
     }

@@ -19,8 +19,8 @@ struct PackedWord {
 
 // How the instruction set's product wants the words of a format.
 struct PackedLayout {
-  std::size_t per_word;        // neighbours in a word
-  std::size_t panel;           // columns in a panel
+  std::size_t per_word;             // neighbours in a word
+  std::size_t panel;                // columns in a panel
   std::size_t words_at_a_time = 1;  // what it multiplies of the depth: a multiple of it is there, the rest 0
 
   std::size_t words(std::size_t elements) const {

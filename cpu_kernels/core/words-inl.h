@@ -10,7 +10,7 @@ template <class T>
 struct FloatWords {
   static constexpr std::size_t kPerWord = 1;
   static constexpr bool kFromMemory = sizeof(T) == sizeof(float);  // packing does not convert
-  static constexpr bool kScaleInQueries = true;
+  static constexpr bool kTakesScale = true;
   using Vector = vf;
 
   QUAKE_INLINE vf load_words(const PackedWord* p) { return load(as_floats(p)); }
@@ -27,7 +27,7 @@ template <class T>
 struct BFloatPairs {
   static constexpr std::size_t kPerWord = 2;
   static constexpr bool kFromMemory = std::is_same_v<T, bfloat16>;
-  static constexpr bool kScaleInQueries = false;
+  static constexpr bool kTakesScale = false;
   using Vector = vi;
 
   QUAKE_INLINE vi load_words(const PackedWord* p) { return as_int(load(as_floats(p))); }

@@ -146,8 +146,8 @@ void grouped_lines_product_of(const DensePanels& b, const DenseTiles& tiles) {
     for (std::size_t group = 0; group < groups; ++group, sums += R) {
       for_sums<R, V>(ClearSums{});
       for (const std::size_t end = k + b.group_words; k < end; k += kWords) {
-        multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, kLineWords, panels,
-                                     k * kPanelColumns, kPanelColumns);
+        multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, kLineWords,
+                                     panels, k * kPanelColumns, kPanelColumns);
       }
       for_sums<R, V>(StoreSums{sums_of_group, V * kPanelColumns});
 #pragma GCC unroll 4

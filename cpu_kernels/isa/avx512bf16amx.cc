@@ -70,7 +70,8 @@ QUAKE_INLINE vi append_halves(vf a, vf b) {
 }  // namespace
 
 void isa::fill_avx512bf16amx(KernelTable& table) {
-  fill_attention_matrices<BFloatPairs, float, bfloat16, float16>(table.attention.of(AttentionFormat::kBFloat16));
+  fill_attention_matrices<BFloatPairs, float, bfloat16, float16>(
+      table.attention.of(AttentionFormat::kBFloat16));
   fill_dense_lines<bfloat16, float, float16>(table.dense);
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 
 import jax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._attention.arguments import OPTIONAL, static_arguments
 from quake_jax._attention.call import attend
@@ -31,6 +31,7 @@ _attend_call = jax.jit(
         "implementation",
         "return_residual",
         "soft_cap",
+        "compute_dtype",
         "packed_axis",
         "order",
     ),
@@ -53,6 +54,7 @@ def dot_product_attention(
     implementation: str | None = None,
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
+    compute_dtype: DTypeLike | None = None,
     order: Order | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(scale · query keyᵀ + bias) value: `jax.nn.dot_product_attention` with QuAKE.
@@ -78,6 +80,11 @@ def dot_product_attention(
       implementation: None or "quake" is this package's; "xla" and "cudnn" are those of jax.nn.
       return_residual: whether to return the log-sum-exp of the logits too.
       logits_soft_cap: replaces the scaled logits by cap · tanh(logits / cap), before the bias.
+      compute_dtype: what is multiplied, "float32" or "bfloat16"; None is query's dtype, but float32
+        for float16. In bfloat16 query, key, value and weights are rounded to it, sums are float32,
+        and so are the softmax and up to 8 queries that share keys (decoding), which reading bounds.
+        A CPU that has no products of bfloat16 multiplies float32 all the same; derivatives and
+        other platforms ignore it.
       order: accuracy of the exponential, as in `softmax`, 5 unless a default is set; "exact" is
         `jax.nn.dot_product_attention`.
 
@@ -107,6 +114,7 @@ def dot_product_attention(
         implementation,
         return_residual,
         logits_soft_cap,
+        compute_dtype,
         order,
     )
     arrays = {"query": query, "key": key, "value": value}
@@ -130,6 +138,7 @@ def packed_dot_product_attention(
     implementation: str | None = None,
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
+    compute_dtype: DTypeLike | None = None,
     order: Order | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`dot_product_attention` of query, key and value that lie in one array, without a copy.
@@ -143,7 +152,7 @@ def packed_dot_product_attention(
       qkv_axis: the axis of size 3, the last but two (-3) or the last but one (-2).
       bias, mask, scale, is_causal: as in `dot_product_attention`.
       query_seq_lengths, key_value_seq_lengths, local_window_size: the same.
-      implementation, return_residual, logits_soft_cap, order: the same.
+      implementation, return_residual, logits_soft_cap, compute_dtype, order: the same.
 
     Returns:
       As `dot_product_attention`: an array of shape (B, T, N, H) or (T, N, H).
@@ -165,6 +174,7 @@ def packed_dot_product_attention(
         implementation,
         return_residual,
         logits_soft_cap,
+        compute_dtype,
         order,
     )
     qkv = as_array(qkv, function, "qkv")

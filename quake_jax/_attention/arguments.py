@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._attention.operands import Operands
+from quake_jax._attention.operands import FORMATS, Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import resolved_order
-from quake_jax._core.drop_in import is_numeric, refuse_complex, static_bool, unwrapped
+from quake_jax._core.drop_in import is_numeric, refusal, refuse_complex, static_bool, unwrapped
 
 # The optional arrays, as the public functions name them.
 OPTIONAL = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
@@ -72,7 +72,15 @@ def four_axes(x):
 
 
 def static_arguments(
-    function, scale, is_causal, window, implementation, return_residual, soft_cap, order
+    function,
+    scale,
+    is_causal,
+    window,
+    implementation,
+    return_residual,
+    soft_cap,
+    compute_dtype,
+    order,
 ) -> tuple[dict, jax.Array | None]:
     """The keyword arguments as `call.attend` takes them, and the scale if it is traced."""
     order = resolved_order(order, "dot_product_attention")
@@ -92,9 +100,24 @@ def static_arguments(
         "implementation": implementation,
         "return_residual": return_residual,
         "soft_cap": _static_soft_cap(soft_cap, function),
+        "compute_dtype": checked_compute_dtype(function, "compute_dtype", compute_dtype),
         "order": order,
     }
     return static, traced
+
+
+def checked_compute_dtype(function: str, argument: str, dtype) -> str | None:
+    """The name of what attention is to multiply, or None; raise ValueError for others."""
+    if dtype is None:
+        return None
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in FORMATS:
+        allowed = ", ".join(map(repr, FORMATS))
+        raise refusal(function, argument, f"None or one of {allowed}", repr(dtype))
+    return name
 
 
 def _refusal(error: type, function: str, name: str, expected: str, value) -> Exception:

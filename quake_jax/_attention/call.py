@@ -19,6 +19,7 @@ from quake_jax._attention.operands import (
     NO_LIMIT,
     Operands,
     axes_of,
+    format_of,
     parts_of_packed,
 )
 from quake_jax._core.config import EXACT, Order
@@ -43,6 +44,7 @@ def attend(
     is_causal: bool,
     window: tuple[int, int] | None,
     order: Order,
+    compute_dtype: str | None = None,
     function: str = "dot_product_attention",
     return_residual: bool = False,
     implementation: str | None = None,
@@ -77,6 +79,7 @@ def attend(
             "scale": scale,
             "soft_cap": 0.0 if soft_cap is None else soft_cap,
             "is_causal": int(is_causal),
+            "format": format_of(compute_dtype, query.dtype),
             **_limits(window),
         }
         out, lse = _with_kernel(arrays, packed, packed_axis, traced_scale, parameters, masking)

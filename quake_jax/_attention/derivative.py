@@ -45,7 +45,7 @@ def _tangent_rule(parameters, masking, operands, tangents):
     out, lse = attention(parameters, masking, *operands)
     parameters = dict(parameters)
     packed_axis, present = parameters.pop("packed_axis"), parameters.pop("present")
-    parameters.pop("order")
+    del parameters["order"], parameters["format"]
     arrays = by_name(operands, packed_axis, present)
     tangents = [None if isinstance(t, SymbolicZero) else t for t in tangents]
     # Those of query, key, value and bias, or None.

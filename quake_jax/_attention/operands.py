@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 # The kernel's tiles are cut for sizes of heads up to this one.
@@ -25,6 +26,15 @@ LARGEST_HEAD = 512
 LONGEST = 2**30
 # A window without a limit on one side.
 NO_LIMIT = -1
+# What the kernel may multiply: `compute_dtype`, and the number of the format that it has there.
+FORMATS = {"float32": 0, "bfloat16": 1}
+
+
+def format_of(compute_dtype: str | None, dtype) -> int:
+    """The format of the products of arrays of a dtype."""
+    if compute_dtype is None:
+        compute_dtype = "bfloat16" if dtype == jnp.bfloat16 else "float32"
+    return FORMATS[compute_dtype]
 
 
 class Present(enum.IntFlag):

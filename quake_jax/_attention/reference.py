@@ -86,11 +86,11 @@ def unfused_attention(
 
 
 def dot_product_attention(
-    *operands: jax.Array, order: int, packed_axis: int, present: int, **parameters
+    *operands: jax.Array, order: int, format: int, packed_axis: int, present: int, **parameters
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` and its residual in float32, of the primitive's operands.
 
-    It is exact for every `order`. With a soft cap, values of another size than the keys, or
+    It is exact for every `order` and `format`. With a soft cap, values of another size than the keys, or
     float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
     """
     query, key, value, bias, mask, query_lengths, key_lengths = arrays = by_name(

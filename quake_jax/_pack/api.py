@@ -124,6 +124,7 @@ def pack(
     rules: Sequence[tuple[str, str | None]] | None = None,
     scale_method: str = "max",
     calibrate: Any = None,
+    attention: str | None = None,
     order: Order | None = None,
     **kwargs,
 ):
@@ -162,6 +163,8 @@ def pack(
         what is beyond the range is clipped. A batch is a tuple of the arguments after
         params, or the only one of them, if that is no tuple or list; batches are an iterable of
         such. For a sequence of functions, calibrate is one too, with the batches of each, or None.
+      attention: None, or what attention multiplies: "float32" or "bfloat16", the `compute_dtype` of
+        `dot_product_attention`.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:
@@ -176,8 +179,8 @@ def pack(
     Raises:
       TypeError: if fun is neither a function nor pairs of one and a tuple; if rules are no pairs;
         if calibrate is no batches.
-      ValueError: if weights, activations, group_size, scale_method, rules or order is none of
-        these; if a weight has NaN or an infinity; if calibrate is given for no int8 weights without
+      ValueError: if weights, activations, group_size, scale_method, rules, attention or order is
+        none of these; if a weight has NaN or an infinity; if calibrate is given for no int8 weights without
         groups or for abstract params, if it does not reach one of them, or reaches it with NaN.
 
     Example:
@@ -195,7 +198,7 @@ def pack(
     checked = checked_rules(
         weights, activations, group_size, scale_method, rules, calibrated=is_calibrated
     )
-    options = _rewrite.checked_options(order, None, "pack")
+    options = _rewrite.checked_options(order, None, "pack", attention=attention)
     is_one = callable(fun)
     pairs = ((fun, args),) if is_one else _checked_pairs(fun, args)
     plan = Plan(params, checked)

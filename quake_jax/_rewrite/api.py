@@ -44,6 +44,7 @@ def accelerate(
     softmax: str | None = None,
     gelu: str | None = None,
     weights: str | None = None,
+    attention: str | None = None,
     params_argnums: int | Sequence[int] = 0,
 ) -> Callable:
     """Return `fun` with attention, softmax and activations computed by this package's kernels.
@@ -73,6 +74,7 @@ def accelerate(
         with what depends on parameters alone are then replaced by `dense`, as `pack` does, but each
         call packs the weights first, so that `fun` keeps its parameters. That pays where a weight
         meets many rows; `explain` says how many. Donated arguments are kept.
+      attention: None, or the `compute_dtype` of `dot_product_attention`: "float32" or "bfloat16".
       params_argnums: the positional argument of `fun` that holds the parameters, or a tuple of
         them; of no effect without `weights`.
 
@@ -99,7 +101,7 @@ def accelerate(
       TypeError: if fun is not callable; if only is no name or set of names; if a derivative is
         taken with respect to weights that are packed.
       ValueError: if only has an unknown name, or softmax or gelu is none of an approximation; if
-        weights is no format; if a call has no positional argument of params_argnums.
+        weights or attention is no format; if a call has no positional argument of params_argnums.
       TypeError, ValueError: if order is not allowed.
 
     Example:
@@ -116,6 +118,7 @@ def accelerate(
         softmax=softmax,
         gelu=gelu,
         weights=weights,
+        attention=attention,
         params_argnums=params_argnums,
     )
     programs = _programs_of(fun, options)

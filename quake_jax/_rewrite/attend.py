@@ -87,7 +87,7 @@ class Plan:
         return labels.batch, labels.length, (*labels.heads, *labels.groups)
 
 
-def attend(*arrays, plan: Plan, order):
+def attend(*arrays, plan: Plan, compute_dtype: str | None, order):
     """The attention of the plan: operands, masks, biases, factors, and the scale if traced."""
     remaining = iter(arrays)
 
@@ -112,7 +112,7 @@ def attend(*arrays, plan: Plan, order):
     bias = _sum(terms if late is None else [*terms, late])
 
     def kernel():
-        return _kernel(plan, operands, bias, mask, lengths, scale, order)
+        return _kernel(plan, operands, bias, mask, lengths, scale, compute_dtype, order)
 
     if late is None:
         out = kernel()
@@ -148,7 +148,7 @@ def _with_weights(plan: Plan, query, key, value, bias, late, kept, scale):
     return out.astype(plan.dtype)
 
 
-def _kernel(plan: Plan, operands, bias, mask, lengths, scale, order):
+def _kernel(plan: Plan, operands, bias, mask, lengths, scale, compute_dtype, order):
     window = plan.window
     is_causal = (
         window is not None and window[1] == 0 and window[0] >= plan.labels.size(plan.labels.length)
@@ -173,6 +173,7 @@ def _kernel(plan: Plan, operands, bias, mask, lengths, scale, order):
         soft_cap=plan.soft_cap,
         is_causal=is_causal,
         window=None if is_causal else window,
+        compute_dtype=compute_dtype,
         order=resolved_order(order, "dot_product_attention"),
         masking=plan.masking,
     )

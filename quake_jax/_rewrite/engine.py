@@ -142,10 +142,13 @@ class Rewriter:
     def trace(self, match: Match):
         """The jaxpr of the function of a match, without constants; None if it has no such."""
         avals = tuple(v.aval for v in match.inputs)
+        static = match.static
+        if match.name == "attention":
+            static = (*static, ("compute_dtype", self._options.attention))
         with jax_names.equation_context(match.root.equation):
             return _traced(
                 match.function,
-                match.static,
+                static,
                 avals,
                 tuple(root.output.aval for root in match.roots),
                 self._options.order,

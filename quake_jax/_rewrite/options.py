@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
+from quake_jax._attention.arguments import checked_compute_dtype
 from quake_jax._core import config, switches
 from quake_jax._core.drop_in import refusal
 from quake_jax._dense.layout import CODES
@@ -37,6 +38,7 @@ class Options:
       approximations: (kind, name) of those of `quake_jax.approximations` that take the place of
         this package's kernels, sorted.
       weights: the format in which each call packs weights, or None.
+      attention: the `compute_dtype` of attention, or None.
       params_argnums: the positional arguments whose arrays are weights.
     """
 
@@ -44,6 +46,7 @@ class Options:
     only: frozenset[str] = DEFAULT_NAMES
     approximations: tuple[tuple[str, str], ...] = ()
     weights: str | None = None
+    attention: str | None = None
     params_argnums: tuple[int, ...] = ()
 
     @property
@@ -104,6 +107,7 @@ def checked_options(
     softmax: str | None = None,
     gelu: str | None = None,
     weights: str | None = None,
+    attention: str | None = None,
     params_argnums: int | Sequence[int] = 0,
 ) -> Options:
     """Return the Options that arguments mean; raise TypeError or ValueError for others."""
@@ -114,6 +118,7 @@ def checked_options(
         _checked_names(only, function),
         _checked_approximations(function, softmax, gelu),
         weights,
+        checked_compute_dtype(function, "attention", attention),
         () if weights is None else argnums,
     )
 

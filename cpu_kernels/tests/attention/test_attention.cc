@@ -30,7 +30,7 @@ struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
   int dtype = 0, order = 5;
   bool bfloats = false;  // whether the products may be of bfloat16, whatever the dtype
-  bool packed = false;  // queries, keys and values are slices of one array
+  bool packed = false;   // queries, keys and values are slices of one array
   float soft_cap = 0;
   Bias bias = Bias::kNone;
   int bias_dtype = 0;
@@ -44,13 +44,14 @@ struct Case {
   size_t heads() const { return kv_heads * groups; }
   std::string describe(const KernelTable& table) const {
     char text[400];
-    std::snprintf(text, sizeof text,
-                  "%s %s bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
-                  "%d) mask %d (%d) causal %d window %d %d lengths %d %d values %d",
-                  table.isa, kStorage[dtype].name, bfloats, order, batch, query_length, key_length, kv_heads, groups,
-                  head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype, bias_broadcast,
-                  static_cast<int>(mask), mask_broadcast, causal, window_left, window_right, query_lengths,
-                  key_lengths, static_cast<int>(values));
+    std::snprintf(
+        text, sizeof text,
+        "%s %s bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
+        "%d) mask %d (%d) causal %d window %d %d lengths %d %d values %d",
+        table.isa, kStorage[dtype].name, bfloats, order, batch, query_length, key_length, kv_heads, groups,
+        head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype, bias_broadcast,
+        static_cast<int>(mask), mask_broadcast, causal, window_left, window_right, query_lengths, key_lengths,
+        static_cast<int>(values));
     return text;
   }
 };
@@ -361,7 +362,8 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
     check(std::memcmp(first.data(), p.out, bytes) == 0, "%s: depends on the order of tasks", what.c_str());
   }
   // Few rows are multiplied as they are.
-  const bool rounded = c.bfloats && has_bfloats(table) && c.groups * c.query_length > AttentionKernels::kFewRows;
+  const bool rounded =
+      c.bfloats && has_bfloats(table) && c.groups * c.query_length > AttentionKernels::kFewRows;
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;

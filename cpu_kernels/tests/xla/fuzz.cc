@@ -139,9 +139,10 @@ Change change_attribute(Source& source, HandlerCall& call) {
   a.value = value;
   if (a.value == before.value) return Change::kNone;
   const auto rank = static_cast<std::int32_t>(call.operands[0].dims.size());
-  const bool wrong = a.name == "order"  ? value < 1 || value > kMaxOrder
-                     : a.name == "axis" ? value < 0 || value >= rank
-                                        : a.name == "packed_axis" && value != 0 && value != 2 && value != 3;
+  const bool wrong = a.name == "order"    ? value < 1 || value > kMaxOrder
+                     : a.name == "axis"   ? value < 0 || value >= rank
+                     : a.name == "format" ? value < 0 || value >= kAttentionFormats
+                                          : a.name == "packed_axis" && value != 0 && value != 2 && value != 3;
   return wrong ? Change::kWrong : Change::kOpen;
 }
 
@@ -506,8 +507,9 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
   for (const double x : logits) sum += std::exp(x - maximum);
   const bool valid = !p.query_lengths || t < p.query_lengths[b];
   const double e = bounds::exp[order - 1] / (1 - bounds::exp[order - 1]);
-  const double u =
-      p.format == AttentionFormat::kBFloat16 && active_table().attention.of(p.format).score ? storage.half_ulp : 0;
+  const double u = p.format == AttentionFormat::kBFloat16 && active_table().attention.of(p.format).score
+                       ? storage.half_ulp
+                       : 0;
   const double a = (std::sqrt(static_cast<double>(keys)) + 8) * 0x1p-24;
   const std::ptrdiff_t row = (b * static_cast<std::ptrdiff_t>(p.query_length) + t) * heads + n;
   for (std::ptrdiff_t j = 0; j < values; ++j) {
@@ -566,6 +568,7 @@ void fuzz_attention(Source& source) {
   if (source.one_in(4)) s.window_left = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.window_right = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.soft_cap = 3;
+  if (storage.dtype == DType::kBFloat16) s.format = AttentionFormat::kBFloat16;
   HandlerCall call = attention_call(s, storage, order, random);
   for (Operand& operand : call.operands) {
     if (source.one_in(4)) fill_values(source, operand);

@@ -318,6 +318,7 @@ struct AttentionShape {
   bool is_causal = false;
   int window_left = -1, window_right = -1;
   float soft_cap = 0;
+  AttentionFormat format = AttentionFormat::kFloat32;
 };
 
 inline Dims broadcast_dims(const AttentionShape& s, unsigned broadcast) {
@@ -350,6 +351,7 @@ inline AttentionProblem problem_of(const AttentionShape& s, const Storage& stora
                                    const std::vector<const char*>& in, const std::vector<char*>& out) {
   AttentionProblem p;
   p.dtype = storage.dtype;
+  p.format = s.format;
   p.batch = static_cast<std::size_t>(s.batch);
   p.query_length = static_cast<std::size_t>(s.query_length);
   p.key_length = static_cast<std::size_t>(s.key_length);
@@ -426,7 +428,8 @@ inline HandlerCall attention_call(const AttentionShape& s, const Storage& storag
                      {"window_left", s.window_left},
                      {"window_right", s.window_right},
                      {"packed_axis", s.packed_axis},
-                     {"present", present}};
+                     {"present", present},
+                     {"format", static_cast<std::int32_t>(s.format)}};
   call.results = {result_of(storage, {s.batch, s.query_length, s.heads, s.value_size}),
                   {XLA_FFI_DataType_F32, {s.batch, s.query_length, s.heads}}};
   call.direct = [=](const auto& in, const auto& out) {

@@ -402,6 +402,10 @@ void test_wrong_attention() {
     wrong.push_back({with_attribute(call, "packed_axis", axis),
                      "packed_axis is " + std::to_string(axis) + ", expected 0, 2 or 3"});
   }
+  for (const int format : {-1, kAttentionFormats}) {
+    wrong.push_back(
+        {with_attribute(call, "format", format), "format is " + std::to_string(format) + ", expected 0 to 1"});
+  }
   for (const int present : {0, 7, 14}) {
     wrong.push_back({with_attribute(call, "present", present), "7 operands and 2 results, expected "});
   }
@@ -673,7 +677,8 @@ HandlerCall attention_shapes(std::vector<Dims> operands, std::vector<Dims> resul
                  {"window_left", -1},
                  {"window_right", -1},
                  {"packed_axis", packed_axis},
-                 {"present", present}},
+                 {"present", present},
+                 {"format", 0}},
                 std::move(operands), std::move(results));
 }
 
