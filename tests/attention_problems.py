@@ -62,7 +62,10 @@ def options(draw, x):
     """Keyword arguments for operands, a few of them at a time."""
     b, t, n, _ = x[0].shape
     s = x[1].shape[1]
-    kinds = ("bias", "mask", "causal", "window", "query lengths", "key lengths", "cap", "scale")
+    kinds = (
+        *("bias", "mask", "causal", "window", "query lengths", "key lengths", "segments"),
+        *("cap", "scale"),
+    )
     chosen = draw(st.sets(st.sampled_from(kinds), max_size=4))
     broadcast = st.tuples(*(st.sampled_from((1, size)) for size in (b, n, t, s)))
     case = {}
@@ -78,6 +81,12 @@ def options(draw, x):
         case["query_seq_lengths"] = lengths(*(draw(st.integers(0, t + 3)) for _ in range(b)))
     if "key lengths" in chosen:
         case["key_value_seq_lengths"] = lengths(*(draw(st.integers(0, s + 3)) for _ in range(b)))
+    if "segments" in chosen:
+        # Texts of one length, one behind the other.
+        text = draw(st.integers(1, 100))
+        case["query_segment_ids"], case["key_value_segment_ids"] = (
+            np.broadcast_to(np.arange(n, dtype=np.int32) // text, (b, n)) for n in (t, s)
+        )
     if "cap" in chosen:
         case["logits_soft_cap"] = draw(st.sampled_from((0.5, 5.0)))
     if "scale" in chosen:

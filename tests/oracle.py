@@ -118,6 +118,8 @@ def in_double(
     is_causal=False,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
     local_window_size=None,
     logits_soft_cap=None,
 ):
@@ -143,6 +145,9 @@ def in_double(
         kept &= t < np.asarray(query_seq_lengths)[:, None, None, None]
     if key_value_seq_lengths is not None:
         kept &= s < np.asarray(key_value_seq_lengths)[:, None, None, None]
+    if query_segment_ids is not None:
+        ids = query_segment_ids if key_value_segment_ids is None else key_value_segment_ids
+        kept &= np.asarray(query_segment_ids)[:, None, :, None] == np.asarray(ids)[:, None, None]
     x = np.where(kept, x, reference.MASKED_LOGIT)
     largest = x.max(-1, keepdims=True)
     e = np.exp(x - largest)

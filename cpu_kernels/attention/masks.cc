@@ -34,6 +34,31 @@ Kept judge(const unsigned char* bytes, std::ptrdiff_t stride, size_t count) {
   return kept == 0 ? Kept::kNone : kept == count ? Kept::kAll : Kept::kSome;
 }
 
+// What the rows of a tile keep of its pieces, added row by row.
+class KeptByRows {
+ public:
+  explicit KeptByRows(std::uint32_t active) : active_(active), none_(active) {}
+
+  // kept(i): what a row keeps of piece i.
+  template <class KeptOf>
+  void add(const KeptOf& kept) {
+    for (size_t i = 0; i < kPiecesPerTile && active_ >> i; ++i) {
+      if (!(active_ >> i & 1)) continue;
+      const Kept now = kept(i);
+      if (now != Kept::kNone) none_ &= ~(1u << i);
+      if (now != Kept::kAll) some_ |= 1u << i;
+    }
+  }
+  void apply(PieceBits& bits) const {
+    bits.active &= ~none_;
+    bits.mixed = (bits.mixed | some_) & bits.active;
+  }
+
+ private:
+  const std::uint32_t active_;
+  std::uint32_t none_, some_ = 0;
+};
+
 }  // namespace
 
 // ---- Mask arrays ----
@@ -81,16 +106,38 @@ void MaskSummary::summarize(size_t batch, size_t head, size_t group) {
   }
 }
 
+// ---- Segments ----
+
+bool SegmentSummary::build(const AttentionProblem& p, ParallelFor parallel) {
+  pieces_ = ceil_div(p.key_length, kPiece);
+  ranges_.reset(new (std::nothrow) Range[p.batch * pieces_]);
+  if (!ranges_) return false;
+  parallel(p.batch, [&](size_t batch) {
+    const std::int32_t* const segments = p.key_segments + batch * p.key_length;
+    for (size_t piece = 0; piece < pieces_; ++piece) {
+      const size_t begin = piece * kPiece, end = std::min(begin + kPiece, p.key_length);
+      std::int32_t least = segments[begin], largest = least;
+      for (size_t key = begin; key < end; ++key) {
+        least = std::min(least, segments[key]);
+        largest = std::max(largest, segments[key]);
+      }
+      ranges_[batch * pieces_ + piece] = {least, largest};
+    }
+  });
+  return true;
+}
+
 // ---- All masks ----
 
 Masks::Masks(const AttentionProblem& p, const Plan& plan)
     : p_(p),
       groups_(plan.groups),
       any_(p.mask || p.is_causal || p.window_left >= 0 || p.window_right >= 0 || p.query_lengths ||
-           p.key_lengths) {}
+           p.key_lengths || p.query_segments) {}
 
 bool Masks::build(size_t row_tile, ParallelFor parallel) {
-  return !p_.mask || summary_.build(p_, row_tile, parallel);
+  return (!p_.mask || summary_.build(p_, row_tile, parallel)) &&
+         (!p_.query_segments || segments_.build(p_, parallel));
 }
 
 void Masks::describe_rows(size_t batch, size_t kv_head, size_t first, size_t count, Row* rows) const {
@@ -146,26 +193,35 @@ PieceBits Masks::judge(size_t batch, const Row* rows, size_t row_count, size_t k
       }
     }
   }
+  if (p_.query_segments && bits.active) add_segments(batch, rows, row_count, key / kPiece, bits);
   if (p_.mask && bits.active) add_summary(batch, rows, row_count, key / kPiece, bits);
   return bits;
 }
 
 void Masks::add_summary(size_t batch, const Row* rows, size_t row_count, size_t piece, PieceBits& bits) const {
-  std::uint32_t none = bits.active, some = 0;
+  KeptByRows by_rows(bits.active);
   const Kept* last = nullptr;
   for (size_t r = 0; r < row_count; ++r) {
     if (!rows[r].valid) continue;
     const Kept* kept = summary_.row(batch, rows[r].head, rows[r].query) + piece;
     if (kept == last) continue;
     last = kept;
-    for (size_t i = 0; i < kPiecesPerTile && bits.active >> i; ++i) {
-      if (!(bits.active >> i & 1)) continue;
-      if (kept[i] != Kept::kNone) none &= ~(1u << i);
-      if (kept[i] != Kept::kAll) some |= 1u << i;
-    }
+    by_rows.add([&](size_t i) { return kept[i]; });
   }
-  bits.active &= ~none;
-  bits.mixed = (bits.mixed | some) & bits.active;
+  by_rows.apply(bits);
+}
+
+void Masks::add_segments(size_t batch, const Row* rows, size_t row_count, size_t piece, PieceBits& bits) const {
+  KeptByRows by_rows(bits.active);
+  const Row* last = nullptr;
+  for (size_t r = 0; r < row_count; ++r) {
+    if (!rows[r].valid) continue;
+    const std::int32_t segment = segment_of(batch, rows[r]);
+    if (last && segment == segment_of(batch, *last)) continue;
+    last = &rows[r];
+    by_rows.add([&](size_t i) { return segments_.judge(batch, piece + i, segment); });
+  }
+  by_rows.apply(bits);
 }
 
 void Masks::apply(const AttentionKernels& kernels, size_t batch, const Row& row, size_t key, size_t count,
@@ -178,6 +234,11 @@ void Masks::apply(const AttentionKernels& kernels, size_t batch, const Row& row,
       bytes = gathered;
     }
     kernels.apply_mask(scores, bytes, count, kMaskedLogit);
+  }
+  if (p_.query_segments) {
+    const std::int32_t* const segments = p_.key_segments + batch * p_.key_length + key;
+    const std::int32_t segment = segment_of(batch, row);
+    for (size_t i = 0; i < count; ++i) scores[i] = segments[i] == segment ? scores[i] : kMaskedLogit;
   }
   const size_t begin = std::clamp(row.begin, key, key + count) - key;
   const size_t end = std::clamp(row.end, key, key + count) - key;

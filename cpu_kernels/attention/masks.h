@@ -1,4 +1,4 @@
-// Which keys a query sees: mask arrays, causal masks, windows and lengths.
+// Which keys a query sees: mask arrays, segments, causal masks, windows and lengths.
 
 #ifndef QUAKE_ATTENTION_MASKS_H_
 #define QUAKE_ATTENTION_MASKS_H_
@@ -63,6 +63,28 @@ class MaskSummary {
   std::unique_ptr<Kept[]> kept_;
 };
 
+// The segments of the keys, reduced once per call to the range of every kPiece keys. Of texts that lie one
+// behind the other nearly all ranges are one segment.
+class SegmentSummary {
+ public:
+  // Returns false if memory is refused.
+  bool build(const AttentionProblem& problem, ParallelFor parallel);
+  // How many keys of a piece are of the segment.
+  Kept judge(std::size_t batch, std::size_t piece, std::int32_t segment) const {
+    const Range range = ranges_[batch * pieces_ + piece];
+    if (segment < range.least || segment > range.largest) return Kept::kNone;
+    return range.least == range.largest ? Kept::kAll : Kept::kSome;
+  }
+
+ private:
+  struct Range {
+    std::int32_t least, largest;
+  };
+
+  std::size_t pieces_ = 0;
+  std::unique_ptr<Range[]> ranges_;
+};
+
 class Masks {
  public:
   Masks(const AttentionProblem& problem, const Plan& plan);
@@ -92,12 +114,18 @@ class Masks {
   Row describe_row(std::size_t batch, std::size_t head, std::size_t query) const;
   void add_summary(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t piece,
                    PieceBits& bits) const;
+  void add_segments(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t piece,
+                    PieceBits& bits) const;
   const unsigned char* mask_at(std::size_t batch, const Row& row, std::size_t key) const;
+  std::int32_t segment_of(std::size_t batch, const Row& row) const {
+    return p_.query_segments[batch * p_.query_length + row.query];
+  }
 
   const AttentionProblem& p_;
   const std::size_t groups_;
   const bool any_;
   MaskSummary summary_;
+  SegmentSummary segments_;
 };
 
 }  // namespace quake

@@ -50,6 +50,8 @@ struct AttentionProblem {
   std::ptrdiff_t window_left = -1, window_right = -1;  // query t sees keys t - left … t + right; -1: no limit
   const std::int32_t* query_lengths = nullptr;         // (batch) or null: rows from there on give 0
   const std::int32_t* key_lengths = nullptr;           // (batch) or null: keys from there on are masked
+  // (batch, query_length) and (batch, key_length), or both null: a query sees keys of its own segment only.
+  const std::int32_t *query_segments = nullptr, *key_segments = nullptr;
 };
 
 // The distance of an element from the first.

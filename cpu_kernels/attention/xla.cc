@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,7 +23,14 @@ namespace {
 using namespace handlers;
 
 // What the call has beside queries, keys and values; the operands come in this order.
-enum AttentionOperand : std::int32_t { kHasBias = 1, kHasMask = 2, kHasQueryLengths = 4, kHasKeyLengths = 8 };
+enum AttentionOperand : std::int32_t {
+  kHasBias = 1,
+  kHasMask = 2,
+  kHasQueryLengths = 4,
+  kHasKeyLengths = 8,
+  kHasQuerySegments = 16,
+  kHasKeySegments = 32
+};
 
 struct AttentionAttributes {
   std::int32_t order;
@@ -117,7 +125,8 @@ ffi::ErrorOr<Buffers> take_buffers(const char* target, const AttentionAttributes
     buffers.operands.push_back(*argument);
   }
   std::size_t expected = attributes.packed_axis != 0 ? 1 : 3;
-  for (const auto operand : {kHasBias, kHasMask, kHasQueryLengths, kHasKeyLengths}) {
+  for (const auto operand :
+       {kHasBias, kHasMask, kHasQueryLengths, kHasKeyLengths, kHasQuerySegments, kHasKeySegments}) {
     expected += (attributes.present & operand) != 0;
   }
   if (buffers.operands.size() != expected || results.size() != 2) {
@@ -196,12 +205,14 @@ ffi::Error decode_mask(const char* target, const ffi::AnyBuffer& query, const ff
   return ffi::Error::Success();
 }
 
-ffi::Error decode_lengths(const char* target, const ffi::AnyBuffer& buffer, const AttentionProblem& p,
-                          const std::int32_t*& lengths) {
-  if (buffer.element_type() != ffi::S32 || buffer.dimensions().size() != 1 || extent(buffer, 0) != p.batch) {
-    return invalid(target, "lengths " + describe(buffer) + ", expected int32[" + std::to_string(p.batch) + "]");
+ffi::Error decode_integers(const char* target, const char* what, const ffi::AnyBuffer& buffer,
+                           std::initializer_list<std::size_t> dims, const std::int32_t*& integers) {
+  if (buffer.element_type() != ffi::S32 || !has_dimensions(buffer, dims)) {
+    std::string expected;
+    for (const std::size_t size : dims) expected += (expected.empty() ? "" : ",") + std::to_string(size);
+    return invalid(target, what + (" " + describe(buffer)) + ", expected int32[" + expected + "]");
   }
-  lengths = static_cast<const std::int32_t*>(buffer.untyped_data());
+  integers = static_cast<const std::int32_t*>(buffer.untyped_data());
   return ffi::Error::Success();
 }
 
@@ -214,13 +225,18 @@ ffi::Error decode_present(const char* target, const AttentionAttributes& attribu
   if (attributes.present & kHasMask) {
     if (ffi::Error error = decode_mask(target, x[0], x[next++], p); error.failure()) return error;
   }
-  if (attributes.present & kHasQueryLengths) {
-    if (ffi::Error error = decode_lengths(target, x[next++], p, p.query_lengths); error.failure()) return error;
-  }
-  if (attributes.present & kHasKeyLengths) {
-    if (ffi::Error error = decode_lengths(target, x[next++], p, p.key_lengths); error.failure()) return error;
-  }
-  return ffi::Error::Success();
+  ffi::Error error = ffi::Error::Success();
+  const auto take = [&](AttentionOperand operand, const char* what, std::initializer_list<std::size_t> dims,
+                        const std::int32_t*& integers) {
+    if (error.success() && attributes.present & operand) {
+      error = decode_integers(target, what, x[next++], dims, integers);
+    }
+  };
+  take(kHasQueryLengths, "lengths", {p.batch}, p.query_lengths);
+  take(kHasKeyLengths, "lengths", {p.batch}, p.key_lengths);
+  take(kHasQuerySegments, "segments", {p.batch, p.query_length}, p.query_segments);
+  take(kHasKeySegments, "segments", {p.batch, p.key_length}, p.key_segments);
+  return error;
 }
 
 ffi::Error call_attention(const char* target, ffi::ThreadPool pool, const AttentionAttributes& attributes,
@@ -231,6 +247,9 @@ ffi::Error call_attention(const char* target, ffi::ThreadPool pool, const Attent
   if (attributes.format < 0 || attributes.format >= kAttentionFormats) {
     return invalid(target, "format is " + std::to_string(attributes.format) + ", expected 0 to " +
                                std::to_string(kAttentionFormats - 1));
+  }
+  if (!(attributes.present & kHasQuerySegments) != !(attributes.present & kHasKeySegments)) {
+    return invalid(target, "segments of queries or of keys alone");
   }
   const ffi::ErrorOr<Buffers> buffers = take_buffers(target, attributes, arguments, results);
   if (buffers.has_error()) return buffers.error();

@@ -50,6 +50,8 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
@@ -75,6 +77,9 @@ def dot_product_attention(
       is_causal: whether query t sees the keys 0 to t only.
       query_seq_lengths: int32 array of shape (B,); results of queries from there on are 0.
       key_value_seq_lengths: int32 array of shape (B,); keys from there on are masked.
+      query_segment_ids: int32 array of shape (B, T): a query sees the keys with its own id alone,
+        such as those of its text where several are packed into one sequence.
+      key_value_segment_ids: int32 array of shape (B, S); None: the same as of queries, if T is S.
       local_window_size: (left, right): query t sees the keys t - left to t + right. An integer is
         both.
       implementation: None or "quake" is this package's; "xla" and "cudnn" are those of jax.nn.
@@ -119,7 +124,14 @@ def dot_product_attention(
     )
     arrays = {"query": query, "key": key, "value": value}
     arrays = [as_array(x, function, name) for name, x in arrays.items()]
-    optional = (bias, mask, query_seq_lengths, key_value_seq_lengths)
+    optional = (
+        bias,
+        mask,
+        query_seq_lengths,
+        key_value_seq_lengths,
+        query_segment_ids,
+        key_value_segment_ids,
+    )
     arrays += [optional_array(x, function, n) for n, x in zip(OPTIONAL, optional, strict=True)]
     return _attend_call(*arrays, traced_scale, packed_axis=0, **static)
 
@@ -134,6 +146,8 @@ def packed_dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
@@ -152,6 +166,7 @@ def packed_dot_product_attention(
       qkv_axis: the axis of size 3, the last but two (-3) or the last but one (-2).
       bias, mask, scale, is_causal: as in `dot_product_attention`.
       query_seq_lengths, key_value_seq_lengths, local_window_size: the same.
+      query_segment_ids, key_value_segment_ids: the same; the former is enough.
       implementation, return_residual, logits_soft_cap, compute_dtype, order: the same.
 
     Returns:
@@ -196,7 +211,14 @@ def packed_dot_product_attention(
             f"got {qkv_axis} and shape {qkv.shape}"
         )
     has_batch = qkv.ndim == 5
-    optional = (bias, mask, query_seq_lengths, key_value_seq_lengths)
+    optional = (
+        bias,
+        mask,
+        query_seq_lengths,
+        key_value_seq_lengths,
+        query_segment_ids,
+        key_value_segment_ids,
+    )
     arrays = [optional_array(x, function, n) for n, x in zip(OPTIONAL, optional, strict=True)]
     result = _attend_call(
         qkv if has_batch else qkv[None],

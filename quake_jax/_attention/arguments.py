@@ -15,7 +15,14 @@ from quake_jax._core.config import resolved_order
 from quake_jax._core.drop_in import is_numeric, refusal, refuse_complex, static_bool, unwrapped
 
 # The optional arrays, as the public functions name them.
-OPTIONAL = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
+OPTIONAL = (
+    "bias",
+    "mask",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "query_segment_ids",
+    "key_value_segment_ids",
+)
 
 
 def check_arrays(function: str, operands: Operands) -> None:
@@ -57,10 +64,20 @@ def check_arrays(function: str, operands: Operands) -> None:
             refuse(name, "dtype bool")
         if x.ndim != 4 or any(n not in (1, full) for n, full in zip(x.shape, logits, strict=True)):
             refuse(name, f"a shape that broadcasts to the logits' {logits}")
-    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+    integers = {
+        "query_seq_lengths": (batch,),
+        "key_value_seq_lengths": (batch,),
+        "query_segment_ids": (batch, query.shape[1]),
+        "key_value_segment_ids": (batch, keys),
+    }
+    for name, shape in integers.items():
         x = arrays[name]
-        if x is not None and (x.shape != (batch,) or x.dtype != jnp.int32):
-            refuse(name, f"shape {(batch,)} and dtype int32")
+        if x is not None and (x.shape != shape or x.dtype != jnp.int32):
+            refuse(name, f"shape {shape} and dtype int32")
+    names = ("query_segment_ids", "key_value_segment_ids")
+    for name, other in (names, names[::-1]):
+        if arrays[name] is not None and arrays[other] is None:
+            refuse(name, f"{other} beside it, with {query.shape[1]} queries and {keys} keys")
 
 
 def four_axes(x):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from quake_jax._attention import reference
 from quake_jax._attention.arguments import check_arrays, four_axes
 from quake_jax._attention.derivative import attention
-from quake_jax._attention.masks import Masking, in_window
+from quake_jax._attention.masks import Masking, in_window, with_segments
 from quake_jax._attention.operands import (
     LARGEST_HEAD,
     LONGEST,
@@ -36,6 +36,8 @@ def attend(
     mask,
     query_lengths,
     key_lengths,
+    query_segments,
+    key_segments,
     traced_scale,
     *,
     packed_axis: int,
@@ -62,8 +64,11 @@ def attend(
     else:
         shape = jnp.shape(query)
         query, key, value = map(four_axes, (query, key, value))
-    lengths = (None if x is None else jnp.asarray(x) for x in (query_lengths, key_lengths))
-    arrays = Operands(query, key, value, four_axes(bias), four_axes(mask), *lengths)
+    integers = (query_lengths, key_lengths, query_segments, key_segments)
+    integers = (None if x is None else jnp.asarray(x) for x in integers)
+    arrays = Operands(query, key, value, four_axes(bias), four_axes(mask), *integers)
+    if arrays.key_segments is None and arrays.query.shape[1] == arrays.key.shape[1]:
+        arrays = arrays._replace(key_segments=arrays.query_segments)
     check_arrays(function, arrays)
     size, value_size = arrays.query.shape[3], arrays.value.shape[3]
     if scale is None:
@@ -203,7 +208,8 @@ def _split_alike(operands: Sequence[jax.Array], packed_axis: int, present: int) 
 
 def _without_kernel(function, arrays, *, scale, soft_cap, is_causal, window, implementation):
     """Output and residual from jax.nn, or from the unfused form of what jax.nn lacks."""
-    query, key, value, bias, mask, query_lengths, key_lengths = arrays
+    query, key, value, bias, mask, query_lengths, key_lengths, *segments = arrays
+    mask = with_segments(mask, *segments)
     # A jitted jax.nn refuses float16 on CPUs.
     is_jax = implementation == "cudnn" or query.dtype != jnp.float16
     if soft_cap is None and value.shape == key.shape and is_jax:

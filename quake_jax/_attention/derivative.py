@@ -63,11 +63,11 @@ def _tangent(arrays, tangents, lse, **parameters):
     """The tangent of the output, in float32, from the exact weights.
 
     Args:
-      arrays: query, key, value, bias, mask, query lengths and key lengths, or None for those.
+      arrays: those of `Operands`.
       tangents: of the first four, or None where they are 0.
       lse: the log-sum-exp of the logits, (B, T, N).
     """
-    query, key, value, bias, mask, query_lengths, key_lengths = arrays
+    query, key, value, bias, mask, query_lengths, key_lengths, segments, key_segments = arrays
     dquery, dkey, dvalue, dbias = tangents
     if all(t is None for t in tangents):
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), jnp.float32)
@@ -75,7 +75,7 @@ def _tangent(arrays, tangents, lse, **parameters):
     shared = jax.tree.map(lambda x: x.astype(jnp.float32), (key, value, dkey, dvalue))
     # By tile, with the axis of queries in front.
     by_query = [
-        *((None if x is None else jnp.moveaxis(x, 1, 0)) for x in (query, dquery, lse)),
+        *((None if x is None else jnp.moveaxis(x, 1, 0)) for x in (query, dquery, lse, segments)),
         *((None if x is None else jnp.moveaxis(x, 2, 0)) for x in (bias, dbias, mask)),
     ]
     length = query.shape[1]
@@ -84,23 +84,28 @@ def _tangent(arrays, tangents, lse, **parameters):
     sliced = [None if x is None or x.shape[0] != length else x for x in by_query]
 
     @jax.checkpoint
-    def tile(positions, sliced, constant, shared, lengths):
-        q, dq, lse, b, db, m = (
-            x if c is None else c for x, c in zip(sliced, constant, strict=True)
-        )
+    def tile(positions, sliced, constant, shared, integers):
+        x = [x if c is None else c for x, c in zip(sliced, constant, strict=True)]
+        q, dq, lse, segments = (None if a is None else jnp.moveaxis(a, 0, 1) for a in x[:4])
+        b, db, m = (None if a is None else jnp.moveaxis(a, 0, 2) for a in x[4:])
+        key_segments, *lengths = integers
         return _tangent_of_tile(
             positions,
-            *(None if x is None else jnp.moveaxis(x, 0, 1) for x in (q, dq, lse)),
-            *(None if x is None else jnp.moveaxis(x, 0, 2) for x in (b, db, m)),
+            q,
+            dq,
+            lse,
+            b,
+            db,
+            masks.with_segments(m, segments, key_segments),
             *shared,
             *lengths,
             **parameters,
         )
 
-    lengths = (query_lengths, key_lengths)
+    integers = (key_segments, query_lengths, key_lengths)
     rows = _tile_length(query.shape, key.shape[1])
     if rows == length:
-        return tile(jnp.arange(length), sliced, constant, shared, lengths)
+        return tile(jnp.arange(length), sliced, constant, shared, integers)
     tiles = -(-length // rows)
 
     def in_tiles(x):
@@ -110,7 +115,7 @@ def _tangent(arrays, tangents, lse, **parameters):
 
     def step(_, by_tile):
         positions, sliced = by_tile
-        return None, tile(positions, sliced, constant, shared, lengths)
+        return None, tile(positions, sliced, constant, shared, integers)
 
     by_tile = jax.tree.map(in_tiles, (jnp.arange(length), sliced))
     _, out = jax.lax.scan(step, None, by_tile)

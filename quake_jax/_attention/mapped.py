@@ -33,7 +33,8 @@ def _do_positions_matter(
     bias_and_mask, *, is_causal, window_left, window_right, present, **_
 ) -> bool:
     """Whether it matters to the result of a query where in its sequence it is."""
-    limits = is_causal or window_left >= 0 or window_right >= 0 or present & Present.QUERY_LENGTHS
+    of_queries = present & (Present.QUERY_LENGTHS | Present.QUERY_SEGMENTS)
+    limits = is_causal or window_left >= 0 or window_right >= 0 or of_queries
     return bool(limits) or any(x.shape[2] != 1 for x in bias_and_mask)
 
 

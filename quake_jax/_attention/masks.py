@@ -49,6 +49,19 @@ def in_window(t, s, left: int | None, right: int | None):
     return functools.reduce(lambda a, b: a & b, kept) if kept else None
 
 
+def with_segments(
+    mask: jax.Array | None, query_segments: jax.Array | None, key_segments: jax.Array | None
+) -> jax.Array | None:
+    """A mask that keeps, of what `mask` does, the keys of the query's own segment.
+
+    The segments have shapes (B, T) and (B, S), or both are None.
+    """
+    if query_segments is None or key_segments is None:
+        return mask
+    kept = query_segments[:, None, :, None] == key_segments[:, None, None, :]
+    return kept if mask is None else mask & kept
+
+
 def kept_keys(
     queries: jax.Array,
     keys: int,

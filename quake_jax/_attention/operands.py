@@ -44,6 +44,8 @@ class Present(enum.IntFlag):
     MASK = 2  # the same
     QUERY_LENGTHS = 4  # int32 (B,)
     KEY_LENGTHS = 8  # int32 (B,)
+    QUERY_SEGMENTS = 16  # int32 (B, T)
+    KEY_SEGMENTS = 32  # int32 (B, S); a call has both or neither
 
 
 class Operands(NamedTuple):
@@ -56,6 +58,8 @@ class Operands(NamedTuple):
     mask: jax.Array | None = None
     query_lengths: jax.Array | None = None
     key_lengths: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
 
     @property
     def optional(self) -> tuple[jax.Array | None, ...]:
@@ -107,7 +111,8 @@ def axes_of(ranks: Sequence[int], packed_axis: int, present: int) -> tuple[list,
     of_query, of_logits = ("batch", None, "heads", None), ("batch", "heads", None, None)
     packed = {2: ("batch", None, None, "heads", None), 3: ("batch", None, "heads", None, None)}
     operands = [packed[packed_axis]] if packed_axis else [of_query] * 3
-    optional = (of_logits, of_logits, ("batch",), ("batch",))
+    of_positions = ("batch", None)
+    optional = (of_logits, of_logits, ("batch",), ("batch",), of_positions, of_positions)
     operands += [axes for flag, axes in zip(Present, optional, strict=True) if present & flag]
     operands = [
         axes if rank == len(axes) else ("map", *axes)

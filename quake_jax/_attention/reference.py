@@ -93,10 +93,11 @@ def dot_product_attention(
     It is exact for every `order` and `format`. With a soft cap, values of another size than the keys, or
     float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
     """
-    query, key, value, bias, mask, query_lengths, key_lengths = arrays = by_name(
+    query, key, value, bias, mask, *lengths, query_segments, key_segments = by_name(
         operands, packed_axis, present
     )
-    out, lse = unfused_attention(*arrays, **parameters)
+    mask = masks.with_segments(mask, query_segments, key_segments)
+    out, lse = unfused_attention(query, key, value, bias, mask, *lengths, **parameters)
     if not parameters["soft_cap"] and value.shape == key.shape and query.dtype != jnp.float16:
         window = (parameters["window_left"], parameters["window_right"])
         if window == (-1, -1):
@@ -111,8 +112,8 @@ def dot_product_attention(
             mask,
             scale=parameters["scale"],
             is_causal=bool(parameters["is_causal"]),
-            query_seq_lengths=query_lengths,
-            key_value_seq_lengths=key_lengths,
+            query_seq_lengths=lengths[0],
+            key_value_seq_lengths=lengths[1],
             local_window_size=window,
         )
     return out, lse

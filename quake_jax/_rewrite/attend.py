@@ -167,6 +167,8 @@ def _kernel(plan: Plan, operands, bias, mask, lengths, scale, compute_dtype, ord
         mask,
         None,
         lengths,
+        None,
+        None,
         scale if plan.is_scale_traced else None,
         packed_axis=packed_axis,
         scale=None if plan.is_scale_traced else scale,

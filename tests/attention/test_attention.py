@@ -23,7 +23,15 @@ from quake_jax._core.constants import MAX_REL_ERROR
 
 quake = quake_jax.dot_product_attention
 packed = quake_jax.packed_dot_product_attention
-exact = jax.nn.dot_product_attention
+
+
+def exact(q, k, v, bias=None, mask=None, query_segment_ids=None, key_value_segment_ids=None, **x):
+    """Of jax.nn, which has no segments but for a mask."""
+    if query_segment_ids is not None:
+        ids = query_segment_ids if key_value_segment_ids is None else key_value_segment_ids
+        kept = query_segment_ids[:, None, :, None] == ids[:, None, None]
+        mask = kept if mask is None else mask & kept
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, **x)
 
 
 def normal(*shape, seed=0, dtype="float32", scale=1.0):
@@ -46,6 +54,12 @@ def keep(*shape, seed=0):
 
 def lengths(*values):
     return jnp.asarray(values, jnp.int32)
+
+
+SEGMENTS = {
+    "query_segment_ids": lengths([-1, -1, 2, 2, 2, 5, 5], [3, 1, 1, 3, 0, 3, 1]),
+    "key_value_segment_ids": lengths([-1, -1, -1, 2, 2, 2, 2, 7, 7], [1, 3, 3, 1, 9, 3, 1, 9, 9]),
+}
 
 
 def half_unit(dtype):
@@ -77,6 +91,8 @@ CASES = {
     "wide window": {"local_window_size": (10**12, 0)},
     "lengths": {"query_seq_lengths": lengths(7, 3), "key_value_seq_lengths": lengths(0, 5)},
     "key lengths": {"key_value_seq_lengths": lengths(9, 1), "is_causal": True},
+    "segments": SEGMENTS,
+    "causal segments": {**SEGMENTS, "is_causal": True},
     "bias": {"bias": normal(2, 4, 7, 9, seed=5)},
     "broadcast bias": {"bias": normal(1, 4, 1, 9, seed=5)},
     "bias of queries": {"bias": normal(2, 1, 7, 1, seed=5)},
@@ -95,6 +111,7 @@ CASES = {
         "local_window_size": (4, 4),
         "query_seq_lengths": lengths(7, 4),
         "key_value_seq_lengths": lengths(6, 9),
+        **SEGMENTS,
         "logits_soft_cap": 2.0,
         "scale": -0.4,
     },
@@ -121,13 +138,68 @@ def test_values(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["plain", "causal segments", "nothing kept", "everything"])
+def test_products_of_bfloat16(case, dtype):
+    q, k, v = x = operands(dtype=dtype)
+    f = functools.partial(quake, **CASES[case], compute_dtype="bfloat16")
+    assert "format=1" in str(jax.make_jaxpr(f)(*x))
+    out = jax.jit(f)(*x)
+    assert out.dtype == dtype
+    # Query and key are rounded or not, by the CPU. A logit moves by 2 u of its products and a
+    # weight by twice that, values and weights are rounded themselves, and so is what is stored.
+    u = half_unit(jnp.bfloat16)
+    size, magnitudes = q.shape[3], [np.abs(np.asarray(a, np.float64)) for a in x]
+    q, k, largest = magnitudes[0].max(), magnitudes[1].max(), magnitudes[2].max()
+    scale = abs(CASES[case].get("scale", size**-0.5))
+    moved = (2 * u + u * u) * scale * size * q * k
+    exact_out, _ = in_double(*x, **CASES[case])
+    bound = (np.expm1(2 * moved) + 3 * u + half_unit(dtype)) * largest
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, atol=bound)
+    rows = np.sqrt(np.mean((np.asarray(out, np.float64) - exact_out) ** 2))
+    assert rows <= 8 * u * largest  # far less than that on the whole
+
+
+def test_what_is_multiplied_by_default():
+    for dtype in DTYPES:
+        x = operands(dtype=dtype)
+        wanted = "format=1" if x[0].dtype == jnp.bfloat16 else "format=0"
+        assert wanted in str(jax.make_jaxpr(quake)(*x))
+        for name in ("float32", jnp.float32, np.dtype("float32")):
+            f = functools.partial(quake, compute_dtype=name)
+            assert "format=0" in str(jax.make_jaxpr(f)(*x))
+    # bfloat16 multiplied in float32: weights are not rounded.
+    x = operands(t=40, dtype="bfloat16")
+    out = quake(*x, compute_dtype="float32", return_residual=False)
+    expected, _ = in_double(*x)
+    largest = float(np.abs(np.asarray(x[2], np.float64)).max())
+    bound = (2 * MAX_REL_ERROR["softmax"][5] + 2.0**-19) * largest
+    rtol = half_unit(jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=bound, rtol=rtol)
+
+
+def test_derivatives_do_not_depend_on_what_is_multiplied():
+    x = operands()
+
+    def loss(f, *x):
+        return jnp.vdot(f(*x), normal(2, 7, 4, 16, seed=9))
+
+    f = functools.partial(quake, compute_dtype="bfloat16")
+    slopes = [jax.grad(functools.partial(loss, g), (0, 1, 2))(*x) for g in (f, exact)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-3), *slopes)
+    stacked = [jnp.stack([a, a[::-1]]) for a in x]
+    mapped = jax.jit(jax.vmap(f))(*stacked)
+    for y, *one in zip(mapped, *stacked, strict=True):
+        np.testing.assert_allclose(y, f(*one), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", JAX_CASES)
 def test_shapes_dtypes_and_values_are_those_of_jax(name):
     for x in (operands(), [y[1] for y in operands(b=2)], operands(dtype="bfloat16")):
         case = dict(JAX_CASES[name])
         if x[0].ndim == 3:  # the first of the batch
             for key in case:
-                if key.endswith("lengths"):
+                if key.endswith(("lengths", "ids")):
                     case[key] = case[key][1:]
                 elif key in ("bias", "mask") and case[key].ndim == 4:
                     case[key] = case[key][-1:]
@@ -238,6 +310,68 @@ def test_empty_arrays():
         assert out.shape == (*x[0].shape[:3], x[2].shape[3]) and not out.any()
 
 
+# Segments.
+
+IDS = {
+    "texts": lambda n, _: np.arange(n) // 40 - 2,
+    "padded texts": lambda n, _: np.where(np.arange(n) < 0.8 * n, 1 + np.arange(n) // 70, 0),
+    "long texts": lambda n, _: np.arange(n) // 128,
+    "in no order": lambda n, rng: rng.integers(-1, 2, n) * (2**31 - 1),
+    "one": lambda n, _: np.zeros(n),
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"t": 300, "s": 300},
+        {"t": 70, "s": 290, "n": 6, "k": 3, "h": 40},
+        {"t": 65, "s": 600, "n": 3, "k": 1},  # keys are split
+        {"t": 1, "s": 300, "k": 4},  # few rows
+        {"t": 3, "s": 1025},
+    ],
+    ids=str,
+)
+def test_segments(shape, ids):
+    rng = np.random.default_rng(3)
+    for dtype in DTYPES[:2]:
+        x = operands(**shape, dtype=dtype)
+        ids_of_queries, ids_of_keys = (
+            jnp.asarray(np.stack([ids(a.shape[1], rng), ids(a.shape[1], rng)[::-1]]), jnp.int32)
+            for a in x[:2]
+        )
+        for is_causal in (False, True):
+            case = {
+                "query_segment_ids": ids_of_queries,
+                "key_value_segment_ids": ids_of_keys,
+                "is_causal": is_causal,
+            }
+            out, lse = quake(*x, **case, return_residual=True)
+            expected, expected_lse = in_double(*x, **case)
+            assert_close(out, expected, x[2])
+            np.testing.assert_allclose(
+                np.asarray(lse, np.float64), expected_lse, rtol=half_unit(dtype) + 1e-6, atol=8e-6
+            )
+            if dtype == "float32":
+                np.testing.assert_allclose(out, exact(*x, **case), atol=3e-6)
+
+
+def test_texts_packed_into_one_sequence_are_as_apart():
+    x, sizes = operands(b=1, t=640, s=640, k=4), (300, 31, 309)
+    ids = lengths(np.repeat([7, -7, 0], sizes))
+    ends = np.cumsum(sizes)
+    for case in ({}, {"is_causal": True}, {"local_window_size": (9, 3)}):
+        whole = quake(*x, query_segment_ids=ids, **case)
+        for begin, end in zip(ends - sizes, ends, strict=True):
+            alone = quake(*(a[:, begin:end] for a in x), **case)
+            np.testing.assert_allclose(whole[:, begin:end], alone, atol=2e-6)
+    # Whole tiles of other texts are not touched.
+    spoiled = [a.at[:, 331:].set(jnp.nan) for a in x]
+    out = quake(*spoiled, query_segment_ids=ids)
+    np.testing.assert_allclose(out[:, :256], quake(*x, query_segment_ids=ids)[:, :256], atol=1e-6)
+
+
 # Packed operands.
 
 
@@ -250,13 +384,15 @@ def test_packed(case, dtype):
         for name, x in case.items()
         if name not in ("bias", "mask") or (x.ndim == 4 and x.shape[2] == 1)
     }
+    if "query_segment_ids" in case:
+        case["query_segment_ids"] = case.pop("key_value_segment_ids")
     expected = quake(q, k, v, **case, return_residual=True)
     for axis in (-3, -2, 2, 3):
         qkv = jnp.stack([q, k, v], axis if axis > 0 else axis + 5)
         results = packed(qkv, qkv_axis=axis, return_residual=True, **case)
         for y, z in zip(results, expected, strict=True):
             np.testing.assert_array_equal(y, z)
-    if not {"bias", "mask", "query_seq_lengths", "key_value_seq_lengths"} & set(case):
+    if not any(isinstance(x, jax.Array) for x in case.values()):
         np.testing.assert_array_equal(packed(jnp.stack([q, k, v], 2)[1], **case), expected[0][1])
 
 
@@ -319,6 +455,7 @@ DIFFERENTIATED = (
     "broadcast bias",
     "bias of queries",
     "mask of keys",
+    "segments",
     "nothing kept",
     "everything",
 )
@@ -490,7 +627,7 @@ def test_vmap():
         (quake, (None, None, None, None, 0), (q, k, v, bias, mask)),
         (quake, (0, None, -1, None, 0), (queries, k, values, bias, mask)),
     ):
-        for keywords in ({}, case):
+        for keywords in ({}, case, SEGMENTS):
             ours, theirs = (
                 jax.vmap(functools.partial(g, **keywords), axes)(*x) for g in (f, exact)
             )
@@ -499,6 +636,13 @@ def test_vmap():
     np.testing.assert_allclose(
         per_row(jnp.stack([lengths(3, 4), lengths(9, 1)]))[1],
         quake(q, k, v, key_value_seq_lengths=lengths(9, 1)),
+        atol=1e-6,
+    )
+    ids = jnp.stack([lengths([0, 0, 1, 1, 1, 2, 2]), lengths([4, 4, 4, 3, 3, 3, 3])])
+    same = operands(b=1, s=7)
+    np.testing.assert_allclose(
+        jax.vmap(lambda n: quake(*same, query_segment_ids=n))(ids)[1],
+        exact(*same, query_segment_ids=ids[1]),
         atol=1e-6,
     )
     qkv = normal(5, 2, 9, 3, 4, 16)
@@ -514,6 +658,7 @@ SHARED = {
     "more heads": ({"is_causal": True}, "f32[2,7,12,16]"),
     "more heads with a bias": ({"bias": normal(1, 1, 7, 9)}, "f32[2,7,12,16]"),
     "more heads with lengths": ({"query_seq_lengths": lengths(7, 3)}, "f32[2,7,12,16]"),
+    "more heads with segments": (SEGMENTS, "f32[2,7,12,16]"),
 }
 
 
@@ -605,12 +750,13 @@ def test_the_fallback_of_other_platforms():
     bias, mask = normal(1, 4, 7, 9, seed=5), keep(2, 1, 1, 9)
     text = jax.jit(quake).trace(*x).lower(lowering_platforms=("cuda",)).as_text()
     assert "quake_jax" not in text
-    common = {"order": 3, "is_causal": 1, "window_left": -1, "window_right": 2, "scale": 0.25}
+    common = {"order": 3, "format": 1, "is_causal": 1, "window_left": -1, "window_right": 2, "scale": 0.25}
     for cap, packed_axis in itertools.product((0.0, 2.0), (0, 2)):
         arrays = [jnp.stack(operands(t=9, n=4, k=4), 2)] if packed_axis else x
         b = bias[:, :, :1] if packed_axis else bias
+        ids = (SEGMENTS["key_value_segment_ids"],) * 2 if packed_axis else SEGMENTS.values()
         out, lse = reference.dot_product_attention(
-            *arrays, b, mask, packed_axis=packed_axis, present=3, soft_cap=cap, **common
+            *arrays, b, mask, *ids, packed_axis=packed_axis, present=51, soft_cap=cap, **common
         )
         q, k, v = [arrays[0][:, :, i] for i in range(3)] if packed_axis else arrays
         expected = in_double(
@@ -623,6 +769,7 @@ def test_the_fallback_of_other_platforms():
             is_causal=True,
             local_window_size=(99, 2),
             logits_soft_cap=cap or None,
+            **dict(zip(SEGMENTS, ids, strict=True)),
         )
         np.testing.assert_allclose(out, expected[0], atol=3e-6)
         np.testing.assert_allclose(lse, expected[1], rtol=1e-6, atol=3e-6)
@@ -662,20 +809,44 @@ def test_the_batch_axis_stays_split(kind):
         _assert_trees_close(jax.device_get(grad(*arguments)), jax.device_get(slopes))
 
 
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_segments_are_split_with_the_batch(kind):
+    x, ids = operands(b=8, s=7, k=4), jnp.arange(56, dtype=jnp.int32).reshape(8, 7) // 5
+
+    def of(f):
+        return lambda q, k, v, ids: f(q, k, v, query_segment_ids=ids)
+
+    def slopes_of(f):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2)))
+
+    expected, slopes = exact(*x, query_segment_ids=ids), slopes_of(of(exact))(*x, ids)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(a, NamedSharding(mesh, P("a"))) for a in (*x, ids)]
+        text = jax.jit(of(quake)).lower(*split).compile().as_text()
+        assert not re.search("all-gather|all-to-all|all-reduce|collective-permute", text)
+        mapped = jax.shard_map(of(quake), in_specs=(P("a"),) * 4, out_specs=P("a"), mesh=mesh)
+        for f in (of(quake), mapped):
+            np.testing.assert_allclose(jax.jit(f)(*split), expected, atol=3e-6)
+            _assert_trees_close(jax.device_get(slopes_of(f)(*split)), jax.device_get(slopes))
+
+
 def test_export_with_symbolic_lengths():
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (b, t, 4, 16), (b, t, 2, 16), (b, t, 2, 16), (1, 1, 1, t)
     types = [jax.ShapeDtypeStruct(s, jnp.bool_ if s[0] == 1 else jnp.float32) for s in shapes]
+    types.append(jax.ShapeDtypeStruct((b, t), jnp.int32))
     checks = quake_jax.disabled_export_checks()
-    x = [*operands(t=9, s=9), keep(1, 1, 1, 9)]
+    x = [*operands(t=9, s=9), keep(1, 1, 1, 9), SEGMENTS["key_value_segment_ids"]]
 
-    def f(q, k, v, mask):
-        return quake(q, k, v, mask=mask)
+    def f(q, k, v, mask, ids):
+        return quake(q, k, v, mask=mask, query_segment_ids=ids)
 
     for g, mapped in (
         (f, False),
         (jax.grad(lambda *x: jnp.sum(f(*x)), (0, 1, 2)), False),
-        (jax.vmap(f, (0, None, None, None)), True),
+        (jax.vmap(f, (0, None, None, None, None)), True),
     ):
         query = jax.ShapeDtypeStruct((3, *types[0].shape), jnp.float32) if mapped else types[0]
         exported = jax.export.export(jax.jit(g), disabled_checks=checks)(query, *types[1:])
@@ -739,8 +910,10 @@ def test_a_ring_of_devices():
 
 def test_signature():
     ours = {p.name: p for p in inspect.signature(quake).parameters.values()}
-    theirs = list(inspect.signature(exact).parameters.values())
-    assert [*ours] == [*(p.name for p in theirs), "logits_soft_cap", "order"]
+    theirs = list(inspect.signature(jax.nn.dot_product_attention).parameters.values())
+    added = {"query_segment_ids", "key_value_segment_ids", "logits_soft_cap", "compute_dtype", "order"}
+    assert [name for name in ours if name not in added] == [p.name for p in theirs]
+    assert added <= {*ours}
     for p in theirs:
         assert (ours[p.name].kind, ours[p.name].default) == (p.kind, p.default)
     shared = [name for name in ours if name not in ("query", "key", "value")]
@@ -770,6 +943,8 @@ BAD = [
     ((Q, K, V), {"query_seq_lengths": np.ones(3, np.int32)}, ValueError, "query_seq_lengths"),
     ((Q, K, V), {"query_seq_lengths": np.ones(2, np.float32)}, ValueError, "query_seq_lengths"),
     ((Q, K, V), {"key_value_seq_lengths": np.int32(2)}, ValueError, "key_value_seq_lengths"),
+    ((Q, K, V), {"query_segment_ids": np.ones((2, 7), np.int32)}, ValueError, "query_segment_ids"),
+    ((Q, K, V), {"key_value_segment_ids": np.ones((2, 9), np.int32)}, ValueError, "segment_ids"),
     ((Q, K, V), {"local_window_size": (1, 2, 3)}, TypeError, "local_window_size"),
     ((Q, K, V), {"local_window_size": 1.5}, TypeError, "local_window_size"),
     ((Q, K, V), {"implementation": "cuda"}, ValueError, "implementation"),

@@ -536,6 +536,18 @@ def test_attention_with_masks_needs_no_collective(shapes, spec, mesh):
     assert " broadcast(" not in compiled(f, *split)
 
 
+def test_attention_with_segments_gathers_these_alone(mesh):
+    ids = jnp.arange(40, dtype=jnp.int32).reshape(4, 10) // 3
+    x = [*attention_operands(queries=10), ids]
+
+    def f(query, key, value, ids):
+        return attend(query, key, value, query_segment_ids=ids)
+
+    for g in (f, jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))):
+        check_attention(g, x, [Q, KV, KV, P("a")], mesh, local="1,10,4,8")
+    check_attention(f, x, [Q, KV, KV, P("a", "b")], mesh, gathers=ANY, local="1,10,4,8")
+
+
 @pytest.mark.parametrize("axis", [-3, -2])
 def test_packed_attention_keeps_batch_and_heads_split(axis, mesh):
     q, k, v = attention_operands(queries=10)

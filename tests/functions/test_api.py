@@ -99,9 +99,9 @@ class _Variable:
         return self._value
 
 
-def _attention(q, bias, mask, lengths, scale):
+def _attention(q, bias, mask, lengths, ids, scale):
     return quake_jax.dot_product_attention(
-        q, q, q, bias, mask, key_value_seq_lengths=lengths, scale=scale
+        q, q, q, bias, mask, key_value_seq_lengths=lengths, query_segment_ids=ids, scale=scale
     )
 
 
@@ -124,6 +124,7 @@ WITH_ARRAYS = {
             inputs((1, 2, 4, 4)),
             jnp.ones((1, 1, 1, 4), bool),
             jnp.ones(1, jnp.int32),
+            jnp.zeros((1, 4), jnp.int32),
             jnp.float32(0.5),
         ),
     ),

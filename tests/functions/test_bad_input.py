@@ -280,6 +280,8 @@ def _arrays_of_attention():
         "mask": ATTENTION,
         "query_seq_lengths": ATTENTION,
         "key_value_seq_lengths": ATTENTION,
+        "query_segment_ids": ATTENTION,
+        "key_value_segment_ids": ATTENTION,
     }
     flax = {name: FLAX_ATTENTION for name in ("query", "key", "value", "bias", "mask")}
     for name, functions in [*arrays.items(), *flax.items()]:
@@ -341,6 +343,14 @@ def _shapes_of_attention():
             f"{wanted} (2,) and dtype float32",
         )
         yield ATTENTION, name, 7, ValueError, f"{wanted} () and dtype int32"
+    for name in ("query_segment_ids", "key_value_segment_ids"):
+        wanted = "… must have shape (2, 7) and dtype int32; got shape"
+        bad = np.ones(7, np.int32)
+        yield ATTENTION, name, bad, ValueError, f"{wanted} (7,) and dtype int32"
+        bad = np.ones((2, 7), np.float32)
+        yield ATTENTION, name, bad, ValueError, f"{wanted} (2, 7) and dtype float32"
+    wanted = "… must have query_segment_ids beside it, with 7 queries and 7 keys; got shape (2, 7)"
+    yield ATTENTION, "key_value_segment_ids", np.ones((2, 7), np.int32), ValueError, wanted
     for shape in ((2, 7, 4, 4, 8), (7, 3)):
         yield (
             ATTENTION[1:],
@@ -379,6 +389,9 @@ def _options_of_attention():
     for bad in (0, -1.0, np.inf, np.nan):
         wanted = f"… must be None, or positive and finite; got {float(bad)!r}"
         yield ATTENTION, "logits_soft_cap", bad, ValueError, wanted
+    for bad in ("int4", "float16", jnp.float16, 3, "text"):
+        wanted = f"… must be None or one of 'float32', 'bfloat16'; got {bad!r}"
+        yield ATTENTION, "compute_dtype", bad, ValueError, wanted
 
 
 def _attention_of_flax():
@@ -433,6 +446,9 @@ def _models():
     for bad in ("int3", 8):
         wanted = f"… must be one of None, 'float32', 'bfloat16', 'int8', 'int4'; got {bad!r}"
         yield ["accelerate"], "weights", bad, ValueError, wanted
+    for bad in ("int8", jnp.int8, 16):
+        wanted = f"… must be None or one of 'float32', 'bfloat16'; got {bad!r}"
+        yield ["accelerate"], "attention", bad, ValueError, wanted
     for bad in ("x", 1.0, True, (), ("x",), None):
         wanted = "… must be the number of a positional argument, or a tuple of them"
         yield ["accelerate"], "params_argnums", bad, TypeError, wanted

@@ -22,6 +22,7 @@ SETTINGS = {
 B, T, N, K, H = 2, 16, 4, 2, 8
 QUERY, KEY = (B, T, N, H), (B, T, K, H)
 LENGTHS = np.arange(7, 7 + B, dtype=np.int32)
+IDS = np.arange(B * T, dtype=np.int32).reshape(B, T) // 5
 DROPOUT = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
 WHERE = np.arange(T) % 3 > 0
 
@@ -93,7 +94,15 @@ CALLS = {
         logits_soft_cap=3.0,
         local_window_size=(-1, 2),
         key_value_seq_lengths=LENGTHS,
+        query_segment_ids=IDS,
         scale=0.5,
+    ),
+    "dot_product_attention segments": keywords(
+        quake_jax.dot_product_attention,
+        None,
+        (QUERY, KEY, KEY),
+        mask=WHERE[None, None, None],
+        query_segment_ids=IDS,
     ),
     "dot_product_attention scale": (
         lambda q, k, v, scale: quake_jax.dot_product_attention(q, k, v, scale=scale),

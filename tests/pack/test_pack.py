@@ -748,6 +748,21 @@ def test_errors_of_stacks_are_measured_layer_by_layer(weights):
     assert plan.relative_error(0 * stack, packed) == 0
 
 
+def test_what_attention_multiplies():
+    def block(p, x):
+        q, k, v = (x.reshape(1, ROWS, 4, K // 4) @ p[name] for name in "qkv")
+        logits = jnp.einsum("btnh,bsnh->bnts", q, k) / 4
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
+
+    params = {name: normal(K // 4, K // 4, seed=i) for i, name in enumerate("qkv")}
+    for attention, number in ((None, 0), ("float32", 0), ("bfloat16", 1)):
+        fast, packed = quake_jax.pack(block, params, X, weights="float32", attention=attention)
+        assert f"format={number}" in str(jax.make_jaxpr(fast)(packed, X))
+        fast = quake_jax.accelerate(block, attention=attention)
+        assert f"format={number}" in str(jax.make_jaxpr(fast)(params, X))
+        np.testing.assert_allclose(fast(params, X), block(params, X), atol=0.02)
+
+
 def test_explain():
     fast, packed = quake_jax.pack(_scan, LAYERS, X, weights="int8")
     (program,) = fast.report.programs
@@ -848,6 +863,7 @@ def test_derivatives():
         ({"weights": "int8", "rules": ["w"]}, TypeError, r"rules\[0\] must be a pair"),
         ({"weights": "int8", "rules": [("(", None)]}, ValueError, r"rules\[0\]\[0\] must be a reg"),
         ({"weights": "int8", "rules": [("w", "x")]}, ValueError, r"rules\[0\]\[1\] must be one of"),
+        ({"weights": "int8", "attention": "int4"}, ValueError, "attention must be None or one of"),
         ({"weights": "int8", "order": 7}, ValueError, "order"),
     ],
 )

@@ -25,6 +25,8 @@ using std::size_t;
 enum class Values { kNormal, kLarge };
 enum class Bias { kNone, kNormal, kLowest, kMinusInfinity };  // the last two: in some places, and in whole rows
 enum class Mask { kNone, kRandom, kSparse, kCausal, kBlocks, kLate, kNothing };
+// Texts one behind the other; a few segments in no order; none that queries and keys share.
+enum class Segments { kNone, kTexts, kRandom, kDisjoint };
 
 struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
@@ -39,6 +41,7 @@ struct Case {
   bool causal = false;
   int window_left = -1, window_right = -1;
   bool query_lengths = false, key_lengths = false;
+  Segments segments = Segments::kNone;
   Values values = Values::kNormal;
 
   size_t heads() const { return kv_heads * groups; }
@@ -47,11 +50,11 @@ struct Case {
     std::snprintf(
         text, sizeof text,
         "%s %s bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
-        "%d) mask %d (%d) causal %d window %d %d lengths %d %d values %d",
+        "%d) mask %d (%d) causal %d window %d %d lengths %d %d segments %d values %d",
         table.isa, kStorage[dtype].name, bfloats, order, batch, query_length, key_length, kv_heads, groups,
         head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype, bias_broadcast,
         static_cast<int>(mask), mask_broadcast, causal, window_left, window_right, query_lengths, key_lengths,
-        static_cast<int>(values));
+        static_cast<int>(segments), static_cast<int>(values));
     return text;
   }
 };
@@ -83,7 +86,7 @@ class Array {
 struct Inputs {
   Array arrays[7];
   AttentionProblem problem;
-  Array length_arrays[2];
+  Array length_arrays[2], segment_arrays[2];
 };
 
 AttentionProblem::Strides strides_of(const Case& c, int broadcast) {
@@ -180,6 +183,22 @@ void make_mask(const Case& c, Inputs& in, std::mt19937& random) {
   in.problem.mask_strides = strides_of(c, c.mask_broadcast);
 }
 
+void make_segments(const Case& c, Inputs& in, std::mt19937& random) {
+  if (c.segments == Segments::kNone) return;
+  const size_t text = 1 + random() % 100;
+  const auto make = [&](Array& array, size_t length, std::int32_t first) {
+    auto* segments = reinterpret_cast<std::int32_t*>(array.resize(c.batch * length * 4, 4));
+    for (size_t i = 0; i < c.batch * length; ++i) {
+      const size_t nth = c.segments == Segments::kRandom ? random() % 3 : (i % length + i / length) / text;
+      segments[i] = first + static_cast<std::int32_t>(nth);
+    }
+    return segments;
+  };
+  in.problem.query_segments = make(in.segment_arrays[0], c.query_length, -1);
+  in.problem.key_segments =
+      make(in.segment_arrays[1], c.key_length, c.segments == Segments::kDisjoint ? 1000 : -1);
+}
+
 void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   in.problem = {};
   AttentionProblem& p = in.problem;
@@ -200,6 +219,7 @@ void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   make_operands(c, in, random);
   make_bias(c, in, random);
   make_mask(c, in, random);
+  make_segments(c, in, random);
   const auto make_lengths = [&](Array& array, size_t most) {
     auto* lengths = reinterpret_cast<std::int32_t*>(array.resize(c.batch * 4, 4));
     for (size_t b = 0; b < c.batch; ++b) lengths[b] = static_cast<std::int32_t>(random() % (most + 2));
@@ -264,6 +284,9 @@ bool is_kept(const AttentionProblem& p, size_t b, size_t n, size_t t, size_t s) 
   if (p.window_left >= 0 && ti > si + p.window_left) return false;
   if (p.window_right >= 0 && ti < si - p.window_right) return false;
   if (p.query_lengths && ti >= p.query_lengths[b]) return false;
+  if (p.query_segments && p.query_segments[b * p.query_length + t] != p.key_segments[b * p.key_length + s]) {
+    return false;
+  }
   return !(p.key_lengths && si >= p.key_lengths[b]);
 }
 
@@ -408,6 +431,7 @@ void test_random_cases(const KernelTable& table) {
     if (one_in(5)) c.window_right = static_cast<int>(below(50));
     c.query_lengths = one_in(5);
     c.key_lengths = one_in(4);
+    if (one_in(3)) c.segments = static_cast<Segments>(below(4));
     if (one_in(8)) c.values = Values::kLarge;
     check_case(table, c, random);
   }
@@ -491,6 +515,20 @@ void test_large_shapes(const KernelTable& table) {
         {.query_length = 300, .key_length = 601, .head_size = 16, .value_size = 8, .dtype = 1, .mask = mask},
         random);
   }
+  for (const Segments segments : {Segments::kTexts, Segments::kDisjoint}) {
+    for (const bool causal : {false, true}) {
+      check_case(table,
+                 {.batch = 2,
+                  .query_length = 300,
+                  .key_length = 601,
+                  .groups = 2,
+                  .head_size = 16,
+                  .value_size = 8,
+                  .causal = causal,
+                  .segments = segments},
+                 random);
+    }
+  }
   check_case(table, {.query_length = 40, .key_length = 40, .head_size = 512, .value_size = 512}, random);
   check_case(table, {.query_length = 30, .key_length = 300, .head_size = 257, .value_size = 300}, random);
   for (const size_t queries : {1, 3, 8}) {
@@ -516,6 +554,15 @@ void test_large_shapes(const KernelTable& table) {
                   .key_lengths = true},
                  random);
     }
+    check_case(table,
+               {.batch = 2,
+                .query_length = queries,
+                .key_length = 2050,
+                .kv_heads = 2,
+                .head_size = 8,
+                .value_size = 8,
+                .segments = Segments::kTexts},
+               random);
     // Nothing is kept in any split, or nothing that is above a masked logit.
     check_case(
         table,

@@ -457,6 +457,10 @@ bool is_kept(const AttentionProblem& p, std::ptrdiff_t b, std::ptrdiff_t n, std:
   if (p.window_left >= 0 && t - s > p.window_left) return false;
   if (p.window_right >= 0 && s - t > p.window_right) return false;
   if (p.query_lengths && t >= p.query_lengths[b]) return false;
+  if (p.query_segments && p.query_segments[b * static_cast<std::ptrdiff_t>(p.query_length) + t] !=
+                              p.key_segments[b * static_cast<std::ptrdiff_t>(p.key_length) + s]) {
+    return false;
+  }
   return !(p.key_lengths && s >= p.key_lengths[b]);
 }
 
@@ -561,6 +565,7 @@ void fuzz_attention(Source& source) {
   s.mask = source.one_in(3);
   s.query_lengths = source.one_in(4);
   s.key_lengths = source.one_in(4);
+  s.segments = source.one_in(4);
   s.bias_storage = &take_storage(source);
   s.bias_broadcast = static_cast<unsigned>(source.below(16));
   s.mask_broadcast = static_cast<unsigned>(source.below(16));

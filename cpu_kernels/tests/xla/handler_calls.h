@@ -312,7 +312,7 @@ struct AttentionShape {
   std::int64_t batch = 1, query_length = 1, key_length = 1, heads = 1, kv_heads = 1, head_size = 1,
                value_size = 1;
   int packed_axis = 0;  // then key_length, kv_heads and value_size are those of the queries
-  bool bias = false, mask = false, query_lengths = false, key_lengths = false;
+  bool bias = false, mask = false, query_lengths = false, key_lengths = false, segments = false;
   const Storage* bias_storage = &kStorage[0];
   unsigned bias_broadcast = 0, mask_broadcast = 0;  // bits: batch, head, query, key
   bool is_causal = false;
@@ -345,6 +345,17 @@ inline Operand lengths_operand(std::int64_t batch, std::int64_t length, std::mt1
     std::memcpy(bytes.data() + 4 * i, &value, 4);
   }
   return {XLA_FFI_DataType_S32, {batch}, std::move(bytes)};
+}
+
+// Texts of a few tokens, one behind the other.
+inline Operand segments_operand(std::int64_t batch, std::int64_t length, std::mt19937& random) {
+  std::vector<char> bytes(static_cast<std::size_t>(batch * length) * 4);
+  std::int32_t segment = -1;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(batch * length); ++i) {
+    segment = i % static_cast<std::size_t>(length) == 0 ? -1 : segment + (random() % 16 == 0);
+    std::memcpy(bytes.data() + 4 * i, &segment, 4);
+  }
+  return {XLA_FFI_DataType_S32, {batch, length}, std::move(bytes)};
 }
 
 inline AttentionProblem problem_of(const AttentionShape& s, const Storage& storage,
@@ -391,6 +402,10 @@ inline AttentionProblem problem_of(const AttentionShape& s, const Storage& stora
   }
   if (s.query_lengths) p.query_lengths = reinterpret_cast<const std::int32_t*>(in[next++]);
   if (s.key_lengths) p.key_lengths = reinterpret_cast<const std::int32_t*>(in[next++]);
+  if (s.segments) {
+    p.query_segments = reinterpret_cast<const std::int32_t*>(in[next++]);
+    p.key_segments = reinterpret_cast<const std::int32_t*>(in[next++]);
+  }
   p.out = out[0];
   p.residual = reinterpret_cast<float*>(out[1]);
   p.scale = 0.25f;
@@ -420,7 +435,12 @@ inline HandlerCall attention_call(const AttentionShape& s, const Storage& storag
   if (s.mask) call.operands.push_back(mask_operand(broadcast_dims(s, s.mask_broadcast), random));
   if (s.query_lengths) call.operands.push_back(lengths_operand(s.batch, s.query_length, random));
   if (s.key_lengths) call.operands.push_back(lengths_operand(s.batch, s.key_length, random));
-  const std::int32_t present = s.bias + 2 * s.mask + 4 * s.query_lengths + 8 * s.key_lengths;
+  if (s.segments) {
+    call.operands.push_back(segments_operand(s.batch, s.query_length, random));
+    call.operands.push_back(segments_operand(s.batch, s.key_length, random));
+  }
+  const std::int32_t present =
+      s.bias + 2 * s.mask + 4 * s.query_lengths + 8 * s.key_lengths + (16 + 32) * s.segments;
   call.attributes = {{"order", order},
                      {"scale", 0.25f},
                      {"soft_cap", s.soft_cap},

@@ -101,6 +101,7 @@ std::vector<HandlerCall> valid_calls(bool large) {
          .mask = true,
          .query_lengths = true,
          .key_lengths = true,
+         .segments = true,
          .bias_storage = &kStorage[2],
          .bias_broadcast = 1,
          .mask_broadcast = 2});
@@ -395,7 +396,8 @@ void test_wrong_attention() {
                                 .bias = true,
                                 .mask = true,
                                 .query_lengths = true,
-                                .key_lengths = true};
+                                .key_lengths = true,
+                                .segments = true};
   const HandlerCall call = attention_call(shape, kStorage[0], 3, random);
   add_common(call, wrong);
   for (const int axis : {1, 4, -1, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
@@ -406,10 +408,13 @@ void test_wrong_attention() {
     wrong.push_back(
         {with_attribute(call, "format", format), "format is " + std::to_string(format) + ", expected 0 to 1"});
   }
-  for (const int present : {0, 7, 14}) {
-    wrong.push_back({with_attribute(call, "present", present), "7 operands and 2 results, expected "});
+  for (const int present : {0, 7, 14, 15}) {
+    wrong.push_back({with_attribute(call, "present", present), "9 operands and 2 results, expected "});
   }
-  wrong.push_back({with_attribute(call, "packed_axis", 2), "7 operands and 2 results, expected 5 and 2"});
+  for (const int present : {31, 47}) {
+    wrong.push_back({with_attribute(call, "present", present), "segments of queries or of keys alone"});
+  }
+  wrong.push_back({with_attribute(call, "packed_axis", 2), "9 operands and 2 results, expected 7 and 2"});
 
   const auto operand = [&](std::size_t i, XLA_FFI_DataType type, const Dims& dims,
                            const std::string& expected) {
@@ -445,6 +450,12 @@ void test_wrong_attention() {
     operand(i, XLA_FFI_DataType_S64, {2}, "lengths S64[2], expected int32[2]");
     operand(i, kF32, {2}, "lengths F32[2], expected int32[2]");
   }
+  for (const Dims& dims : {Dims{2}, Dims{2, 4}, Dims{}, Dims{3, 3}, Dims{2, 3, 1}}) {
+    operand(7, kS32, dims, "expected int32[2,3]");
+    operand(8, kS32, dims, "expected int32[2,5]");
+  }
+  operand(7, kF32, {2, 3}, "segments F32[2,3], expected int32[2,3]");
+  operand(8, XLA_FFI_DataType_S64, {2, 5}, "segments S64[2,5], expected int32[2,5]");
   for (const Dims& dims : {Dims{2, 3, 4, 6}, Dims{2, 3, 4}, Dims{2, 4, 3, 7}, Dims{}, Dims{2, 3, 4, 7, 1}}) {
     wrong.push_back(
         {with_result(call, 0, kF32, dims), "expected a result of shape (batch, queries, heads, value size)"});
