@@ -90,8 +90,8 @@ def dot_product_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` and its residual in float32, of the primitive's operands.
 
-    It is exact for every `order` and `format`. With a soft cap, values of another size than the keys, or
-    float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
+    It is exact for every `order` and `format`. With a soft cap, values of another size than the
+    keys, or float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
     """
     query, key, value, bias, mask, *lengths, query_segments, key_segments = by_name(
         operands, packed_axis, present

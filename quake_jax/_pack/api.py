@@ -180,8 +180,9 @@ def pack(
       TypeError: if fun is neither a function nor pairs of one and a tuple; if rules are no pairs;
         if calibrate is no batches.
       ValueError: if weights, activations, group_size, scale_method, rules, attention or order is
-        none of these; if a weight has NaN or an infinity; if calibrate is given for no int8 weights without
-        groups or for abstract params, if it does not reach one of them, or reaches it with NaN.
+        none of these; if a weight has NaN or an infinity; if calibrate is given for no int8 weights
+        without groups or for abstract params, if it does not reach one of them, or reaches it with
+        NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, quake_jax
