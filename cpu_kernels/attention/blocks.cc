@@ -41,6 +41,7 @@ AttentionBlocks::AttentionBlocks(AttentionCall& call)
       layout_(format_.layout) {}
 
 void AttentionBlocks::run(size_t task) const {
+  if (call_.lacks_values) return;
   // Blocks descend: those at the end are the long ones of a causal mask. Heads innermost among the blocks of
   // equal rank, splits within.
   task = tasks() - 1 - task;
@@ -80,6 +81,9 @@ bool AttentionBlocks::take_scratch(Scratch& scratch) const {
     scratch.values =
         memory.take<PackedWord>(PackedMatrix::needed_words(plan_.key_tile, p_.value_size, layout_));
     scratch.scores = memory.take<float>(format_.row_tile * kScoreStride);
+    scratch.weights = format_.weight_stride == kScoreStride
+                          ? reinterpret_cast<PackedWord*>(scratch.scores)
+                          : memory.take<PackedWord>(format_.row_tile * format_.weight_stride);
     scratch.maxima = memory.take<float>(rows);
     scratch.accumulators = memory.take<float>(rows * plan_.padded_value_size);
     scratch.sums = memory.take<WeightSum>(rows);
@@ -97,6 +101,7 @@ bool AttentionBlocks::take_scratch(Scratch& scratch) const {
   carve(Carver(memory));
   // Rows of a register tile that do not exist are multiplied too: without effect, but not with denormals.
   std::fill_n(scratch.scores, format_.row_tile * kScoreStride, 0.0f);
+  std::fill_n(scratch.weights, format_.row_tile * format_.weight_stride, PackedWord{});
   return true;
 }
 
@@ -146,11 +151,14 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
   for (size_t key = begin; key < end; key += plan_.key_tile) {
     const size_t keys = std::min(plan_.key_tile, end - key);
     if (judge_tiles(block, key, keys, skip) == 0) continue;
-    const PackedTile tile = {
-        quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key), p_.key.time,
-                         keys, p_.head_size, scratch.keys),
-        quake::pack_values(format_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
-                           p_.value.time, keys, p_.value_size, plan_.key_tile, scratch.values)};
+    PackedTile tile;
+    if (!quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key),
+                          p_.key.time, keys, p_.head_size, scratch.keys, tile.keys) ||
+        !quake::pack_values(format_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
+                            p_.value.time, keys, p_.value_size, plan_.key_tile, scratch.values, tile.values)) {
+      call_.lacks_values = true;
+      return;
+    }
     const Next next = next_tile(block.head, key, end);
     for (size_t r = 0; r < block.count; r += row_tile) {
       fetch_share(next, r, std::min(r + row_tile, block.count), block.count);
@@ -197,10 +205,9 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
                   call_.score_scale, scratch.scores);
     call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
     format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row, accumulators,
-                               plan_.padded_value_size, p_.value_size);
-    // The words of the weights are where the scores were.
-    format_.accumulate(reinterpret_cast<const PackedWord*>(scratch.scores), count, tile.values.at_depth(first),
-                       n, tile.values.capacity, p_.value_size, accumulators, plan_.padded_value_size);
+                               plan_.padded_value_size, p_.value_size, scratch.weights);
+    format_.accumulate(scratch.weights, count, tile.values.at_depth(first), n, tile.values.capacity,
+                       p_.value_size, accumulators, plan_.padded_value_size);
   });
 }
 
@@ -217,7 +224,10 @@ void AttentionBlocks::pack_queries(Block& block, size_t row) const {
   const void* rows[AttentionKernels::kMaxRowTile];
   const size_t n = std::min(AttentionKernels::kMaxRowTile, block.count - row);
   for (size_t i = 0; i < n; ++i) rows[i] = call_.query_row(block.batch, scratch.rows[row + i]);
-  format_.pack_queries[call_.dtype](rows, n, p_.head_size, call_.query_scale, packed_queries(scratch, row));
+  if (!format_.pack_queries[call_.dtype](rows, n, p_.head_size, call_.query_scale,
+                                         packed_queries(scratch, row))) {
+    call_.lacks_values = true;
+  }
 }
 
 // The following tile's keys, or the first ones of the head that the same thread most likely has next.

@@ -27,7 +27,7 @@ class AttentionBlocks {
  private:
   // The memory of a task, carved out of this thread's workspace.
   struct Scratch {
-    PackedWord *queries, *keys, *values;
+    PackedWord *queries, *keys, *values, *weights;
     float *scores, *maxima, *accumulators;  // the last two: the state of online softmax
     WeightSum* sums;
     Row* rows;

@@ -29,13 +29,18 @@ bool scales_queries(const AttentionKernels::Format& format, float scale) {
 }  // namespace
 
 AttentionFormat format_of(const AttentionProblem& p, const AttentionKernels& kernels) {
-  return !has_few_rows(p) && kernels.of(p.format).score ? p.format : AttentionFormat::kFloat32;
+  if (has_few_rows(p)) return AttentionFormat::kFloat32;
+  if (p.format == AttentionFormat::kFloat32 && kernels.of(AttentionFormat::kFloat32Split).score) {
+    return AttentionFormat::kFloat32Split;
+  }
+  return kernels.of(p.format).score ? p.format : AttentionFormat::kFloat32;
 }
 
-AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKernels& table, int order_index)
+AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKernels& table,
+                             AttentionFormat format_of_products, int order_index)
     : p(problem),
       kernels(table),
-      format(table.of(format_of(problem, table))),
+      format(table.of(format_of_products)),
       order(order_index),
       dtype(static_cast<int>(problem.dtype)),
       query_scale(scales_queries(format, problem.scale) ? problem.scale : 1),

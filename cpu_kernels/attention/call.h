@@ -19,7 +19,8 @@ AttentionFormat format_of(const AttentionProblem& problem, const AttentionKernel
 
 class AttentionCall {
  public:
-  AttentionCall(const AttentionProblem& problem, const AttentionKernels& kernels, int order_index);
+  AttentionCall(const AttentionProblem& problem, const AttentionKernels& kernels, AttentionFormat format,
+                int order_index);
 
   // Inline: they are called for every row that is fetched ahead.
   const char* query_row(std::size_t batch, const Row& row) const {
@@ -52,8 +53,9 @@ class AttentionCall {
   const float query_scale, score_scale;  // their product is the problem's
   const Plan plan;
   Masks masks;
-  Partials partials;                // of splits
-  std::atomic<bool> failed{false};  // memory was refused
+  Partials partials;                      // of splits
+  std::atomic<bool> failed{false};        // memory was refused
+  std::atomic<bool> lacks_values{false};  // the format has not all of the operands' values
 
  private:
   const char* bias_at(std::size_t batch, const Row& row, std::size_t key) const;

@@ -78,7 +78,7 @@ const char* run(AttentionCall& call, ParallelFor parallel) {
   } else {
     parallel(blocks.tasks(), [&](size_t task) { blocks.run(task); });
   }
-  if (call.partials.any() && !call.failed) {
+  if (call.partials.any() && !call.failed && !call.lacks_values) {
     parallel(plan.heads, [&](size_t head) { combine(call, blocks, head); });
   }
   return call.failed ? kRefused : nullptr;
@@ -109,8 +109,11 @@ const char* run_attention_in_parallel(const AttentionProblem& p, const Attention
     run_without_keys(p);
     return nullptr;
   }
-  AttentionCall call(p, kernels, order_index);
-  return run(call, parallel);
+  AttentionCall call(p, kernels, format_of(p, kernels), order_index);
+  const char* const error = run(call, parallel);
+  if (error || !call.lacks_values) return error;
+  AttentionCall again(p, kernels, AttentionFormat::kFloat32, order_index);
+  return run(again, parallel);
 }
 
 const char* run_attention(const AttentionProblem& p, const AttentionKernels& kernels, int order_index,

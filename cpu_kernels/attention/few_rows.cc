@@ -126,7 +126,7 @@ void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t 
   // Weights that are not packed are float32's.
   kernels_.of(AttentionFormat::kFloat32)
       .weigh[call_.order](scores, count, keys, maxima, sums, part(0).accumulators(),
-                          call_.partials.row_stride(), p_.value_size);
+                          call_.partials.row_stride(), p_.value_size, reinterpret_cast<PackedWord*>(scores));
   for (size_t r = 0; r < count; ++r) part(r).header() = {maxima[r], sums[r]};
 }
 

@@ -16,7 +16,8 @@ void fill_attention_packing(AttentionKernels::Format& format) {
 template <template <class> class Words, class... T>
 void fill_attention_format(AttentionKernels::Format& format) {
   format.row_tile = kRowTile;
-  format.layout = {Words<float>::kPerWord, kPanel};
+  format.weight_stride = kWeightStride<Words<float>>;
+  format.layout = {Words<float>::kPerWord, 1, kPanel};
   format.query_scale =
       Words<float>::kTakesScale ? AttentionKernels::QueryScale::kAny : AttentionKernels::QueryScale::kNone;
   (fill_attention_packing<Words, T>(format), ...);

@@ -16,10 +16,13 @@ struct WeightSum {
 
 // What the words hold that the two products of attention multiply.
 enum class AttentionFormat : int {
-  kFloat32,   // a float
-  kBFloat16,  // two bfloat16: queries, keys, values and weights are rounded to it
+  kFloat32,       // a float
+  kBFloat16,      // two bfloat16: queries, keys, values and weights are rounded to it
+  kFloat32Split,  // kFloat32 as three bfloat16: the driver's choice for more than few rows
   kCount
 };
+// Those that a problem may have.
+inline constexpr int kAttentionProblemFormats = static_cast<int>(AttentionFormat::kFloat32Split);
 inline constexpr int kAttentionFormats = static_cast<int>(AttentionFormat::kCount);
 
 // The pieces of fused attention; driver.cc puts them together. Sums, scores and what is done to them are
@@ -27,10 +30,10 @@ inline constexpr int kAttentionFormats = static_cast<int>(AttentionFormat::kCoun
 // packing converts any type. An instruction set that does not multiply a format has none of its kernels.
 //
 // words(n) is that of the format's layout. A row tile is up to `row_tile` query rows; its packed queries are
-// [words(size)][row_tile], or in lines [words(size) / words_at_a_time][row_tile][words_at_a_time]; rows that do
-// not exist are 0. A key tile is up to kKeyTile keys; its packed keys are a PackedMatrix of size x keys, its
-// packed values one of keys x value size. Scores are rows of kScoreStride, and so are the weights that replace
-// them, of words(count) words.
+// [words(size)][row_tile], or of lines of 16 words [words(size) / 16][row_tile][16]; rows that do not exist are
+// 0. A key tile is up to kKeyTile keys; its packed keys are a PackedMatrix of size x keys, its packed values one
+// of keys x value size. Scores are rows of kScoreStride; weights are rows of weight_stride, of words(count)
+// words.
 struct AttentionKernels {
   static constexpr std::size_t kKeyTile = 256;
   // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.
@@ -43,20 +46,22 @@ struct AttentionKernels {
 
   // `count` pointers to rows of `size` elements. Rows past row_tile are not packed, but where they can be read
   // a faster way is open. Writes up to a vector past the tile's end. `scale` is applied here or by score, of
-  // which the other one has 1: bfloat16 has no room for any.
-  using PackQueriesFn = void (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
+  // which the other one has 1: bfloat16 has no room for any. Packing returns false where the format has not all
+  // of the values, and the others then mean nothing.
+  using PackQueriesFn = bool (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  PackedWord* out);
   // The panels have room for `capacity` words of each column; what lies behind those written stays as it is.
-  using PackFn = void (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+  using PackFn = bool (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
                           std::size_t capacity, PackedWord* out);
   // scores = scale * queries · keys, of whole vectors of keys.
   using ScoreFn = void (*)(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
                            std::size_t count, std::size_t size, float scale, float* scores);
-  // One step of online softmax: raises the rows' maxima, replaces the scores by words of e^(score - maximum),
-  // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Scores past
-  // `count` up to a whole vector, and words up to words(count), become 0.
+  // One step of online softmax: raises the rows' maxima, writes the words of the weights e^(score - maximum),
+  // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Weights of scores
+  // past `count` up to words(count) are 0. May write where it has read, if weight_stride is kScoreStride.
   using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
-                           float* accumulators, std::size_t accumulator_stride, std::size_t size);
+                           float* accumulators, std::size_t accumulator_stride, std::size_t size,
+                           PackedWord* weights);
   // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
   using AccumulateFn = void (*)(const PackedWord* weights, std::size_t rows, const PackedWord* values,
                                 std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
@@ -68,6 +73,7 @@ struct AttentionKernels {
   // The kernels of a format belong together.
   struct Format {
     std::size_t row_tile;  // at most kMaxRowTile
+    std::size_t weight_stride;
     PackedLayout layout;
     QueryScale query_scale;
     PackQueriesFn pack_queries[kDTypes];

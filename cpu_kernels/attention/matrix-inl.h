@@ -1,5 +1,5 @@
-// The two products of attention's tiles by matrix instructions: queries lie in lines, keys, values and weights as
-// for vectors. Included inside an instruction set's namespace, after core/matrix-inl.h.
+// The two products of attention by matrix instructions: queries lie in lines, keys, values and weights as for
+// vectors, or all in three parts. Included inside an instruction set's namespace, after core/matrix-inl.h.
 
 constexpr std::size_t kMatrixRows = 2 * kMatrixLines;
 
@@ -11,7 +11,7 @@ QUAKE_INLINE vf scaled_bfloats(vf pairs, float scale) {
 
 // Queries in lines of kMatrixLines words: [words / kMatrixLines][kMatrixRows][kMatrixLines].
 template <class Words, class T>
-void pack_lines(const void* const* rows, std::size_t count, std::size_t size, float scale, PackedWord* out) {
+bool pack_lines(const void* const* rows, std::size_t count, std::size_t size, float scale, PackedWord* out) {
   constexpr std::size_t kElements = kMatrixLines * Words::kPerWord;
   static_assert(kMatrixLines == kLanes);
   for (std::size_t j = 0; j < size; j += kElements, out += kMatrixRows * kMatrixLines) {
@@ -21,16 +21,164 @@ void pack_lines(const void* const* rows, std::size_t count, std::size_t size, fl
       store(as_floats(out + r * kMatrixLines), words);
     }
   }
+  return true;
 }
 
-template <int R, int V>
-QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, std::size_t depth, float scale,
+// The words of floats in three parts. 48 for 32 weights do not fit where the scores were.
+struct SplitFloats {};
+template <>
+constexpr std::size_t kWeightStride<SplitFloats> =
+    AttentionKernels::kKeyTile / kSplitElements* kSplitWords + kMatrixLines;
+
+// Whether all values seen have parts: infinities have none, nor what rounds to one. NaN, which has, is skipped.
+struct Splittable {
+  QUAKE_INLINE_MEMBER void see(vf v) { largest = max_skip_nan(largest, abs(v)); }
+  QUAKE_INLINE_MEMBER bool all() const { return reduce_max(largest) < 0x1.fep127f; }
+  vf largest = {};
+};
+
+// A pair of vectors of a row, of which `left` elements are left; the others are 0.
+template <class T>
+QUAKE_INLINE void load_row_pair(const T* x, std::size_t left, vf& a, vf& b) {
+  a = plain_nans(load_up_to(x, left < kLanes ? left : kLanes));
+  b = left > kLanes ? plain_nans(load_up_to(x + kLanes, left < 2 * kLanes ? left - kLanes : kLanes)) : vf{};
+}
+
+// Queries in lines: [elements / kSplitElements][3][kMatrixRows][kMatrixLines].
+template <class T>
+bool pack_split_lines(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                      PackedWord* out) {
+  constexpr std::size_t kPart = kMatrixRows * kMatrixLines;
+  Splittable values;
+  for (std::size_t j = 0; j < size; j += kSplitElements, out += 3 * kPart) {
+    for (std::size_t r = 0; r < kMatrixRows; ++r) {
+      vf a = {}, b = {};
+      if (r < count) load_row_pair(static_cast<const T*>(rows[r]) + j, size - j, a, b);
+      a *= scale;
+      b *= scale;
+      values.see(a);
+      values.see(b);
+#pragma GCC unroll 3
+      for (int part = 2; part >= 0; --part) {
+        store(as_floats(out + part * kPart + r * kMatrixLines), take_nearest_parts(a, b));
+      }
+    }
+  }
+  return values.all();
+}
+
+// Keys in panels: [elements / kSplitElements][3][kMatrixLines][kPanel].
+template <class T>
+bool pack_split_keys(const void* in, std::ptrdiff_t stride, std::size_t count, std::size_t size,
+                     std::size_t capacity, PackedWord* out) {
+  constexpr std::size_t kPart = kMatrixLines * kPanel;
+  alignas(kCacheLine) PackedWord parts[3][kMatrixLines][kMatrixLines];
+  Splittable values;
+  for (std::size_t i = 0; i < count; i += kMatrixLines) {
+    const T* const from = static_cast<const T*>(in) + static_cast<std::ptrdiff_t>(i) * stride;
+    for (std::size_t r = kMatrixLines; r < 2 * kMatrixLines; ++r) {
+      prefetch_row(from + static_cast<std::ptrdiff_t>(r) * stride, size);
+    }
+    PackedWord* to = out + i / kPanel * kPanel * capacity + i % kPanel;
+    for (std::size_t j = 0; j < size; j += kSplitElements, to += 3 * kPart) {
+      for (std::size_t r = 0; r < kMatrixLines; ++r) {
+        vf a = {}, b = {};
+        if (i + r < count) load_row_pair(from + static_cast<std::ptrdiff_t>(r) * stride + j, size - j, a, b);
+        values.see(a);
+        values.see(b);
+#pragma GCC unroll 3
+        for (int part = 2; part >= 0; --part) store(as_floats(parts[part][r]), take_nearest_parts(a, b));
+      }
+      for (int part = 0; part < 3; ++part) {
+        transpose(parts[part][0], kMatrixLines, kMatrixLines, to + part * kPart, kPanel);
+      }
+    }
+  }
+  return values.all();
+}
+
+// Values in panels: [keys / kSplitElements][3][kMatrixLines][kPanel].
+template <class T>
+bool pack_split_values(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
+                       std::size_t capacity, PackedWord* out) {
+  constexpr std::size_t kPart = kMatrixLines * kPanel;
+  const T* from = static_cast<const T*>(in);
+  Splittable values;
+  for (std::size_t i = 0; i < depth; i += 2, from += 2 * stride) {
+    prefetch_row(from + kRowsAhead * stride, columns);
+    prefetch_row(from + (kRowsAhead + 1) * stride, columns);
+    PackedWord* const to = out + i / kSplitElements * 3 * kPart + i % kSplitElements / 2 * kPanel;
+    for (std::size_t j = 0; j < columns; j += kLanes) {
+      const std::size_t n = columns - j < kLanes ? columns - j : kLanes;
+      vf even = plain_nans(load_up_to(from + j, n));
+      vf odd = i + 1 < depth ? plain_nans(load_up_to(from + stride + j, n)) : vf{};
+      values.see(even);
+      values.see(odd);
+      PackedWord* const panel = to + j / kPanel * kPanel * capacity + j % kPanel;
+#pragma GCC unroll 3
+      for (int part = 2; part >= 0; --part) store(as_floats(panel + part * kPart), take_parts(even, odd));
+    }
+  }
+  return values.all();
+}
+
+// What is cut off the lowest parts is below 2^-24 of a weight.
+template <int Order, class Count>
+QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+                                 SplitFloats) {
+  vf s[2] = {};
+  for (std::size_t i = 0; i < vectors; i += 2, weights += kSplitWords) {
+    vf a = attention_weight<Order>(load(scores + i * kLanes) - base), b = {};
+    if (i + 1 < vectors) b = attention_weight<Order>(load(scores + (i + 1) * kLanes) - base);
+    s[0] += a;
+    s[1] += b;
+    store(as_floats(weights + 2 * kMatrixLines), take_nearest_parts(a, b));
+    store(as_floats(weights + kMatrixLines), take_nearest_parts(a, b));
+    store(as_floats(weights), as_float(append_halves(a, b)));
+  }
+  const float sum = reduce_add(s[0] + s[1]);
+  return {sum, sum};
+}
+
+// What multiplies the words of a format, of queries in lines and of weights in rows.
+template <class Words>
+struct MatrixProducts {  // pairs of bfloat16
+  static constexpr std::size_t kElements = 2 * kMatrixLines, kWords = kMatrixLines;
+  template <int R, int V>
+  QUAKE_INLINE void of_queries(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixBFloats, R, V>(rows, kMatrixLines, panels, at, kPanel);
+  }
+  template <int R, int V>
+  QUAKE_INLINE void of_weights(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixBFloats, R, V>(rows, kWeightStride<Words>, panels, at, kPanel);
+  }
+};
+template <>
+struct MatrixProducts<SplitFloats> {
+  static constexpr std::size_t kElements = kSplitElements, kWords = kSplitWords;
+  template <int R, int V>
+  QUAKE_INLINE void of_queries(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_split<R, V>({rows, kMatrixLines, kMatrixRows * kMatrixLines}, panels, at, kPanel);
+  }
+  template <int R, int V>
+  QUAKE_INLINE void of_weights(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_split<R, V>({rows, kWeightStride<SplitFloats>, kMatrixLines}, panels, at, kPanel);
+  }
+};
+template <class Words>
+constexpr std::size_t matrix_words(std::size_t elements) {
+  return ceil_div(elements, MatrixProducts<Words>::kElements) * MatrixProducts<Words>::kWords;
+}
+
+// R rows times V halves of a panel; `words` of a column.
+template <class Words, int R, int V>
+QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, std::size_t words, float scale,
                               float* scores) {
-  const PackedWord* const panels[] = {keys, keys + kMatrixLines};
-  const auto& used = reinterpret_cast<const PackedWord* const(&)[V]>(panels);
+  const PackedWord* panels[V];
+  for (int v = 0; v < V; ++v) panels[v] = keys + v * kMatrixLines;
   for_sums<R, V>(ClearSums{});
-  for (std::size_t k = 0; k < depth; k += kMatrixLines) {
-    multiply_lines<MatrixBFloats, R, V>(queries + k * kMatrixRows, kMatrixLines, used, k * kPanel, kPanel);
+  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
+    MatrixProducts<Words>::template of_queries<R, V>(queries + k * kMatrixRows, panels, k * kPanel);
   }
   for_sums<R, V>(StoreSums{scores, kScoreStride});
   if (scale == 1) return;
@@ -43,76 +191,104 @@ QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys,
   }
 }
 
-template <int R>
-void score_rows(const PackedWord* queries, const PackedWord* keys, std::size_t count, std::size_t depth,
-                float scale, float* scores) {
-  for (std::size_t i = 0; i < count; i += kPanel) {
-    const PackedWord* panel = keys + i * depth;
-    if (count - i > kLanes) {
-      score_lines<R, 2>(queries, panel, depth, scale, scores + i);
-    } else {
-      score_lines<R, 1>(queries, panel, depth, scale, scores + i);
-    }
-  }
-}
-
-inline std::size_t whole_lines(std::size_t words) { return round_up(words, kMatrixLines); }
-
-template <class Words>
-void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
-                       std::size_t size, float scale, float* scores) {
-  (rows <= kMatrixLines ? score_rows<kMatrixLines> : score_rows<kMatrixRows>)(queries, keys, count,
-                                                                              whole_lines(words<Words>(size)),
-                                                                              scale, scores);
-}
-
-template <int R, int V>
-QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values, std::size_t depth,
+template <class Words, int R, int V>
+QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values, std::size_t words,
                                    float* out, std::size_t stride) {
-  const PackedWord* const panels[] = {values, values + kMatrixLines};
-  const auto& used = reinterpret_cast<const PackedWord* const(&)[V]>(panels);
+  const PackedWord* panels[V];
+  for (int v = 0; v < V; ++v) panels[v] = values + v * kMatrixLines;
   for_sums<R, V>(LoadSums{out, stride});
-  for (std::size_t k = 0; k < depth; k += kMatrixLines) {
-    multiply_lines<MatrixBFloats, R, V>(weights + k, kScoreStride, used, k * kPanel, kPanel);
+  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
+    MatrixProducts<Words>::template of_weights<R, V>(weights + k, panels, k * kPanel);
   }
   for_sums<R, V>(StoreSums{out, stride});
 }
 
-template <int R>
-void accumulate_rows(const PackedWord* weights, const PackedWord* values, std::size_t depth,
-                     std::size_t capacity, std::size_t size, float* out, std::size_t stride) {
-  for (std::size_t i = 0; i < size; i += kPanel) {
-    const PackedWord* panel = values + i * capacity;
-    if (size - i > kLanes) {
-      accumulate_lines<R, 2>(weights, panel, depth, out + i, stride);
+// Calls body<R, V>(first column) for the panels of `columns`: the last one may have half as many.
+template <int R, class Body>
+QUAKE_INLINE void for_panels(std::size_t columns, const Body& body) {
+  for (std::size_t i = 0; i < columns; i += kPanel) {
+    if (columns - i > kLanes) {
+      body.template run<R, 2>(i);
     } else {
-      accumulate_lines<R, 1>(weights, panel, depth, out + i, stride);
+      body.template run<R, 1>(i);
     }
   }
 }
+template <class Body>
+QUAKE_INLINE void for_row_panels(std::size_t rows, std::size_t columns, const Body& body) {
+  rows <= kMatrixLines ? for_panels<kMatrixLines>(columns, body) : for_panels<kMatrixRows>(columns, body);
+}
 
+template <class Words>
+struct ScoreLines {
+  const PackedWord *queries, *keys;
+  std::size_t words;
+  float scale;
+  float* scores;
+  template <int R, int V>
+  QUAKE_INLINE_MEMBER void run(std::size_t i) const {
+    score_lines<Words, R, V>(queries, keys + i * words, words, scale, scores + i);
+  }
+};
+template <class Words>
+void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
+                       std::size_t size, float scale, float* scores) {
+  for_row_panels(rows, count, ScoreLines<Words>{queries, keys, matrix_words<Words>(size), scale, scores});
+}
+
+template <class Words>
+struct AccumulateLines {
+  const PackedWord *weights, *values;
+  std::size_t words, capacity;
+  float* out;
+  std::size_t stride;
+  template <int R, int V>
+  QUAKE_INLINE_MEMBER void run(std::size_t i) const {
+    accumulate_lines<Words, R, V>(weights, values + i * capacity, words, out + i, stride);
+  }
+};
 template <class Words>
 void accumulate_by_matrices(const PackedWord* weights, std::size_t rows, const PackedWord* values,
                             std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
                             std::size_t stride) {
-  (rows <= kMatrixLines ? accumulate_rows<kMatrixLines>
-                        : accumulate_rows<kMatrixRows>)(weights, values, whole_lines(words<Words>(count)),
-                                                        whole_lines(words<Words>(capacity)), size, accumulators,
-                                                        stride);
+  for_row_panels(rows, size,
+                 AccumulateLines<Words>{weights, values, matrix_words<Words>(count),
+                                        matrix_words<Words>(capacity), accumulators, stride});
 }
 
 inline void begin_attention() { begin_matrices(kMatrixLines); }
 
-// The extended set's packing of keys and values stays.
-template <template <class> class Words, class... T>
-void fill_attention_matrices(AttentionKernels::Format& format) {
+template <class Words>
+void fill_attention_products(AttentionKernels::Format& format) {
   static_assert(kMatrixRows <= AttentionKernels::kMaxRowTile);
   format.row_tile = kMatrixRows;
-  format.layout.words_at_a_time = kMatrixLines;
-  format.query_scale = AttentionKernels::QueryScale::kPowersOfTwo;
-  ((format.pack_queries[static_cast<int>(kDTypeOf<T>)] = pack_lines<Words<T>, T>), ...);
-  format.score = score_by_matrices<Words<float>>;
-  format.accumulate = accumulate_by_matrices<Words<float>>;
+  format.weight_stride = kWeightStride<Words>;
+  format.layout = {MatrixProducts<Words>::kElements, MatrixProducts<Words>::kWords, kPanel};
+  format.score = score_by_matrices<Words>;
+  format.accumulate = accumulate_by_matrices<Words>;
   format.begin = begin_attention;
   format.end = end_matrices;
+}
+
+template <class T>
+void fill_attention_lines_of(AttentionKernels& table) {
+  constexpr int i = static_cast<int>(kDTypeOf<T>);
+  table.of(AttentionFormat::kBFloat16).pack_queries[i] = pack_lines<BFloatPairs<T>, T>;
+  AttentionKernels::Format& split = table.of(AttentionFormat::kFloat32Split);
+  split.pack_queries[i] = pack_split_lines<T>;
+  split.pack_keys[i] = pack_split_keys<T>;
+  split.pack_values[i] = pack_split_values<T>;
+}
+
+// Of bfloat16, the extended set's packing of keys and values and its weights stay.
+template <class... T>
+void fill_attention_lines(AttentionKernels& table) {
+  (fill_attention_lines_of<T>(table), ...);
+  AttentionKernels::Format& pairs = table.of(AttentionFormat::kBFloat16);
+  fill_attention_products<BFloatPairs<float>>(pairs);
+  pairs.query_scale = AttentionKernels::QueryScale::kPowersOfTwo;
+  AttentionKernels::Format& split = table.of(AttentionFormat::kFloat32Split);
+  fill_attention_products<SplitFloats>(split);
+  split.query_scale = AttentionKernels::QueryScale::kAny;
+  fill_orders(split.weigh, []<int Order>() { return weigh<SplitFloats, Order>; });
 }

@@ -62,40 +62,50 @@ QUAKE_INLINE float scores_maximum(float* scores, std::size_t vectors, std::size_
 // A number of vectors that the compiler knows.
 template <std::size_t N>
 struct Whole {
+  static_assert(N % 4 == 0);
   constexpr operator std::size_t() const { return N; }
 };
 
+// Between rows of weights: most overwrite the scores.
+template <class Words>
+constexpr std::size_t kWeightStride = kScoreStride;
+
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(float* scores, Count vectors, vf base, FloatWords<float>) {
+QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+                                 FloatWords<float>) {
+  float* const out = as_floats(weights);
   vf s[4] = {};
   std::size_t i = 0;
   const auto step = [&](std::size_t at, int k) {
     const vf e = attention_weight<Order>(load(scores + at * kLanes) - base);
-    store(scores + at * kLanes, e);
+    store(out + at * kLanes, e);
     s[k] += e;
   };
   for (; i + 4 <= vectors; i += 4) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) step(i + j, j);
   }
-  for (; i < vectors; ++i) step(i, 0);
+  if constexpr (std::is_same_v<Count, std::size_t>) {  // else GCC 12 warns of what never runs
+    for (; i < vectors; ++i) step(i, 0);
+  }
   const float sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
   return {sum, sum};
 }
 
 // Rounded to bfloat16 the weights no longer add up to the sum of the exact ones. The output is divided by the
 // sum of those that were used: a weighted mean, exact for values that are equal, and what rounding adds to it
-// is proportional to how far the values are from their mean. The weights of a pair of vectors overwrite the
+// is proportional to how far the values are from their mean. The weights of a pair of vectors may overwrite the
 // scores of one that has been read.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(float* scores, Count vectors, vf base, BFloatPairs<float>) {
+QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+                                 BFloatPairs<float>) {
   const vi ones = vi{} + 0x3f803f80;
   vf used[2] = {}, exact[4] = {};
   const auto step = [&](std::size_t at, int k, bool whole) {
     const vf a = attention_weight<Order>(load(scores + at * kLanes) - base);
     const vf b = whole ? attention_weight<Order>(load(scores + (at + 1) * kLanes) - base) : vf{};
     const vi pairs = append_bfloats(a, b);
-    store(scores + at / 2 * kLanes, as_float(pairs));
+    store(as_floats(weights + at / 2 * kLanes), as_float(pairs));
     used[k] = pair_products(pairs, ones, used[k]);
     // An addition on the multipliers, which have less to do here.
     exact[2 * k] = fma(a, set1(1.0f), exact[2 * k]);
@@ -123,10 +133,11 @@ QUAKE_INLINE float shrink(float* accumulators, std::size_t size, float old_maxim
 }
 
 template <class Words, int Order, class Count>
-QUAKE_INLINE void weigh_rows(float* scores, std::size_t rows, Count vectors, const float* base,
-                             WeightSum* sums) {
+QUAKE_INLINE void weigh_rows(const float* scores, std::size_t rows, Count vectors, const float* base,
+                             WeightSum* sums, PackedWord* weights) {
   for (std::size_t r = 0; r < rows; ++r) {
-    const WeightSum sum = weigh_row<Order>(scores + r * kScoreStride, vectors, set1(base[r]), Words{});
+    const WeightSum sum = weigh_row<Order>(scores + r * kScoreStride, vectors, set1(base[r]),
+                                           weights + r * kWeightStride<Words>, Words{});
     sums[r].used += sum.used;
     sums[r].exact += sum.exact;
   }
@@ -134,7 +145,7 @@ QUAKE_INLINE void weigh_rows(float* scores, std::size_t rows, Count vectors, con
 
 template <class Words, int Order>
 void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
-           float* accumulators, std::size_t accumulator_stride, std::size_t size) {
+           float* accumulators, std::size_t accumulator_stride, std::size_t size, PackedWord* weights) {
   // Not by ceil_div(): with it GCC 12 counts the loops of weigh_row() by other registers.
   const std::size_t vectors = (count + kLanes - 1) / kLanes, last = count - (vectors - 1) * kLanes;
   float base[AttentionKernels::kMaxRowTile];
@@ -156,9 +167,9 @@ void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, We
   // A row of a whole tile is unrolled where it has few vectors: 10 to 20 % faster.
   constexpr std::size_t kWhole = AttentionKernels::kKeyTile / kLanes;
   if (kWhole <= 16 && vectors == kWhole) {
-    weigh_rows<Words, Order>(scores, rows, Whole<(kWhole <= 16 ? kWhole : 1)>{}, base, sums);
+    weigh_rows<Words, Order>(scores, rows, Whole<(kWhole <= 16 ? kWhole : 4)>{}, base, sums, weights);
   } else {
-    weigh_rows<Words, Order>(scores, rows, vectors, base, sums);
+    weigh_rows<Words, Order>(scores, rows, vectors, base, sums, weights);
   }
 }
 

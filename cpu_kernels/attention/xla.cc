@@ -244,9 +244,9 @@ ffi::Error call_attention(const char* target, ffi::ThreadPool pool, const Attent
   if (attributes.packed_axis != 0 && attributes.packed_axis != 2 && attributes.packed_axis != 3) {
     return invalid(target, "packed_axis is " + std::to_string(attributes.packed_axis) + ", expected 0, 2 or 3");
   }
-  if (attributes.format < 0 || attributes.format >= kAttentionFormats) {
+  if (attributes.format < 0 || attributes.format >= kAttentionProblemFormats) {
     return invalid(target, "format is " + std::to_string(attributes.format) + ", expected 0 to " +
-                               std::to_string(kAttentionFormats - 1));
+                               std::to_string(kAttentionProblemFormats - 1));
   }
   if (!(attributes.present & kHasQuerySegments) != !(attributes.present & kHasKeySegments)) {
     return invalid(target, "segments of queries or of keys alone");

@@ -37,6 +37,68 @@ QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride,
   }
 }
 
+// Floats as sums of three bfloat16, the low, middle and high ones of so many elements one after the other.
+constexpr std::size_t kSplitElements = 2 * kMatrixLines, kSplitWords = 3 * kMatrixLines;
+
+// Rows of words in three parts: `stride` words between rows, `part` between the parts of one.
+struct SplitRows {
+  const PackedWord* low;
+  std::size_t stride, part;
+};
+
+// One part of rows times one of the panels, which are in the registers unless they are loaded.
+template <int R, int V, int Part, bool kLoadRows, bool kLoadPanels>
+QUAKE_INLINE void multiply_parts(const SplitRows& rows, const PackedWord* const (&panels)[V], std::size_t at,
+                                 std::size_t panel_stride) {
+  if constexpr (kLoadRows) {
+    const PackedWord* const from = rows.low + Part * rows.part;
+    load_matrix<4>(from, rows.stride);
+    if constexpr (R == 32) load_matrix<5>(from + kMatrixLines * rows.stride, rows.stride);
+  }
+  if constexpr (kLoadPanels) {
+    load_matrix<6>(panels[0] + at, panel_stride);
+    if constexpr (V == 2) load_matrix<7>(panels[1] + at, panel_stride);
+  }
+  MatrixBFloats::multiply_add<0, 4, 6>();
+  if constexpr (V == 2) MatrixBFloats::multiply_add<1, 4, 7>();
+  if constexpr (R == 32) MatrixBFloats::multiply_add<V, 5, 6>();
+  if constexpr (R == 32 && V == 2) MatrixBFloats::multiply_add<3, 5, 7>();
+}
+
+// Six of the nine products: the others are at most 3 * 2^-24 of that of the floats.
+template <int R, int V>
+QUAKE_INLINE void multiply_split(const SplitRows& rows, const PackedWord* const (&panels)[V], std::size_t at,
+                                 std::size_t panel_stride) {
+  const std::size_t middle = at + kMatrixLines * panel_stride, high = middle + kMatrixLines * panel_stride;
+  multiply_parts<R, V, 0, true, true>(rows, panels, high, panel_stride);
+  multiply_parts<R, V, 1, true, false>(rows, panels, high, panel_stride);
+  multiply_parts<R, V, 1, false, true>(rows, panels, middle, panel_stride);
+  multiply_parts<R, V, 2, true, false>(rows, panels, middle, panel_stride);
+  multiply_parts<R, V, 2, false, true>(rows, panels, at, panel_stride);
+  multiply_parts<R, V, 2, false, true>(rows, panels, high, panel_stride);
+}
+
+typedef std::uint32_t Unsigned __attribute__((vector_size(sizeof(vi))));
+
+// Cut off after a bfloat16's bits, and rounded to nearest.
+QUAKE_INLINE vf cut_bfloat(vf v) { return as_float(as_int(v) & ~0xffff); }
+QUAKE_INLINE vf nearest_bfloat(vf v) { return as_float((as_int(v) + 0x8000) & ~0xffff); }
+
+// Takes the largest part that is left off two vectors: words of their elements in turn.
+QUAKE_INLINE vf take_parts(vf& even, vf& odd) {
+  const vf high_even = cut_bfloat(even), high_odd = cut_bfloat(odd);
+  even -= high_even;
+  odd -= high_odd;
+  return as_float((vi)((Unsigned)as_int(high_even) >> 16) | as_int(high_odd));
+}
+// The same to nearest: words of the first vector, then of the second.
+QUAKE_INLINE vf take_nearest_parts(vf& a, vf& b) {
+  const vf high_a = nearest_bfloat(a), high_b = nearest_bfloat(b);
+  a -= high_a;
+  b -= high_b;
+  return as_float(append_halves(high_a, high_b));
+}
+
 // Registers I to the last one of the sums: action.run<I>(row, panel).
 template <int R, int V, int I = 0, class Action>
 QUAKE_INLINE void for_sums(const Action& action) {

@@ -86,11 +86,13 @@ QUAKE_INLINE void transpose_rows(const PackedWord* in, std::ptrdiff_t stride, st
   }
 }
 
+// Packing returns whether the words hold all values: these do.
+//
 // The left operand: a tile of rows as [words(size)][kRowTile], times `scale` where its words have room for it.
 // A vector of a column may reach into the next column, which is written after it: columns ascend, and the
 // groups of rows descend.
 template <class Words, class T>
-void pack_rows(const void* const* rows, std::size_t count, std::size_t size, float scale, PackedWord* out) {
+bool pack_rows(const void* const* rows, std::size_t count, std::size_t size, float scale, PackedWord* out) {
   constexpr std::size_t kGroups = ceil_div(kRowTile, kLanes), kChunk = kColumnChunk * Words::kPerWord;
   std::ptrdiff_t stride;
   if (Words::kFromMemory && count >= kGroups * kLanes && evenly_spaced<T>(rows, kGroups * kLanes, stride) &&
@@ -100,7 +102,7 @@ void pack_rows(const void* const* rows, std::size_t count, std::size_t size, flo
       const T* from = static_cast<const T*>(rows[group * kLanes]);
       transpose_rows<Words>(as_words(from), stride, words<Words>(size), scale, out + group * kLanes);
     }
-    return;
+    return true;
   }
   if (count > kRowTile) count = kRowTile;
   alignas(kCacheLine) PackedWord chunk[kLanes][kColumnChunk];
@@ -114,12 +116,13 @@ void pack_rows(const void* const* rows, std::size_t count, std::size_t size, flo
                             out + j / Words::kPerWord * kRowTile + first);
     }
   }
+  return true;
 }
 
 // The right operand from rows of memory that are its columns: `count` rows of `size` elements that the product
 // sums over. The panels have room for `capacity` words of each.
 template <class Words, class T>
-void pack_transposed(const void* in, std::ptrdiff_t stride, std::size_t count, std::size_t size,
+bool pack_transposed(const void* in, std::ptrdiff_t stride, std::size_t count, std::size_t size,
                      std::size_t capacity, PackedWord* out) {
   constexpr std::size_t kChunk = kColumnChunk * Words::kPerWord;
   alignas(kCacheLine) PackedWord chunk[kLanes][kColumnChunk];
@@ -144,6 +147,7 @@ void pack_transposed(const void* in, std::ptrdiff_t stride, std::size_t count, s
       transpose(&chunk[0][0], kColumnChunk, words<Words>(columns), to + j / Words::kPerWord * kPanel, kPanel);
     }
   }
+  return true;
 }
 
 constexpr std::ptrdiff_t kRowsAhead = 16;  // 8 to 32 are equally good
@@ -151,7 +155,7 @@ constexpr std::ptrdiff_t kRowsAhead = 16;  // 8 to 32 are equally good
 // The right operand from rows of memory that are its rows: `depth` of them, of `columns` elements. The panels
 // have room for `capacity` words of a column.
 template <class T>
-void pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
+bool pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
                  std::size_t capacity, PackedWord* out) {
   const T* from = static_cast<const T*>(in);
   for (std::size_t i = 0; i < depth; ++i, from += stride) {
@@ -166,6 +170,7 @@ void pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::
       store(to, load_up_to(from + j, columns - j < kLanes ? columns - j : kLanes));
     }
   }
+  return true;
 }
 
 // The pairs of two rows, a vector for each half of a panel; the second row may be missing.
@@ -185,7 +190,7 @@ QUAKE_INLINE void load_row_pairs(const T* a, const T* b, std::size_t n, vi (&pai
 
 // The same of pairs of rows; the last one may lack a partner.
 template <class T>
-void pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
+bool pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
                       std::size_t capacity, PackedWord* out) {
   const T* from = static_cast<const T*>(in);
   for (std::size_t i = 0; i < depth; i += 2, from += 2 * stride) {
@@ -201,4 +206,5 @@ void pack_pair_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, 
       store(to + kLanes, as_float(pairs[1]));
     }
   }
+  return true;
 }

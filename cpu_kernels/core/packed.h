@@ -17,15 +17,12 @@ struct PackedWord {
   std::uint32_t bits;
 };
 
-// How the instruction set's product wants the words of a format.
+// How the instruction set's product wants the words of a format: so many for so many neighbours, which are there
+// as a whole, and so many columns in a panel.
 struct PackedLayout {
-  std::size_t per_word;             // neighbours in a word
-  std::size_t panel;                // columns in a panel
-  std::size_t words_at_a_time = 1;  // what it multiplies of the depth: a multiple of it is there, the rest 0
+  std::size_t elements, words_of_elements, panel;
 
-  std::size_t words(std::size_t elements) const {
-    return round_up(ceil_div(elements, per_word), words_at_a_time);
-  }
+  std::size_t words(std::size_t count) const { return ceil_div(count, elements) * words_of_elements; }
 };
 
 // The right operand, a matrix of depth x columns whose products are sums over the depth: panels of
@@ -34,7 +31,7 @@ struct PackedMatrix {
   PackedWord* words = nullptr;
   std::size_t depth = 0, columns = 0;
   std::size_t capacity = 0;  // at least the depth
-  PackedLayout layout = {1, 1};
+  PackedLayout layout = {1, 1, 1};
 
   std::size_t panel_words() const { return layout.words(capacity) * layout.panel; }
   // The memory that packing needs.
@@ -43,8 +40,8 @@ struct PackedMatrix {
   }
   // The words of the columns from `first` on, a multiple of the panel.
   const PackedWord* at_column(std::size_t first) const { return words + first / layout.panel * panel_words(); }
-  // The words of the first panel's rows from `first` on, a multiple of per_word.
-  const PackedWord* at_depth(std::size_t first) const { return words + first / layout.per_word * layout.panel; }
+  // The words of the first panel's rows from `first` on, a multiple of the layout's elements.
+  const PackedWord* at_depth(std::size_t first) const { return words + layout.words(first) * layout.panel; }
 };
 
 }  // namespace quake

@@ -5,47 +5,6 @@
 static_assert(kMatrixLines == kPanelColumns && kMatrixLines == kLineWords);
 constexpr std::size_t kMatrixWords = kLineWords * kPanelColumns;
 
-// Floats as sums of three bfloat16, the low, middle and high ones of so many elements one after the other.
-constexpr std::size_t kSplitElements = 2 * kLineWords, kSplitWords = 3 * kLineWords;
-
-// One part of rows times one of the panels, which are in the registers unless they are loaded.
-template <int R, bool kLoadRows, bool kLoadPanels>
-QUAKE_INLINE void multiply_parts(const PackedWord* rows, const PackedWord* const (&panels)[2], std::size_t at) {
-  if constexpr (kLoadRows) {
-    load_matrix<4>(rows, kLineWords);
-    if constexpr (R == 32) load_matrix<5>(rows + kMatrixWords, kLineWords);
-  }
-  if constexpr (kLoadPanels) {
-    load_matrix<6>(panels[0] + at, kPanelColumns);
-    load_matrix<7>(panels[1] + at, kPanelColumns);
-  }
-  MatrixBFloats::multiply_add<0, 4, 6>();
-  MatrixBFloats::multiply_add<1, 4, 7>();
-  if constexpr (R == 32) {
-    MatrixBFloats::multiply_add<2, 5, 6>();
-    MatrixBFloats::multiply_add<3, 5, 7>();
-  }
-}
-
-// Six of the nine products: the others are at most 3 * 2^-24 of that of the floats.
-template <int R>
-QUAKE_INLINE void multiply_split(const PackedWord* rows, const PackedWord* const (&panels)[2], std::size_t at) {
-  const PackedWord *const middle = rows + kLineWords * R, *const high = middle + kLineWords * R;
-  const std::size_t at_middle = at + kMatrixWords, at_high = at_middle + kMatrixWords;
-  multiply_parts<R, true, true>(rows, panels, at_high);
-  multiply_parts<R, true, false>(middle, panels, at_high);
-  multiply_parts<R, false, true>(middle, panels, at_middle);
-  multiply_parts<R, true, false>(high, panels, at_middle);
-  multiply_parts<R, false, true>(high, panels, at);
-  multiply_parts<R, false, true>(high, panels, at_high);
-}
-
-typedef std::uint32_t Unsigned __attribute__((vector_size(sizeof(vi))));
-
-// Cut off after a bfloat16's bits, and rounded to nearest.
-QUAKE_INLINE vf cut_bfloat(vf v) { return as_float(as_int(v) & ~0xffff); }
-QUAKE_INLINE vf nearest_bfloat(vf v) { return as_float((as_int(v) + 0x8000) & ~0xffff); }
-
 // Parts to nearest have both signs: what is left out of a product is small, and has no side. A NaN with other
 // bits could become 0 when it is rounded.
 struct SplitRow {
@@ -61,11 +20,8 @@ struct SplitRow {
       b = plain_nans(b);
 #pragma GCC unroll 3
       for (int part = 2; part >= 0; --part) {
-        const vf high_a = nearest_bfloat(a), high_b = nearest_bfloat(b);
-        store(as_floats(out + part * kLineWords), as_float(append_halves(high_a, high_b)));
-        if (part == 2) sizes = fma(abs(high_a), small, fma(abs(high_b), small, sizes));
-        a -= high_a;
-        b -= high_b;
+        if (part == 2) sizes = fma(abs(nearest_bfloat(a)), small, fma(abs(nearest_bfloat(b)), small, sizes));
+        store(as_floats(out + part * kLineWords), take_nearest_parts(a, b));
       }
     }
     return sizes;
@@ -82,10 +38,7 @@ inline void split_panel(const DensePanels& b, std::size_t first, std::size_t cou
       PackedWord* to = out + 2 * kMatrixWords + i / 2 * kPanelColumns;
 #pragma GCC unroll 3
       for (int part = 0; part < 3; ++part, to -= kMatrixWords) {
-        const vf high_even = cut_bfloat(even), high_odd = cut_bfloat(odd);
-        store(as_floats(to), as_float((vi)((Unsigned)as_int(high_even) >> 16) | as_int(high_odd)));
-        even -= high_even;
-        odd -= high_odd;
+        store(as_floats(to), take_parts(even, odd));
       }
     }
   }
@@ -99,7 +52,8 @@ void split_product(const DensePanels& b, const DenseTiles& tiles) {
     float* const tile = tiles.tiles + i * R * V * kPanelColumns;
     tiles.add ? for_sums<R, V>(LoadSums{tile, V * kPanelColumns}) : for_sums<R, V>(ClearSums{});
     for (std::size_t k = 0; k < b.depth; k += kSplitWords) {
-      multiply_split<R>(rows + k * R, panels, k * kPanelColumns);
+      multiply_split<R, V>({rows + k * R, kLineWords, kLineWords * R}, panels, k * kPanelColumns,
+                           kPanelColumns);
     }
     for_sums<R, V>(StoreSums{tile, V * kPanelColumns});
   }

@@ -1,5 +1,5 @@
-// AVX-512 with AMX, whose instructions multiply matrices of bytes, or of pairs of bfloat16: the products of dense
-// layers and of attention. It extends AVX-512 with BF16.
+// AVX-512 with AMX, whose instructions multiply matrices of bytes, or of pairs of bfloat16: the products of
+// dense layers and of attention. It extends AVX-512 with BF16.
 
 #include <immintrin.h>
 
@@ -70,8 +70,7 @@ QUAKE_INLINE vi append_halves(vf a, vf b) {
 }  // namespace
 
 void isa::fill_avx512bf16amx(KernelTable& table) {
-  fill_attention_matrices<BFloatPairs, float, bfloat16, float16>(
-      table.attention.of(AttentionFormat::kBFloat16));
+  fill_attention_lines<bfloat16, float, float16>(table.attention);
   fill_dense_lines<bfloat16, float, float16>(table.dense);
 }
 

@@ -147,14 +147,22 @@ inline std::vector<char> random_input(const Storage& storage, std::size_t count,
   return bytes;
 }
 
-inline void put_nan(const Storage& storage, char* data, std::size_t i) {
-  const std::uint32_t wide = 0x7fc00000;
-  const std::uint16_t narrow = storage.dtype == DType::kFloat16 ? 0x7e00 : 0x7fc0;
+// The bits of a float, or those that mean the same.
+inline void put_special(const Storage& storage, char* data, std::size_t i, std::uint32_t wide,
+                        std::uint16_t of_float16) {
+  const std::uint16_t narrow =
+      storage.dtype == DType::kFloat16 ? of_float16 : static_cast<std::uint16_t>(wide >> 16);
   if (storage.dtype == DType::kFloat32) {
     std::memcpy(data + 4 * i, &wide, 4);
   } else {
     std::memcpy(data + 2 * i, &narrow, 2);
   }
+}
+inline void put_nan(const Storage& storage, char* data, std::size_t i) {
+  put_special(storage, data, i, 0x7fc00000, 0x7e00);
+}
+inline void put_infinity(const Storage& storage, char* data, std::size_t i, bool negative) {
+  put_special(storage, data, i, negative ? 0xff800000 : 0x7f800000, negative ? 0xfc00 : 0x7c00);
 }
 
 inline std::string describe(const KernelTable& table, const char* name, const Storage& storage, int order,

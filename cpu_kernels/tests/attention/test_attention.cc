@@ -622,6 +622,44 @@ void test_not_a_number(const KernelTable& table) {
   }
 }
 
+// Logits of -inf have no weight, as if their keys were masked, and an infinite value is the result.
+void test_infinities(const KernelTable& table) {
+  std::mt19937 random(18);
+  static Inputs in;
+  for (const size_t queries : {size_t{2}, size_t{40}}) {
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      const Storage& storage = kStorage[dtype];
+      const Case c = {.query_length = queries,
+                      .key_length = 100,
+                      .head_size = 16,
+                      .value_size = 16,
+                      .dtype = dtype,
+                      .mask = Mask::kNothing,
+                      .mask_broadcast = 7};
+      make_inputs(c, in, random);
+      char *query = in.arrays[0].data(), *mask = in.arrays[4].data();
+      for (size_t i = 0; i < queries; ++i) storage.put(query, i * 16, 1);
+      const auto run = [&](char kept) {
+        std::memset(mask, 1, c.key_length);
+        mask[5] = kept;
+        std::vector<char> out(queries * 16 * storage.size);
+        in.problem.out = out.data();
+        check(run_attention(in.problem, table.attention, 4, in_order) == nullptr, "%s: infinities", table.isa);
+        return out;
+      };
+      const std::vector<char> masked = run(0);
+      put_infinity(storage, in.arrays[1].data(), 5 * 16, true);
+      put_infinity(storage, in.arrays[2].data(), 7 * 16 + 3, false);
+      const std::vector<char> out = run(1);
+      for (size_t i = 0; i < queries * 16; ++i) {
+        const double y = storage.get(out.data(), i), without = storage.get(masked.data(), i);
+        check(i % 16 == 3 ? std::isinf(y) && y > 0 : std::fabs(y - without) <= 0x1p-6,
+              "%s %s: out[%zu] = %g, not %g", table.isa, storage.name, i, y, without);
+      }
+    }
+  }
+}
+
 // The mean of equal values is that value, however the weights are rounded. Nearly all keys are equal, so
 // that the rounding of their weights does not average out; the value is one near which bfloat16 is finest.
 void test_equal_values(const KernelTable& table) {
@@ -684,6 +722,7 @@ int main(int argc, char** argv) {
     test_large_shapes(table);
     test_dominated_rows(table);
     test_not_a_number(table);
+    test_infinities(table);
     test_equal_values(table);
     test_no_keys_and_errors(table);
   });

@@ -141,7 +141,7 @@ Change change_attribute(Source& source, HandlerCall& call) {
   const auto rank = static_cast<std::int32_t>(call.operands[0].dims.size());
   const bool wrong = a.name == "order"    ? value < 1 || value > kMaxOrder
                      : a.name == "axis"   ? value < 0 || value >= rank
-                     : a.name == "format" ? value < 0 || value >= kAttentionFormats
+                     : a.name == "format" ? value < 0 || value >= kAttentionProblemFormats
                                           : a.name == "packed_axis" && value != 0 && value != 2 && value != 3;
   return wrong ? Change::kWrong : Change::kOpen;
 }

@@ -404,7 +404,7 @@ void test_wrong_attention() {
     wrong.push_back({with_attribute(call, "packed_axis", axis),
                      "packed_axis is " + std::to_string(axis) + ", expected 0, 2 or 3"});
   }
-  for (const int format : {-1, kAttentionFormats}) {
+  for (const int format : {-1, kAttentionProblemFormats}) {
     wrong.push_back(
         {with_attribute(call, "format", format), "format is " + std::to_string(format) + ", expected 0 to 1"});
   }
