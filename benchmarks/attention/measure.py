@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict:
             settings, compared, _quake, Case.described, all_cases.ROUNDS, bar.advance
         )
     parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
-    return settings.result("attention", {"orders": run.orders}, goals.judge, **parts)
+    return settings.result("attention", {"orders": run.orders}, goals, **parts)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

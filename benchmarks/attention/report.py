@@ -80,33 +80,5 @@ def _relative(case: dict) -> dict[str, dict]:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    lines = [
-        f"{pages.rounds_of(result, 'for the largest')} with all dtypes and masks of a shape in the "
-        f"same ones, readings of one call or at least {1e3 * settings['reading_seconds']:g} ms. "
-        "quake_jax and XLA run in a loop inside one program; from torch the time of a call with "
-        "one query and one key is subtracted. torch has the layout BNTH, and an output of its own.",
-        "T-S: T queries and S keys. N/K: N query heads share K key/value heads. Causal: "
-        "is_causal; causal array: the same as an array of booleans. Padding: "
-        "key_value_seq_lengths, from half to all of the keys over the batch (three quarters of "
-        "them for one row). Bias: one (T, S) array for all rows and heads.",
-        "GFLOP/s counts the products of queries with the keys that the mask leaves. FMA peak: "
-        "fused multiply-adds of float32 between registers at the width of our kernels, timed in "
-        "the same rounds; bfloat16 instructions do two at a time. Share of read: bytes of keys "
-        "and values per second, relative to a loop that only reads the same arrays. Largest "
-        "error: relative to the largest element of the exact result.",
-    ]
-    lines += pages.isa_remarks(result)
-    if settings["allocator"] == "system":
-        entries = [e for case in result["cases"] for e in case["contestants"].values()]
-        most = max(entry["faults_per_call"] for entry in entries)
-        lines.append(
-            "The system's allocator was left as it is: page faults are part of the times, up to "
-            f"{most:,.0f} of them in a call."
-        )
-    else:
-        lines.append(
-            "Freed pages stay mapped: XLA does not pay for fresh ones at each call, as it does "
-            "under the system's allocator (--allocator system)."
-        )
-    return lines + pages.reading_remarks(result)
+    rounds = pages.rounds_of(result, "for the largest")
+    return pages.prose("attention/remarks.txt", result, rounds=rounds) + pages.run_remarks(result)

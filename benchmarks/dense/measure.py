@@ -15,7 +15,7 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import bars, environment, frame, processes
+from benchmarks.harness import environment, frame, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import (
@@ -86,16 +86,14 @@ def measure(args: argparse.Namespace) -> dict:
     result = settings.result(
         "dense",
         {"walked_bytes": run.walked},
-        goals.judge,
+        goals,
         left_out=left_out,
         cases=sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
         scaling=scaling,
         norms=norms,
         packing=packing,
     )
-    result["bars_not_judged"] = bars.not_judged(goals.BARS, result)
-    result["bars_not_measured"] = goals.not_measured(result)
-    return result
+    return result | {"bars_not_measured": goals.not_measured(result)}
 
 
 def _described(compared: tuple[Shape, str]) -> dict:

@@ -140,13 +140,6 @@ def not_judged(bars: Iterable[Bar], result: dict) -> dict[str, int]:
     return Counter(bar.isa for bar in same if not bar.holds(at))
 
 
-def not_judged_remarks(result: dict) -> list[str]:
-    """Say how many that are, if any."""
-    parts = [f"{count} for {isa}" for isa, count in result["bars_not_judged"].items()]
-    told = f"Bars not judged, which need other instructions: {', '.join(parts)}."
-    return [told] if parts else []
-
-
 def tables(result: dict) -> list[Table]:
     """The table of the bars, or none where a run is not judged."""
     if not result["bars"]:

@@ -12,7 +12,7 @@ import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import bars, frame, peers, timing
+from benchmarks.harness import frame, peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
@@ -61,9 +61,7 @@ def measure(args: argparse.Namespace) -> dict:
     described = {"systems": wanted, "dtype": args.dtype}
     measured.sort(key=lambda entry: [*CASES].index(entry["model"]))
     parts = {"left_out": left_out, "cases": measured}
-    result = settings.result(benchmark, described, goals.judge, **parts)
-    held = [] if args.quick or args.dtype != goals.DTYPE else goals.BARS
-    return result | {"bars_not_judged": bars.not_judged(held, result)}
+    return settings.result(benchmark, described, goals, args.dtype == goals.DTYPE, **parts)
 
 
 def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:

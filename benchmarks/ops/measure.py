@@ -42,24 +42,19 @@ def measure(args: argparse.Namespace) -> dict:
         speedups = measure_scaling(compared, settings, bar.advance)
         bar.show("call overhead")
         call_overhead = None if args.self_check else overhead.measure(settings)
-    result = {
-        "benchmark": "ops",
-        "environment": environment.describe(args.threads),
-        "settings": {
-            "orders": None if args.order is None else sorted(set(args.order)),
-            "self_check": args.self_check,
-            **settings.as_dict(),
-        },
-        "left_out": peers.left_out | run.left_out,
-        "lacking": peers.lacking,
-        "cases": measured,
-        "scaling": speedups,
-        "call_overhead": call_overhead,
-        "default_orders": goals.default_orders(measured),
-    }
-    comparable = not args.quick and args.allocator == "keep"
-    result["bars"] = goals.judge(result) if comparable else []
-    return result
+    orders = None if args.order is None else sorted(set(args.order))
+    return settings.result(
+        "ops",
+        {"orders": orders, "self_check": args.self_check},
+        goals,
+        judged=args.allocator == "keep",
+        left_out=peers.left_out | run.left_out,
+        lacking=peers.lacking,
+        cases=measured,
+        scaling=speedups,
+        call_overhead=call_overhead,
+        default_orders=goals.default_orders(measured),
+    )
 
 
 @dataclass

@@ -96,31 +96,17 @@ def _label(case: dict) -> str:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    lines = [
-        f"{pages.rounds_of(result, 'for arrays in DRAM')}, readings of at least "
-        f"{1e3 * settings['reading_seconds']:g} ms, the same input and output buffers for all. "
-        "JAX operators are timed in a loop inside one program; from torch and onnxruntime the "
-        "time of a call at 16 elements is subtracted.",
-        "Share of copy: bytes read and written per second, relative to the fastest copy. L2, L3, "
-        "DRAM: where the arrays of float32 sit. Largest error: relative to the exact result.",
-        f"celu has alpha {CELU_ALPHA}. glu takes both halves from one array, swiglu and geglu take "
-        "two arrays; torch runs one kernel per step where it has none for the whole.",
-    ]
-    if any(case["gigahertz"] for case in result["cases"]):
-        clocks = [case["gigahertz"] for case in result["cases"]]
-        lines.append(
-            "Cycles/16: cycles per 16 elements, by a chain of multiplications timed in the same "
-            f"rounds ({min(clocks):.2f} to {max(clocks):.2f} GHz). Bound: the fewest that the "
-            "instructions of the inner loop can take on Zen 5, which starts in a cycle "
-            "2 multiplications, 2 additions, 4 vector operations, 2 loads and 1 store of 512 bits, "
-            "8 instructions (`benchmarks/ops/instructions.py`); none for operators of several "
-            "loops."
-        )
-    lines += pages.isa_remarks(result)
-    if settings["allocator"] == "system":
-        lines.append("The system's allocator was left as it is: page faults are part of the times.")
-    lines += pages.reading_remarks(result)
+    clocks = [case["gigahertz"] for case in result["cases"] if case["gigahertz"]]
+    lines = pages.prose(
+        "ops/remarks.txt",
+        result,
+        rounds=pages.rounds_of(result, "for arrays in DRAM"),
+        celu_alpha=CELU_ALPHA,
+        clocks=clocks,
+        least_clock=min(clocks, default=0),
+        most_clock=max(clocks, default=0),
+    )
+    lines += pages.run_remarks(result)
     for name, labels in result["lacking"].items():
         lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
     return lines
