@@ -55,10 +55,10 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
         _dots(left, rows, [row["errors"][key] for row in rows])
         changed = [100 - row["tasks"]["text"]["same_greedy"]["value"] for row in rows]
         _dots(right, rows, [max(share, LEAST_SHARE) for share in changed])
-        left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}", fontsize=9)
+        left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}")
         least = f"at least {LEAST_SHARE:g} is drawn"
-        right.set_title(f"GPT: another likeliest token, % ({least})", fontsize=9)
-    plots.legend(figure, first=MEANING.values())
+        right.set_title(f"GPT: another likeliest token, % ({least})")
+    plots.add_legend(figure, MEANING.values())
     return figure
 
 
@@ -70,8 +70,8 @@ def _times(kinds: dict[str, list[dict]]) -> plt.Figure:
     for axis, (kind, rows) in zip(axes.flat, kinds.items(), strict=True):
         _dots(axis, rows, [row["time"]["ns_per_element"]["median"] for row in rows])
         axis.set_ylim(most - 0.5, -0.5)
-        axis.set_title(f"{KIND_TITLES[kind]}: ns per element", fontsize=9)
-    plots.legend(figure, first=MEANING.values())
+        axis.set_title(f"{KIND_TITLES[kind]}: ns per element")
+    plots.add_legend(figure, MEANING.values())
     return figure
 
 
@@ -84,5 +84,4 @@ def _dots(axis: plt.Axes, rows: list[dict], values: list[float]) -> None:
     axis.set_yticks(range(len(rows)), [name(row) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xscale("log")
-    axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)

@@ -66,8 +66,6 @@ def case_of(entry: dict) -> Case:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
-    found = bars.figures(BARS, result, case_of)
-    wanted = [bar for bar in BARS if bar.kind == TORCH]
-    over_torch = [(bar, figure) for bar, figure in found if bar.kind == TORCH]
-    mean = bars.mean_verdict(GEOMETRIC_MEAN_NAME, wanted, over_torch, GEOMETRIC_MEAN)
-    return bars.verdicts(found) + mean
+    against_torch = [bar for bar in BARS if bar.kind == TORCH]
+    mean = GEOMETRIC_MEAN_NAME, against_torch, GEOMETRIC_MEAN
+    return bars.judge(result, case_of, BARS, [mean])

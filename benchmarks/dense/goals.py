@@ -177,13 +177,12 @@ def case_of(entry: dict) -> Case | str:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
-    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
-    for name, of, threshold in MEANS:
-        for subject in WITH_PEERS:
-            wanted = [bar for bar in of if bar.subject == subject]
-            found = bars.figures(wanted, result, case_of)
-            verdicts += bars.mean_verdict(f"{subject}, {name}", wanted, found, threshold)
-    return verdicts
+    means = [
+        (f"{subject}, {name}", [bar for bar in of if bar.subject == subject], threshold)
+        for name, of, threshold in MEANS
+        for subject in WITH_PEERS
+    ]
+    return bars.judge(result, case_of, BARS, means)
 
 
 def not_measured(result: dict) -> dict[str, int]:

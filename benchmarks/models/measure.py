@@ -18,17 +18,7 @@ from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
 from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
 from benchmarks.models import cases, goals, profile, systems
-from benchmarks.models.cases import (
-    CASES,
-    CEILING,
-    FLAX,
-    FLAX_BFLOAT16,
-    PACKED,
-    PEERS,
-    ROUNDS,
-    SUBJECT,
-    Case,
-)
+from benchmarks.models.cases import CASES, CEILING, FLAX, PACKED, PEERS, ROUNDS, SUBJECT, Case
 from benchmarks.models.systems import Setting, System
 
 # A reading of a second that was disturbed would most likely be disturbed again.
@@ -68,7 +58,7 @@ def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:
     """Why this machine cannot run a system on models of a dtype, if so."""
     if name in PEERS and name != TORCH and dtype != goals.DTYPE:
         return f"for models in {goals.DTYPE}"
-    if name not in PEERS or name == FLAX_BFLOAT16:
+    if name not in PEERS or name == cases.FLAX_BFLOAT16:
         return None
     library = name.partition("-")[0]
     needed = [library, *(TORCH for _ in "-" if library in (OPENVINO, "zentorch"))]
@@ -154,7 +144,7 @@ def _add(built: dict[str, System], setting: Setting, name: str, threads: int) ->
 
 def _build(setting: Setting, name: str, threads: int) -> System:
     library = name.partition("-")[0]
-    if name not in PEERS or name == FLAX_BFLOAT16:
+    if name not in PEERS or name == cases.FLAX_BFLOAT16:
         return systems.build(setting, name)
     if library == ONNXRUNTIME:
         from benchmarks.models import onnx_models

@@ -9,15 +9,7 @@ from benchmarks.harness.bars import Kind
 from benchmarks.harness.pages import NONE, Column, Rows, Table, median, number
 from benchmarks.harness.peers import TORCH
 from benchmarks.models import goals
-from benchmarks.models.cases import (
-    FLAX,
-    FLAX_BFLOAT16,
-    MEANING,
-    PEERS,
-    STATIC,
-    SUBJECT,
-    label,
-)
+from benchmarks.models.cases import FLAX, FLAX_BFLOAT16, MEANING, PEERS, STATIC, SUBJECT, label
 
 HEADING = "Models"
 MODEL = ("model", lambda case: case["title"])
