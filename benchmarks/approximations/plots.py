@@ -1,7 +1,5 @@
 """Pictures of a result of `approximations`: error against quality, and times."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import pyplot as plt

@@ -1,7 +1,5 @@
 """The tables of a result of `approximations`: one for each kind, and one of the sources."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The speeds of attention that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from benchmarks.attention import cases
 from benchmarks.attention.cases import BERT, DECODE, GPT, GROUPED, LONG, VIT, VIT_BATCH, Case, Shape
 from benchmarks.harness import bars

@@ -24,12 +24,7 @@ from benchmarks.harness.timing import Contestant
 # A contestant beyond this error, relative to the largest element, computes something else.
 SANE_ERROR = 0.1
 # The batch, and the heads of one row, one head alone, and reading: each is divided differently.
-SCALED = (
-    all_cases.VIT_BATCH,
-    all_cases.GPT,
-    Shape.parse("1,1024,1,64"),
-    all_cases.DECODE,
-)
+SCALED = (all_cases.VIT_BATCH, all_cases.GPT, Shape.parse("1,1024,1,64"), all_cases.DECODE)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -1,7 +1,5 @@
 """The tables of a result of `attention`."""
 
-from __future__ import annotations
-
 import math
 
 from benchmarks.attention.cases import SUBJECT_ORDER
@@ -21,26 +19,27 @@ def subject(case: dict) -> str:
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    label = ("B,T,N,H and mask", _label)
     for dtype, cases in pages.by_dtype(result["cases"]).items():
-        times = pages.rows_of(
-            cases, label, *pages.of_contestants(pages.contestants(cases), _milliseconds)
-        )
+        times = pages.of_contestants(pages.contestants(cases), _milliseconds)
         made += [
-            (f"Time, {dtype}: ms per call (median)", times),
+            (f"Time, {dtype}: ms per call (median)", pages.rows_of(cases, _CASE, *times)),
+            # Without a compiler there is no peak, without decoding no reading.
             (f"Speed of {subject(cases[0])}, {dtype}: their time over ours", _speeds(cases)),
         ]
-    cases = [case for case in result["cases"] if any(_relative(case).values())]
-    if cases:
-        title = "Our time over our time of another case, median (quartiles)"
+    made = pages.filled(made)
+    if cases := [case for case in result["cases"] if any(_relative(case).values())]:
         label = ("B,T,N,H, dtype and mask", lambda c: f"{c['shape']} {c['dtype']} {c['mask']}")
         columns = pages.named_columns(RELATIVE.values(), pages.spread, _relative)
+        title = "Our time over our time of another case, median (quartiles)"
         made.append((title, pages.rows_of(cases, label, *columns)))
     return made + pages.two_threads("B,T,N,H", _label, result["scaling"]) + bars.tables(result)
 
 
 def _label(case: dict) -> str:
     return f"{case['shape']} {case['mask']}"
+
+
+_CASE = ("B,T,N,H and mask", _label)
 
 
 def _milliseconds(entry: dict) -> str:
@@ -58,9 +57,9 @@ def _speeds(cases: list[dict]) -> Rows:
         return f"share of {of}", lambda case: number(figure(case, subject(case)), 0, " %")
 
     others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
-    rows = pages.rows_of(
+    return pages.rows_of(
         cases,
-        ("B,T,N,H and mask", _label),
+        _CASE,
         *pages.named_columns(others, pages.spread, lambda case: case["ratios"][subject(case)]),
         ("GFLOP/s", lambda case: f"{ours(case)['gflops']:.0f}"),
         ("FMA peak", lambda case: number(case["peak_gflops"], 0)),
@@ -68,8 +67,6 @@ def _speeds(cases: list[dict]) -> Rows:
         share("read"),
         ("largest error", lambda case: f"{ours(case)['error']:.1e}"),
     )
-    # Without a compiler there is no peak, without decoding no reading.
-    return pages.without_empty_columns(rows)
 
 
 def _relative(case: dict) -> dict[str, dict]:

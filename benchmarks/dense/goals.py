@@ -1,7 +1,5 @@
 """The speeds of dense layers that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 

@@ -2,8 +2,6 @@
 faster one in torch, and onnxruntime fuses it with the bias.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial

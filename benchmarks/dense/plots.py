@@ -1,7 +1,5 @@
 """Pictures of a result of `dense`: speed against what is computed with each byte of weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

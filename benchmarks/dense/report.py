@@ -1,7 +1,5 @@
 """The tables of a result of `dense`."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 
@@ -32,9 +30,7 @@ def tables(result: dict) -> list[Table]:
         ("Peaks: GFLOP/s, and GB/s of the fastest read loop", _peaks(cases)),
         ("Largest error of all cases, relative to the largest element of a result", _errors(cases)),
     ]
-    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
-    made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
-    made += pages.two_threads(CASE, _stated, result["scaling"])
+    made = pages.filled(made) + pages.two_threads(CASE, _stated, result["scaling"])
     if result["norms"]:
         title = "Norms as operators of their own: XLA's time over ours, median (quartiles)"
         speed = ("XLA over ours", lambda entry: pages.spread(entry["speed"]))

@@ -1,7 +1,5 @@
 """The tables of a result of `devices`."""
 
-from __future__ import annotations
-
 import statistics
 
 from benchmarks.devices.measure import WAYS

@@ -3,8 +3,6 @@
 Which ones is for each subject to say, in its module `goals`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a user can put right is one line instead of a traceback: an option, a missing package."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType

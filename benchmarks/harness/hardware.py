@@ -4,8 +4,6 @@ clock, and at most fused multiply-adds between registers, and reading an array.
 The loops, `loops.cc`, are compiled at run time; without a compiler, or off x86-64, there are none.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import ctypes
 import platform

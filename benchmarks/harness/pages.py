@@ -3,8 +3,6 @@
 The terminal and the Markdown file show the same rows; the subjects' modules `report` make them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import textwrap
@@ -138,10 +136,16 @@ def names_in(lists: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for one in lists for name in one))
 
 
-def without_empty_columns(rows: Rows) -> Rows:
-    """The rows without the columns that a run has nothing for."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] != NONE for row in rows[1:])]
-    return [[row[i] for i in kept] for row in rows]
+def filled(tables: Iterable[Table]) -> list[Table]:
+    """The tables without the columns that a run has nothing for, and those of which something is
+    left.
+    """
+    made = []
+    for title, (heading, *rows) in tables:
+        kept = [i for i in range(len(heading)) if any(row[i] != NONE for row in rows)]
+        if len(kept) > 1:
+            made.append((title, [[row[i] for i in kept] for row in (heading, *rows)]))
+    return made
 
 
 def rows_of(entries: Iterable[Any], *columns: Column) -> Rows:

@@ -1,7 +1,5 @@
 """What taking part in a round needs from libraries outside JAX: torch, onnxruntime, OpenVINO."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType

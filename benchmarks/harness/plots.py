@@ -1,7 +1,5 @@
 """Pictures of results: panels with one legend, in files that say under which conditions."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The contestants of cases that are timed in the same rounds, and what their readings amount to."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ activations called as functions, masks made by Flax. Nothing in this file knows 
 Importing this module imports JAX: `environment.prepare` comes first.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """The speeds of whole models that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from benchmarks.harness import bars, peers
 from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median

@@ -4,8 +4,6 @@ Nothing of a model is changed but what `quake_jax.accelerate` or the interceptor
 systems of a model are timed in the same rounds, and their results compared first.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import gc

@@ -3,8 +3,6 @@ for Transformers makes of an exported one, written down. Attention, GELU with it
 with their residuals are each one operator; the weights are in 32, 8 or 4 bits.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures of a result of `models`: the time of every system, one panel for each model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import pyplot as plt

@@ -1,7 +1,5 @@
 """The tables of a result of `models`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from benchmarks.harness import bars, pages
@@ -37,9 +35,7 @@ def tables(result: dict) -> list[Table]:
         (f"What accelerate does, {dtype}", _programs(cases)),
         *_of_systems(cases, f"Difference from flax's result, {dtype}", _difference),
     ]
-    made = [(title, rows) for title, rows in made if len(rows) > 1]
-    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
-    return [(title, rows) for title, rows in made if len(rows[0]) > 1] + bars.tables(result)
+    return pages.filled(made) + bars.tables(result)
 
 
 def _names(cases: list[dict]) -> list[str]:

@@ -3,8 +3,6 @@ product for query, key and value, scaled_dot_product_attention, torch's layouts.
 or converted for OpenVINO, with the weights in 32, 16, 8 or 4 bits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

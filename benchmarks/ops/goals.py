@@ -1,7 +1,5 @@
 """The speeds of operators that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from benchmarks.harness import bars

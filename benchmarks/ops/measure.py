@@ -1,7 +1,5 @@
 """The run of `python -m benchmarks ops`; how a reading is taken is in `harness.timing`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field

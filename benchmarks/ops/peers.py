@@ -3,8 +3,6 @@
 Their time for a call from Python at 16 elements is taken as the cost of the call itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -3,8 +3,6 @@
 One panel per function, each with a scale of its own: it is about who is faster at that function.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import pyplot as plt

@@ -1,7 +1,5 @@
 """The tables of a result of `ops`."""
 
-from __future__ import annotations
-
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table, median, number, spread
 from benchmarks.ops import goals
@@ -18,13 +16,11 @@ def tables(result: dict) -> list[Table]:
         subject = goals.subject(cases[0])
         made += [
             (f"Time, {dtype}: ns per element (median)", _times(cases)),
+            # Several threads have no cycles, another CPU has no bound.
             (f"Speed of {subject}, {dtype}: their time over ours (median)", _speeds(cases)),
         ]
-
-    def scaled(entry: dict) -> str:
-        return f"{_label(entry)} {entry['dtype']}, order {entry['order']}"
-
-    made += pages.two_threads("operator", scaled, result["scaling"])
+    made = pages.filled(made)
+    made += pages.two_threads("operator", _scaled, result["scaling"])
     if result["call_overhead"]:
         made.append(_overheads(result["call_overhead"]))
     made += bars.tables(result)
@@ -64,7 +60,7 @@ def _speeds(cases: list[dict]) -> Rows:
         return spread(found[1]) if found else NONE
 
     others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
-    rows = pages.rows_of(
+    return pages.rows_of(
         cases,
         ("operator", _label),
         *pages.named_columns(others, lambda ratio: number(ratio["median"]), ratios),
@@ -74,8 +70,6 @@ def _speeds(cases: list[dict]) -> Rows:
         ("bound", lambda case: number(ours(case).get("bound_cycles_per_16"))),
         ("largest error", lambda case: f"{ours(case)['relative_error']:.1e}"),
     )
-    # Several threads have no cycles, another CPU has no bound.
-    return pages.without_empty_columns(rows)
 
 
 def _overheads(measured: dict[str, dict]) -> Table:
@@ -94,6 +88,10 @@ def _label(case: dict) -> str:
     return f"{case['function']} {'×'.join(map(str, case['shape']))}{level}"
 
 
+def _scaled(entry: dict) -> str:
+    return f"{_label(entry)} {entry['dtype']}, order {entry['order']}"
+
+
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
     clocks = [case["gigahertz"] for case in result["cases"] if case["gigahertz"]]
@@ -108,14 +106,9 @@ def remarks(result: dict) -> list[str]:
     )
     lines += pages.run_remarks(result)
     for name, labels in result["lacking"].items():
-        lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
+        functions: dict[str, list[str]] = {}  # by dtype
+        for function, dtype in map(str.split, labels):
+            functions.setdefault(dtype, []).append(function)
+        lacking = (f"{' '.join(of)} in {dtype}" for dtype, of in functions.items())
+        lines.append(f"Not implemented in {name}: {', '.join(lacking)}.")
     return lines
-
-
-def _grouped(labels: list[str]) -> list[str]:
-    """Functions by dtype, from labels `function dtype`."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        function, dtype = label.split()
-        groups.setdefault(dtype, []).append(function)
-    return [f"{' '.join(functions)} in {dtype}" for dtype, functions in groups.items()]

@@ -1,7 +1,5 @@
 """Pictures of a result of `quality`: each figure against the order, with its interval."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

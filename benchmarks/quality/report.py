@@ -1,7 +1,5 @@
 """The tables of a result of `quality`, and the limits that it is judged by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
