@@ -59,20 +59,17 @@ TASKS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    for kind, of_kind in result["kinds"].items():
+    for kind, rows in result["kinds"].items():
+        columns = pages.named_columns(
+            rows[0]["errors"], "{:.1e}".format, lambda row: row["errors"], ERRORS.get
+        )
+        for task in rows[0]["tasks"]:
+            figures = partial(lambda task, row: row["tasks"][task], task)
+            columns += [figure_column(*column, figures) for column in TASKS[task]]
         low, high = result["settings"]["errors"]["ranges"].get(kind, (0, 0))
-        made.append((TITLES[kind].format(low=low, high=high), _table(of_kind)))
+        of_kind = pages.rows_of(rows, ("", name), *columns, ("ns per element", _time))
+        made.append((TITLES[kind].format(low=low, high=high), of_kind))
     return [*made, ("Sources", _sources(result))]
-
-
-def _table(of_kind: list[dict]) -> Rows:
-    columns = pages.named_columns(
-        of_kind[0]["errors"], "{:.1e}".format, lambda row: row["errors"], ERRORS.get
-    )
-    for task in of_kind[0]["tasks"]:
-        figures = partial(lambda task, row: row["tasks"][task], task)
-        columns += [figure_column(*column, figures) for column in TASKS[task]]
-    return pages.rows_of(of_kind, ("", name), *columns, ("ns per element", _time))
 
 
 def name(row: dict) -> str:

@@ -15,18 +15,13 @@ def _relative(to: str) -> Figure:
     return lambda case, name: median(case["relative"].get(to, {}).get(name))
 
 
-def _over_float32(case: dict, name: str) -> float | None:
-    time = _relative("float32")(case, name)
-    return None if time is None else 1 / time
-
-
 XLA = Kind("against XLA", "×", bars.against("XLA"))
 TORCH = Kind("against torch", "×", bars.against("torch"))
 PEAK = Kind("of the peak of fused multiply-adds", "%", bars.percent_of("peak"))
 READ = Kind("of the bandwidth of reading", "%", bars.percent_of("read"))
 UNMASKED = Kind("time over unmasked", "×", _relative("none"), at_least=False)
 ARRAY = Kind("time over is_causal", "×", _relative("causal"), at_least=False)
-FLOAT32 = Kind("against our float32", "×", _over_float32)
+FLOAT32 = Kind("against our float32", "×", bars.inverse(_relative("float32")))
 
 
 def _bar(

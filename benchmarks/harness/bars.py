@@ -77,6 +77,21 @@ def percent(share: dict | None) -> float | None:
     return 100 * share["median"] if share else None
 
 
+def listed(key: str) -> Figure:
+    """What the subject has in that part of an entry."""
+    return lambda entry, subject: median(entry[key].get(subject))
+
+
+def inverse(figure: Figure) -> Figure:
+    """One over another figure: a speed of a time, a time of a speed."""
+
+    def inverted(entry: dict, subject: str) -> float | None:
+        found = figure(entry, subject)
+        return None if found is None else 1 / found
+
+    return inverted
+
+
 # --- Judging
 
 

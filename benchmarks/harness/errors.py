@@ -18,13 +18,6 @@ def check_files(*paths: Path | None) -> None:
             raise BenchmarkError(f"{path}: is a folder")
 
 
-def check_result(name: str, case: object, error: float, sane: float) -> float:
-    """The error of a contestant's result; BenchmarkError if it computes something else."""
-    if not error < sane:
-        raise BenchmarkError(f"{name} is wrong at {case}: error {error:.2g}")
-    return error
-
-
 def missing(*packages: str) -> list[str]:
     """Those that are not installed."""
     return [name for name in packages if importlib.util.find_spec(name) is None]

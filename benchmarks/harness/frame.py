@@ -252,7 +252,6 @@ class Progress:
     def __init__(self, bar: Any, total: int | None):
         self._bar = bar
         self._task = bar.add_task("loading", total=total)
-        self._done = 0
 
     def advance(self, share: float = 1.0) -> None:
         """Add the share of a step that is done."""
@@ -268,11 +267,10 @@ class Progress:
 
     def over(self, cases: Iterable[T], label: Callable[[T], str]) -> Iterator[T]:
         """The cases, each of which is a step."""
-        for case in cases:
+        for done, case in enumerate(cases, 1):
             self.show(label(case))
             yield case
-            self._done += 1
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=done)
 
 
 @contextlib.contextmanager

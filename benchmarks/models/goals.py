@@ -14,16 +14,6 @@ def _over_ours(other: str) -> Figure:
     return lambda case, _: median(case["over_ours"].get(other))
 
 
-def _over_flax(case: dict, subject: str) -> float | None:
-    return median(case["speed"].get(subject))
-
-
-def _over_subject(case: dict, subject: str) -> float | None:
-    """Speed of packed weights in the model's own dtype over accelerate's."""
-    ratio = median(case["over_ours"].get(subject))
-    return ratio and 1 / ratio
-
-
 def _added(*steps: str) -> Figure:
     """How much longer the named steps of building take than those of the model as it is."""
 
@@ -54,9 +44,10 @@ JITTED = Kind("against jitted Flax", "×", _over_ours(FLAX))
 TORCH = Kind("against torch", "×", _over_ours(peers.TORCH))
 _WHAT = "time of the interceptor over accelerate"
 INTERCEPTED = Kind(_WHAT, "×", _over_ours(cases.INTERCEPTOR), at_least=False)
-PACKED_FLAX = Kind("{subject} against jitted Flax", "×", _over_flax)
+PACKED_FLAX = Kind("{subject} against jitted Flax", "×", bars.listed("speed"))
 PEER = Kind("{subject} against the fastest peer of the same precision", "×", _over_fastest)
-PACKED_SUBJECT = Kind("{subject} against accelerate", "×", _over_subject)
+_speed = bars.inverse(bars.listed("over_ours"))
+PACKED_SUBJECT = Kind("{subject} against accelerate", "×", _speed)
 SHARE = Kind("of the way to the ceiling", "%", lambda case, _: bars.percent(case["share"]))
 TRACE = Kind("added to tracing", "s", _added("trace"), at_least=False)
 BUILD = Kind("added to tracing and compiling", "s", _added("trace", "compile"), at_least=False)

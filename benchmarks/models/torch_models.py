@@ -298,14 +298,10 @@ def _compressed(converted: Any, name: str, inputs: list[np.ndarray]) -> Any:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # it shows its progress
-        return _by_nncf(nncf, converted, name, inputs)
-
-
-def _by_nncf(nncf: ModuleType, converted: Any, name: str, inputs: list[np.ndarray]) -> Any:
-    if name.endswith("static"):
-        data, kind = nncf.Dataset([tuple(inputs)]), nncf.ModelType.TRANSFORMER
-        return nncf.quantize(converted, data, model_type=kind, subset_size=1)
-    if "int4" in name:
-        mode = nncf.CompressWeightsMode.INT4_SYM
-        return nncf.compress_weights(converted, mode=mode, group_size=32)
-    return nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)
+        if name.endswith("static"):
+            data, kind = nncf.Dataset([tuple(inputs)]), nncf.ModelType.TRANSFORMER
+            return nncf.quantize(converted, data, model_type=kind, subset_size=1)
+        if "int4" in name:
+            mode = nncf.CompressWeightsMode.INT4_SYM
+            return nncf.compress_weights(converted, mode=mode, group_size=32)
+        return nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)

@@ -31,17 +31,16 @@ class Peers(peers.Libraries):
         """One contestant for each library that has the operator of a case for its dtype; the cost
         of a call is found by readings of `target` seconds.
         """
-        made = (self._of(name, buffers, target) for name in self._makers)
-        return [contestant for contestant in made if contestant]
+        made, case = [], buffers.case
+        for name in self._makers:
+            if run := self._runner(name, buffers):
+                key = (name, case.function, case.dtype)
+                overhead = self.overhead(key, partial(self._small, *key), target)
+                made.append(self._contestant(name, run, overhead))
+        return made
 
-    def _of(self, name: str, buffers: Buffers, target: float) -> Contestant | None:
-        run, case = self._runner(name, buffers), buffers.case
-        if run is None:
-            return None
-        small = Case(case.function, OVERHEAD_SHAPE, case.dtype)
-        key = (name, case.function, case.dtype)
-        overhead = self.overhead(key, lambda: self._runner(name, Buffers(small)), target)
-        return self._contestant(name, run, overhead)
+    def _small(self, name: str, function: str, dtype: str) -> Callable[[int], None]:
+        return self._runner(name, Buffers(Case(function, OVERHEAD_SHAPE, dtype)))
 
     def copy(self, buffers: Buffers) -> list[Contestant]:
         """torch's copy, which uses several threads where NumPy's does not."""
