@@ -45,9 +45,8 @@ def measure(args: argparse.Namespace) -> dict:
     with progress(len(shapes) + len(compared)) as bar:
         for shape in bar.over(shapes, lambda shape: shape.text):
             measured += run.measure(all_cases.choose(shape, dtypes, args.mask), bar.advance)
-        bar.show("one thread against two" if compared else "")
         speedups = processes.two_threads(
-            settings, compared, _quake, Case.described, all_cases.ROUNDS, bar.advance
+            settings, compared, _quake, Case.described, all_cases.ROUNDS, bar
         )
     parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
     return settings.result("attention", {"orders": run.orders}, goals, **parts)

@@ -66,8 +66,7 @@ def measure(args: argparse.Namespace) -> dict:
     with progress(len(shapes) + len(compared) + everything) as bar:
         for shape in bar.over(shapes, str):
             measured += run.measure(all_cases.choose(shape, args.form), bar.advance)
-        bar.show("one thread against two" if compared else "")
-        scaling = processes.two_threads(settings, compared, _quake, _described, ROUNDS, bar.advance)
+        scaling = processes.two_threads(settings, compared, _quake, _described, ROUNDS, bar)
         if everything and not packing:
             bar.show("norms, and packing a model")
             norms, packing = _norms(settings), _packing(settings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.harness import environment, hardware, processes
 from benchmarks.harness.errors import quake_jax
-from benchmarks.harness.frame import Settings, progress
+from benchmarks.harness.frame import Progress, Settings, progress
 from benchmarks.harness.hardware import CLOCK, CYCLES_PER_CALL
 from benchmarks.harness.peers import PEERS
 from benchmarks.harness.rounds import Rounds
@@ -37,8 +37,7 @@ def measure(args: argparse.Namespace) -> dict:
     compared = [] if args.self_check or args.threads == 1 else scaled(chosen)
     with progress(len(chosen) + len(compared)) as bar:
         measured = [run.measure(case, bar.advance) for case in bar.over(chosen, str)]
-        bar.show("one thread against two" if compared else "")
-        speedups = measure_scaling(compared, settings, bar.advance)
+        speedups = measure_scaling(compared, settings, bar)
         bar.show("call overhead")
         call_overhead = None if args.self_check else overhead.measure(settings)
     orders = None if args.order is None else sorted(set(args.order))
@@ -151,14 +150,14 @@ def scaled(wanted: list[Case]) -> list[Case]:
 
 
 def measure_scaling(
-    compared: list[Case], settings: Settings, advance: Callable[[], None] = lambda: None
+    compared: list[Case], settings: Settings, bar: Progress | None = None
 ) -> list[dict]:
     """One thread against two at order `cases.SUBJECT_ORDER`, as of `processes.two_threads`."""
 
     def describe(case: Case) -> dict:
         return {**case.described(), "order": SUBJECT_ORDER}
 
-    return processes.two_threads(settings, compared, _quake, describe, cases.ROUNDS, advance)
+    return processes.two_threads(settings, compared, _quake, describe, cases.ROUNDS, bar)
 
 
 def _quake(case: Case) -> Callable[[int], None]:
