@@ -63,14 +63,14 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
 def _times(kinds: dict[str, list[dict]]) -> plt.Figure:
     """ns per element of every row, a panel for each kind."""
     most = max(map(len, kinds.values()))
-    size = (2.5 * len(kinds) + 1, 1.2 + 0.17 * most)
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
-    for axis, (kind, rows) in zip(axes.flat, kinds.items(), strict=True):
+
+    def fill(axis: plt.Axes, rows: list[dict]) -> None:
         _dots(axis, rows, [row["time"]["ns_per_element"]["median"] for row in rows])
         axis.set_ylim(most - 0.5, -0.5)
-        axis.set_title(f"{KIND_TITLES[kind]}: ns per element")
-    plots.add_legend(figure, MEANING.values())
-    return figure
+
+    panels = {f"{KIND_TITLES[kind]}: ns per element": rows for kind, rows in kinds.items()}
+    size = 2.5 + 1 / len(panels), 0.17 * most
+    return plots.grid(panels, fill, len(panels), size, margin=1.2, legend=MEANING.values())
 
 
 def _dots(axis: plt.Axes, rows: list[dict], values: list[float]) -> None:

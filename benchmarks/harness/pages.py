@@ -15,6 +15,7 @@ Rows = list[list[str]]
 Table = tuple[str, Rows]  # a title, and rows with the heading first
 Column = tuple[str, Callable[[Any], str]]  # a heading, and what an entry has below it
 NONE = "–"
+TEXTS = Path(__file__).parents[1]  # where the subjects have what their pages say
 
 
 class Page(NamedTuple):
@@ -210,7 +211,7 @@ def prose(path: str, result: dict, **values: Any) -> list[str]:
         **values,
     }
     lines = []
-    for paragraph in (Path(__file__).parents[1] / path).read_text().split("\n\n"):
+    for paragraph in (TEXTS / path).read_text().split("\n\n"):
         condition, text = re.fullmatch(r"(?:\[(\w+)\] )?(.*)", " ".join(paragraph.split())).groups()
         if condition is None or values[condition]:
             lines.append(text.format(**values))
