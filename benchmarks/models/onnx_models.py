@@ -171,15 +171,7 @@ def build(setting: Setting, name: str, threads: int) -> System:
     """Make the graph, quantise its weights if the name says so, and run it once."""
     model = _Model(setting, name)
     arrays = model.arrays | {"out": np.empty(setting.result_shape, np.float32)}
-    shapes = {key: array.shape for key, array in arrays.items()}
-    made = peers.onnx_model(
-        model.graph.nodes,
-        {key: shape for key, shape in shapes.items() if not key.startswith("out")},
-        {key: shape for key, shape in shapes.items() if key.startswith("out")},
-        model.graph.constants,
-        "float32",
-        {key: array.dtype.name for key, array in arrays.items()},
-    )
+    made = peers.onnx_model(model.graph.nodes, arrays, model.graph.constants)
     with tempfile.TemporaryDirectory() as folder:
         made = _in_8_bits(made, Path(folder) / "model.onnx") if "int8" in name else made
         call = peers.onnxruntime_call(made, threads, arrays)

@@ -81,21 +81,15 @@ def _onnxruntime(threads: int, buffers: Buffers) -> Callable[[], object] | None:
     case, operator = buffers.case, buffers.case.operator
     if not operator.onnx:
         return None
-    operands = dict(zip("xy", buffers.sources, strict=False))
+    arrays = dict(zip("xy", buffers.sources, strict=False)) | {"out": buffers.target}
     nodes = peers.onnx_nodes(operator.onnx, operator.attributes)
     constants = [
         helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
         helper.make_tensor("slope", peers.onnx_type(case.dtype), [], [QUICK_GELU_SLOPE]),
     ]
     read = {name for node in nodes for name in node.input}
-    model = peers.onnx_model(
-        nodes,
-        {name: array.shape for name, array in operands.items()},
-        {"out": buffers.target.shape},
-        [constant for constant in constants if constant.name in read],
-        case.dtype,
-    )
-    arrays = {**operands, "out": buffers.target}
+    known = [constant for constant in constants if constant.name in read]
+    model = peers.onnx_model(nodes, arrays, known)
     try:
         return peers.onnxruntime_call(model, threads, arrays)
     except Exception as error:  # its exception classes are not public
