@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.attention import cases as all_cases
 from benchmarks.attention import goals, systems
 from benchmarks.attention.cases import SUBJECT_ORDER, Case, Shape
-from benchmarks.harness import environment, processes
+from benchmarks.harness import processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import FMA, READ, Ceilings
@@ -33,8 +33,7 @@ def measure(args: argparse.Namespace) -> dict:
     shapes = list(dict.fromkeys(args.shape or quick_shapes))
     dtypes = args.dtype or all_cases.DTYPES[: 1 if args.quick else None]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    quake_jax("dot_product_attention")  # is it there?
-    ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
+    ceilings = Ceilings(quake_jax("dot_product_attention").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
     torch = systems.Torch(args.threads, [TORCH] if args.peers else [])
     run = Run(settings, sorted(set(args.order or all_cases.DEFAULT_ORDERS)), ceilings, torch)

@@ -13,7 +13,7 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import environment, frame, hardware, processes
+from benchmarks.harness import frame, hardware, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import FMA, Ceilings
@@ -52,8 +52,7 @@ def measure(args: argparse.Namespace) -> dict:
     done = {goals.case_of(entry).shape for entry in measured}
     shapes = [shape for shape in dict.fromkeys(shapes) if shape not in done]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    quake_jax("pack_weight")  # is it there?
-    ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
+    ceilings = Ceilings(quake_jax("pack_weight").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
     peers = Peers(args.threads, settings.reading_seconds) if args.peers else None
     left_out |= peers.left_out if peers else {}
