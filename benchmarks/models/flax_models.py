@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         return nn.Dense(x.shape[-1], **types)(hidden)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A layer: norms come before its parts, and GELU is the tanh form (GPT-2 and Flax's ViTs), or
     they come last, and it is the one with erf (BERT).
     """
@@ -67,7 +67,8 @@ class GPT2(nn.Module):
         x = words(tokens) + places(positions)
         mask = None if self.decode else nn.make_causal_mask(tokens)
         for _ in range(sizes.layers):
-            x = Block(sizes.heads, EPSILON["gpt2"], self.dtype, decode=self.decode)(x, mask)
+            block = TransformerBlock(sizes.heads, EPSILON["gpt2"], self.dtype, decode=self.decode)
+            x = block(x, mask)
         # Generation needs the last position alone.
         return words.attend(nn.LayerNorm(EPSILON["gpt2"], **types)(x[:, -1]))
 
@@ -89,7 +90,7 @@ class BERT(nn.Module):
         x += nn.Embed(2, sizes.width, name="segments", **types)(jnp.zeros_like(tokens))
         x = nn.LayerNorm(EPSILON["bert"], **types)(x)
         for _ in range(sizes.layers):
-            block = Block(sizes.heads, EPSILON["bert"], self.dtype, norms_last=True)
+            block = TransformerBlock(sizes.heads, EPSILON["bert"], self.dtype, norms_last=True)
             x = block(x, is_token[:, None, None, :])
         if not self.pools:
             return x
@@ -114,7 +115,7 @@ class ViT(nn.Module):
         shape = (1, sizes.tokens, sizes.width)
         x += self.param("places", nn.initializers.normal(0.02), shape, self.dtype)
         for _ in range(sizes.layers):
-            x = Block(sizes.heads, EPSILON["vit"], self.dtype)(x)
+            x = TransformerBlock(sizes.heads, EPSILON["vit"], self.dtype)(x)
         x = nn.LayerNorm(EPSILON["vit"], **types)(x[:, 0])
         return nn.Dense(sizes.classes, name="head", **types)(x)
 
@@ -159,8 +160,9 @@ def variables(case: Case) -> tuple[dict, dict]:
         return jnp.asarray(values + (path[-1].key == "scale"), shape.dtype)
 
     def cached(shape):  # keys, values, or the index of the next token
-        drawn = random.standard_normal(shape.shape, np.float32)
-        return jnp.asarray(drawn if shape.ndim else case.length - 1, shape.dtype)
+        if shape.ndim:
+            return jnp.asarray(random.standard_normal(shape.shape, np.float32), shape.dtype)
+        return jnp.asarray(case.length - 1, shape.dtype)
 
     parameters = jax.tree_util.tree_map_with_path(parameter, shapes["params"])
     return parameters, jax.tree.map(cached, shapes.get("cache", {}))

@@ -76,7 +76,7 @@ class _Model:
     def _blocks(self, x: str, mask: str = "", last: dict | None = None) -> str:
         """All layers; with a last norm these come before the parts of a layer, else after them."""
         case, width = self.case, self.case.sizes.width
-        blocks = [self._weights[f"Block_{i}"] for i in range(case.sizes.layers)]
+        blocks = [self._weights[f"TransformerBlock_{i}"] for i in range(case.sizes.layers)]
         norms = [block[f"LayerNorm_{i}"] for block in blocks for i in (0, 1)]
         y = x
         if last is not None:  # each norm is fused with the sum before it
@@ -118,7 +118,7 @@ class _Model:
             causal = int(case.family == "gpt2")
             return self.graph("Attention", x, kernel, bias, mask, **heads, unidirectional=causal)
         projected = self.graph("Add", self._product(x, kernel, width), bias)
-        cached = self._cache[f"Block_{i}"]["MultiHeadDotProductAttention_0"]
+        cached = self._cache[f"TransformerBlock_{i}"]["MultiHeadDotProductAttention_0"]
         pasts = []
         for part in ("key", "value"):  # the new one is written into the same memory
             past = np.moveaxis(cached[f"cached_{part}"], 1, 2)

@@ -115,7 +115,7 @@ class _Model(torch.nn.Module):
         case = self._case = setting.case
         weights = _tensors(setting.parameters, dtype)
         cache = _tensors(setting.cache, dtype)
-        names = [f"Block_{i}" for i in range(case.sizes.layers)]
+        names = [f"TransformerBlock_{i}" for i in range(case.sizes.layers)]
         blocks = (_Block(case, weights.pop(name), cache.get(name, {})) for name in names)
         self.blocks = torch.nn.ModuleList(blocks)
         self.inputs = list(_tensors(setting.inputs, dtype))
