@@ -4,8 +4,6 @@ To add one, add a folder, whose modules `harness.frame.run` describes, and name 
 Its `command` does not import JAX: the process is pinned before that starts.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

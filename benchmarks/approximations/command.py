@@ -1,7 +1,5 @@
 """`python -m benchmarks approximations`: the published approximations beside QuAKE."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.harness import frame

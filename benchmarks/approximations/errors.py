@@ -1,7 +1,5 @@
 """The error of an operator on fixed inputs, against NumPy and SciPy in float64."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import jax

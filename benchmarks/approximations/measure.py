@@ -4,8 +4,6 @@ Each is judged as an operator (its error, its time in jax.numpy on this CPU) and
 retraining, in the trained models of `quality`, of which nothing but that one function changes.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.approximations import cases, errors

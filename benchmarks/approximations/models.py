@@ -1,7 +1,5 @@
 """The examples' models with one function exchanged: softmax, GELU or layer normalisation."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

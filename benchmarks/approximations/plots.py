@@ -1,7 +1,5 @@
 """Pictures of a result of `approximations`: error against quality, and times."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import pyplot as plt
@@ -55,24 +53,24 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
         _dots(left, rows, [row["errors"][key] for row in rows])
         changed = [100 - row["tasks"]["text"]["same_greedy"]["value"] for row in rows]
         _dots(right, rows, [max(share, LEAST_SHARE) for share in changed])
-        left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}", fontsize=9)
+        left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}")
         least = f"at least {LEAST_SHARE:g} is drawn"
-        right.set_title(f"GPT: another likeliest token, % ({least})", fontsize=9)
-    plots.legend(figure, first=MEANING.values())
+        right.set_title(f"GPT: another likeliest token, % ({least})")
+    plots.add_legend(figure, MEANING.values())
     return figure
 
 
 def _times(kinds: dict[str, list[dict]]) -> plt.Figure:
     """ns per element of every row, a panel for each kind."""
     most = max(map(len, kinds.values()))
-    size = (2.5 * len(kinds) + 1, 1.2 + 0.17 * most)
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
-    for axis, (kind, rows) in zip(axes.flat, kinds.items(), strict=True):
+
+    def fill(axis: plt.Axes, rows: list[dict]) -> None:
         _dots(axis, rows, [row["time"]["ns_per_element"]["median"] for row in rows])
         axis.set_ylim(most - 0.5, -0.5)
-        axis.set_title(f"{KIND_TITLES[kind]}: ns per element", fontsize=9)
-    plots.legend(figure, first=MEANING.values())
-    return figure
+
+    panels = {f"{KIND_TITLES[kind]}: ns per element": rows for kind, rows in kinds.items()}
+    size = 2.5 + 1 / len(panels), 0.17 * most
+    return plots.grid(panels, fill, len(panels), size, margin=1.2, legend=MEANING.values())
 
 
 def _dots(axis: plt.Axes, rows: list[dict], values: list[float]) -> None:
@@ -84,5 +82,4 @@ def _dots(axis: plt.Axes, rows: list[dict], values: list[float]) -> None:
     axis.set_yticks(range(len(rows)), [name(row) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xscale("log")
-    axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)

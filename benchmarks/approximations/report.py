@@ -1,7 +1,5 @@
 """The tables of a result of `approximations`: one for each kind, and one of the sources."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,20 +59,17 @@ TASKS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    for kind, of_kind in result["kinds"].items():
+    for kind, rows in result["kinds"].items():
+        columns = pages.named_columns(
+            rows[0]["errors"], "{:.1e}".format, lambda row: row["errors"], ERRORS.get
+        )
+        for task in rows[0]["tasks"]:
+            figures = partial(lambda task, row: row["tasks"][task], task)
+            columns += [figure_column(*column, figures) for column in TASKS[task]]
         low, high = result["settings"]["errors"]["ranges"].get(kind, (0, 0))
-        made.append((TITLES[kind].format(low=low, high=high), _table(of_kind)))
+        of_kind = pages.rows_of(rows, ("", name), *columns, ("ns per element", _time))
+        made.append((TITLES[kind].format(low=low, high=high), of_kind))
     return [*made, ("Sources", _sources(result))]
-
-
-def _table(of_kind: list[dict]) -> Rows:
-    columns = pages.named_columns(
-        of_kind[0]["errors"], "{:.1e}".format, lambda row: row["errors"], ERRORS.get
-    )
-    for task in of_kind[0]["tasks"]:
-        figures = partial(lambda task, row: row["tasks"][task], task)
-        columns += [figure_column(*column, figures) for column in TASKS[task]]
-    return pages.rows_of(of_kind, ("", name), *columns, ("ns per element", _time))
 
 
 def name(row: dict) -> str:
@@ -97,37 +92,12 @@ def _sources(result: dict) -> Rows:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings, sets = result["settings"], result["sets"]
-    errors = settings["errors"]
-    (narrow, wide), (rows, channels) = errors["logits"].values(), errors["normalised"]
-    lines = [
-        "Nothing is retrained, and of a model in float32 the one function changes alone: softmax "
-        "in attention, GELU, or layer normalisation. Changes are against the exact model. QuAKE "
-        "has no layer normalisation.",
-        f"TV: mean total variation from the exact softmax, of {narrow[0]} rows of {narrow[1]} and "
-        f"{wide[0]} rows of {wide[1]} logits, N(0, 2²). Row sum: the largest distance from 1. GELU "
-        f"(the one with erf) from {errors['ranges']['gelu'][0]:g} to "
-        f"{errors['ranges']['gelu'][1]:g}; its relative error is of results of at least "
-        f"{errors['floor']:g} times the largest. Layer normalisation: {rows} rows of {channels} "
-        "channels, N(0, 1) in all (even), or with a spread of 1, 2, 4 or 8 by channel (uneven).",
-        "Integer methods quantise each array as they see it (dynamically), with the bits of their "
-        "papers; what the papers do beside (integer matrix products, calibration, retraining) is "
-        "left out.",
-        "* The softmax of a published exponential, with an exact division: obvious, but not in "
-        "the paper.",
-        f"Time: median of {settings['rounds']} interleaved rounds, float32, "
-        f"{'×'.join(map(str, settings['shape']))}, N(0, 2²), inside a jitted program. QuAKE has "
-        "kernels, the others are jax.numpy. Emulated: a method for integers or tables, which float "
-        "code imitates; its time says nothing about hardware that has it.",
-    ]
-    if sets:
-        lines.append(
-            "In brackets: 95 % intervals (bootstrap, in pairs). Models and data are those of "
-            "`python -m benchmarks quality`, in part."
-        )
-    lines += sets_remarks(sets)
-    times = [row["time"] for rows in result["kinds"].values() for row in rows]
-    lines += pages.doubt_remarks(sum(time["doubtful"] for time in times))
-    if settings["quick"]:
-        lines.append("A quick run: too few samples for a result.")
-    return lines
+    rows = [row for rows in result["kinds"].values() for row in rows]
+    lines = pages.prose(
+        "approximations/remarks.txt",
+        result,
+        **result["settings"]["errors"],
+        shape="×".join(map(str, result["settings"]["shape"])),
+        doubtful=sum(row["time"]["doubtful"] for row in rows),
+    )
+    return lines + sets_remarks(result, result["sets"])

@@ -1,7 +1,5 @@
 """`python -m benchmarks attention`: fused attention against XLA's and torch's."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.attention import cases

@@ -1,7 +1,5 @@
 """The speeds of attention that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from benchmarks.attention import cases
 from benchmarks.attention.cases import BERT, DECODE, GPT, GROUPED, LONG, VIT, VIT_BATCH, Case, Shape
 from benchmarks.harness import bars
@@ -17,18 +15,13 @@ def _relative(to: str) -> Figure:
     return lambda case, name: median(case["relative"].get(to, {}).get(name))
 
 
-def _over_float32(case: dict, name: str) -> float | None:
-    time = _relative("float32")(case, name)
-    return None if time is None else 1 / time
-
-
 XLA = Kind("against XLA", "×", bars.against("XLA"))
 TORCH = Kind("against torch", "×", bars.against("torch"))
 PEAK = Kind("of the peak of fused multiply-adds", "%", bars.percent_of("peak"))
 READ = Kind("of the bandwidth of reading", "%", bars.percent_of("read"))
 UNMASKED = Kind("time over unmasked", "×", _relative("none"), at_least=False)
 ARRAY = Kind("time over is_causal", "×", _relative("causal"), at_least=False)
-FLOAT32 = Kind("against our float32", "×", _over_float32)
+FLOAT32 = Kind("against our float32", "×", bars.inverse(_relative("float32")))
 
 
 def _bar(
@@ -66,8 +59,6 @@ def case_of(entry: dict) -> Case:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
-    found = bars.figures(BARS, result, case_of)
-    wanted = [bar for bar in BARS if bar.kind == TORCH]
-    over_torch = [(bar, figure) for bar, figure in found if bar.kind == TORCH]
-    mean = bars.mean_verdict(GEOMETRIC_MEAN_NAME, wanted, over_torch, GEOMETRIC_MEAN)
-    return bars.verdicts(found) + mean
+    against_torch = [bar for bar in BARS if bar.kind == TORCH]
+    mean = GEOMETRIC_MEAN_NAME, against_torch, GEOMETRIC_MEAN
+    return bars.judge(result, case_of, BARS, [mean])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.attention import cases as all_cases
 from benchmarks.attention import goals, systems
 from benchmarks.attention.cases import SUBJECT_ORDER, Case, Shape
-from benchmarks.harness import environment, processes
+from benchmarks.harness import processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import FMA, READ, Ceilings
@@ -24,12 +24,7 @@ from benchmarks.harness.timing import Contestant
 # A contestant beyond this error, relative to the largest element, computes something else.
 SANE_ERROR = 0.1
 # The batch, and the heads of one row, one head alone, and reading: each is divided differently.
-SCALED = (
-    all_cases.VIT_BATCH,
-    all_cases.GPT,
-    Shape.parse("1,1024,1,64"),
-    all_cases.DECODE,
-)
+SCALED = (all_cases.VIT_BATCH, all_cases.GPT, Shape.parse("1,1024,1,64"), all_cases.DECODE)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -38,8 +33,7 @@ def measure(args: argparse.Namespace) -> dict:
     shapes = list(dict.fromkeys(args.shape or quick_shapes))
     dtypes = args.dtype or all_cases.DTYPES[: 1 if args.quick else None]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    quake_jax("dot_product_attention")  # is it there?
-    ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
+    ceilings = Ceilings(quake_jax("dot_product_attention").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
     torch = systems.Torch(args.threads, [TORCH] if args.peers else [])
     run = Run(settings, sorted(set(args.order or all_cases.DEFAULT_ORDERS)), ceilings, torch)
@@ -50,12 +44,11 @@ def measure(args: argparse.Namespace) -> dict:
     with progress(len(shapes) + len(compared)) as bar:
         for shape in bar.over(shapes, lambda shape: shape.text):
             measured += run.measure(all_cases.choose(shape, dtypes, args.mask), bar.advance)
-        bar.show("one thread against two" if compared else "")
         speedups = processes.two_threads(
-            settings, compared, _quake, Case.described, all_cases.ROUNDS, bar.advance
+            settings, compared, _quake, Case.described, all_cases.ROUNDS, bar
         )
     parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
-    return settings.result("attention", {"orders": run.orders}, goals.judge, **parts)
+    return settings.result("attention", {"orders": run.orders}, goals, **parts)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

@@ -1,7 +1,5 @@
 """The tables of a result of `attention`."""
 
-from __future__ import annotations
-
 import math
 
 from benchmarks.attention.cases import SUBJECT_ORDER
@@ -21,26 +19,27 @@ def subject(case: dict) -> str:
 def tables(result: dict) -> list[Table]:
     """Make the tables."""
     made = []
-    label = ("B,T,N,H and mask", _label)
     for dtype, cases in pages.by_dtype(result["cases"]).items():
-        times = pages.rows_of(
-            cases, label, *pages.of_contestants(pages.contestants(cases), _milliseconds)
-        )
+        times = pages.of_contestants(pages.contestants(cases), _milliseconds)
         made += [
-            (f"Time, {dtype}: ms per call (median)", times),
+            (f"Time, {dtype}: ms per call (median)", pages.rows_of(cases, _CASE, *times)),
+            # Without a compiler there is no peak, without decoding no reading.
             (f"Speed of {subject(cases[0])}, {dtype}: their time over ours", _speeds(cases)),
         ]
-    cases = [case for case in result["cases"] if any(_relative(case).values())]
-    if cases:
-        title = "Our time over our time of another case, median (quartiles)"
+    made = pages.filled(made)
+    if cases := [case for case in result["cases"] if any(_relative(case).values())]:
         label = ("B,T,N,H, dtype and mask", lambda c: f"{c['shape']} {c['dtype']} {c['mask']}")
         columns = pages.named_columns(RELATIVE.values(), pages.spread, _relative)
+        title = "Our time over our time of another case, median (quartiles)"
         made.append((title, pages.rows_of(cases, label, *columns)))
     return made + pages.two_threads("B,T,N,H", _label, result["scaling"]) + bars.tables(result)
 
 
 def _label(case: dict) -> str:
     return f"{case['shape']} {case['mask']}"
+
+
+_CASE = ("B,T,N,H and mask", _label)
 
 
 def _milliseconds(entry: dict) -> str:
@@ -58,9 +57,9 @@ def _speeds(cases: list[dict]) -> Rows:
         return f"share of {of}", lambda case: number(figure(case, subject(case)), 0, " %")
 
     others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
-    rows = pages.rows_of(
+    return pages.rows_of(
         cases,
-        ("B,T,N,H and mask", _label),
+        _CASE,
         *pages.named_columns(others, pages.spread, lambda case: case["ratios"][subject(case)]),
         ("GFLOP/s", lambda case: f"{ours(case)['gflops']:.0f}"),
         ("FMA peak", lambda case: number(case["peak_gflops"], 0)),
@@ -68,8 +67,6 @@ def _speeds(cases: list[dict]) -> Rows:
         share("read"),
         ("largest error", lambda case: f"{ours(case)['error']:.1e}"),
     )
-    # Without a compiler there is no peak, without decoding no reading.
-    return pages.without_empty_columns(rows)
 
 
 def _relative(case: dict) -> dict[str, dict]:
@@ -80,33 +77,5 @@ def _relative(case: dict) -> dict[str, dict]:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    lines = [
-        f"{pages.rounds_of(result, 'for the largest')} with all dtypes and masks of a shape in the "
-        f"same ones, readings of one call or at least {1e3 * settings['reading_seconds']:g} ms. "
-        "quake_jax and XLA run in a loop inside one program; from torch the time of a call with "
-        "one query and one key is subtracted. torch has the layout BNTH, and an output of its own.",
-        "T-S: T queries and S keys. N/K: N query heads share K key/value heads. Causal: "
-        "is_causal; causal array: the same as an array of booleans. Padding: "
-        "key_value_seq_lengths, from half to all of the keys over the batch (three quarters of "
-        "them for one row). Bias: one (T, S) array for all rows and heads.",
-        "GFLOP/s counts the products of queries with the keys that the mask leaves. FMA peak: "
-        "fused multiply-adds of float32 between registers at the width of our kernels, timed in "
-        "the same rounds; bfloat16 instructions do two at a time. Share of read: bytes of keys "
-        "and values per second, relative to a loop that only reads the same arrays. Largest "
-        "error: relative to the largest element of the exact result.",
-    ]
-    lines += pages.isa_remarks(result)
-    if settings["allocator"] == "system":
-        entries = [e for case in result["cases"] for e in case["contestants"].values()]
-        most = max(entry["faults_per_call"] for entry in entries)
-        lines.append(
-            "The system's allocator was left as it is: page faults are part of the times, up to "
-            f"{most:,.0f} of them in a call."
-        )
-    else:
-        lines.append(
-            "Freed pages stay mapped: XLA does not pay for fresh ones at each call, as it does "
-            "under the system's allocator (--allocator system)."
-        )
-    return lines + pages.reading_remarks(result)
+    rounds = pages.rounds_of(result, "for the largest")
+    return pages.prose("attention/remarks.txt", result, rounds=rounds) + pages.run_remarks(result)

@@ -3,8 +3,6 @@
 The build is the user's: in isolation, with what pyproject.toml asks for.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

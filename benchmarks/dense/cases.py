@@ -1,7 +1,5 @@
 """Which dense layers are measured, in which forms and formats, and the work that each one needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # "bias": x·W + bias. "gelu": GELU of that. "all": LayerNorm before it and a residual after it too.

@@ -1,7 +1,5 @@
 """`python -m benchmarks dense`: dense layers in 32, 16, 8 and 4 bits against other libraries."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.dense import cases

@@ -1,7 +1,5 @@
 """The speeds of dense layers that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 
@@ -58,14 +56,6 @@ def _share_of_vector_peak(entry: dict, subject: str) -> float | None:
     return None if matrices else share("peak")(entry, subject)
 
 
-def _over(other: str) -> Figure:
-    def time(entry: dict, subject: str) -> float | None:
-        ratio = _ratio(entry, subject, [name_of(other)])
-        return None if ratio is None else 1 / ratio
-
-    return time
-
-
 def _cost(entry: dict, subject: str) -> float | None:
     """By how many percent what is fused makes the product longer."""
     found = median(entry["relative"].get(name_of(subject)))
@@ -80,7 +70,8 @@ def _stated(key: str) -> Figure:
 PEAK = Kind("{subject}, of the peak of its instruction", "%", _share_of_vector_peak)
 READ = Kind("{subject}, of the fastest read loop", "%", share("read"))
 FLOAT32 = Kind("{subject} against our float32", "×", against(name_of("float32")))
-INT8 = Kind("time of {subject} over int8", "×", _over("int8"), at_least=False)
+_over_int8 = bars.inverse(against(name_of("int8")))
+INT8 = Kind("time of {subject} over int8", "×", _over_int8, at_least=False)
 PEER = Kind("{subject} against the fastest peer", "×", fastest_peer)
 XLA_ANY = Kind("{subject} against XLA", "×", fastest_xla(""))
 XLA_ARGUMENTS = Kind("{subject} against XLA, weights as arguments", "×", fastest_xla("16", "32"))
@@ -177,13 +168,12 @@ def case_of(entry: dict) -> Case | str:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
-    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
-    for name, of, threshold in MEANS:
-        for subject in WITH_PEERS:
-            wanted = [bar for bar in of if bar.subject == subject]
-            found = bars.figures(wanted, result, case_of)
-            verdicts += bars.mean_verdict(f"{subject}, {name}", wanted, found, threshold)
-    return verdicts
+    means = [
+        (f"{subject}, {name}", [bar for bar in of if bar.subject == subject], threshold)
+        for name, of, threshold in MEANS
+        for subject in WITH_PEERS
+    ]
+    return bars.judge(result, case_of, BARS, means)
 
 
 def not_measured(result: dict) -> dict[str, int]:

@@ -4,8 +4,6 @@ All forms and formats of a layer are timed in the same rounds, and with them the
 hardware: the peaks of the instructions that multiply, and for few rows the fastest way to read.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -15,17 +13,10 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import bars, environment, frame, processes
+from benchmarks.harness import frame, hardware, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
-from benchmarks.harness.hardware import (
-    BFLOAT16,
-    FMA,
-    INT8,
-    MATRIX_BFLOAT16,
-    MATRIX_INT8,
-    Ceilings,
-)
+from benchmarks.harness.hardware import FMA, Ceilings
 from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.timing import Contestant, paired_ratio
 
@@ -33,12 +24,10 @@ from benchmarks.harness.timing import Contestant, paired_ratio
 SANE_ERROR = {"int4": 0.3, "int8": 0.1, "bfloat16": 0.05, "float32": 1e-3}
 # Which peaks limit a format, the first that there is: without an instruction of its own bfloat16 is
 # widened to float32; of weights alone the products are float32's.
-INTEGERS = (MATRIX_INT8, INT8)
+INTEGERS = (hardware.MATRIX_INT8, hardware.INT8)
 PEAKS = {
-    "bfloat16": (MATRIX_BFLOAT16, BFLOAT16, FMA),
-    "int8": INTEGERS,
-    "int4/32": INTEGERS,
-    "int4/128": INTEGERS,
+    "bfloat16": (hardware.MATRIX_BFLOAT16, hardware.BFLOAT16, FMA),
+    **dict.fromkeys(("int8", "int4/32", "int4/128"), INTEGERS),
 }
 QUICK_BYTES = 4 << 20
 ATTEMPTS = 3  # of a reading, which may last for seconds
@@ -63,8 +52,7 @@ def measure(args: argparse.Namespace) -> dict:
     done = {goals.case_of(entry).shape for entry in measured}
     shapes = [shape for shape in dict.fromkeys(shapes) if shape not in done]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    quake_jax("pack_weight")  # is it there?
-    ceilings = Ceilings(environment.describe(args.threads)["isa"], args.threads)
+    ceilings = Ceilings(quake_jax("pack_weight").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
     peers = Peers(args.threads, settings.reading_seconds) if args.peers else None
     left_out |= peers.left_out if peers else {}
@@ -77,8 +65,7 @@ def measure(args: argparse.Namespace) -> dict:
     with progress(len(shapes) + len(compared) + everything) as bar:
         for shape in bar.over(shapes, str):
             measured += run.measure(all_cases.choose(shape, args.form), bar.advance)
-        bar.show("one thread against two" if compared else "")
-        scaling = processes.two_threads(settings, compared, _quake, _described, ROUNDS, bar.advance)
+        scaling = processes.two_threads(settings, compared, _quake, _described, ROUNDS, bar)
         if everything and not packing:
             bar.show("norms, and packing a model")
             norms, packing = _norms(settings), _packing(settings)
@@ -86,16 +73,14 @@ def measure(args: argparse.Namespace) -> dict:
     result = settings.result(
         "dense",
         {"walked_bytes": run.walked},
-        goals.judge,
+        goals,
         left_out=left_out,
         cases=sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
         scaling=scaling,
         norms=norms,
         packing=packing,
     )
-    result["bars_not_judged"] = bars.not_judged(goals.BARS, result)
-    result["bars_not_measured"] = goals.not_measured(result)
-    return result
+    return result | {"bars_not_measured": goals.not_measured(result)}
 
 
 def _described(compared: tuple[Shape, str]) -> dict:

@@ -2,8 +2,6 @@
 faster one in torch, and onnxruntime fuses it with the bias.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -139,7 +137,7 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
     """A model in ONNX of x that gives a result for each copy, and the number of these."""
     from onnx import helper, numpy_helper
 
-    m, k, n = layer.shape.m, layer.shape.k, layer.shape.n
+    k, n = layer.shape.k, layer.shape.n
     count, bits = layer.count(_bytes(name)), name.partition(" ")[2]
     arrays, nodes = {"bias": layer.bias}, []
     static = name == "OpenVINO int8"
@@ -176,8 +174,8 @@ def _model(name: str, layer: Layer, form: str) -> tuple[bytes, int]:
         if form == "gelu":
             nodes += peers.onnx_nodes(f"Gelu {product} > {out}")
     constants = [numpy_helper.from_array(np.asarray(array), key) for key, array in arrays.items()]
-    outputs = {f"out{i}": (m, n) for i in range(count)}
-    return peers.onnx_model(nodes, {"x": (m, k)}, outputs, constants, "float32"), count
+    outputs = {f"out{i}": layer.residual for i in range(count)}  # such as the results are
+    return peers.onnx_model(nodes, {"x": layer.x, **outputs}, constants), count
 
 
 def _onnxruntime(threads: int) -> dict[str, Make]:

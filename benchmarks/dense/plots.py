@@ -1,8 +1,7 @@
 """Pictures of a result of `dense`: speed against what is computed with each byte of weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from functools import partial
 
 from matplotlib import pyplot as plt
 
@@ -20,16 +19,13 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
     precision, below the peak of the instruction and what reading the weights allows.
     """
     cases = [case for case in result["cases"] if case["form"] == "bias"] or result["cases"]
-    figure, axes = plots.panels(len(FORMATS), COLUMNS, width=3.2, height=2.6, margin=0.6)
-    for axis, format_ in zip(axes, FORMATS, strict=True):
-        _panel(axis, cases, format_)
-        axis.set_title(format_, fontsize=8)
-    plots.title(figure, "GFLOP/s against FLOP for each byte of weights", result["environment"])
-    plots.legend(figure)
-    yield "dense_roofline", figure
+    panels = {format_: format_ for format_ in FORMATS}
+    figure = plots.grid(panels, partial(_panel, cases), COLUMNS, (3.2, 2.6))
+    what = "GFLOP/s against FLOP for each byte of weights"
+    yield "dense_roofline", plots.titled(figure, what, result["environment"])
 
 
-def _panel(axis: plt.Axes, cases: list[dict], format_: str) -> None:
+def _panel(cases: list[dict], axis: plt.Axes, format_: str) -> None:
     others = (n for n, of in (XLA | PEERS).items() if of == precision(format_))
     same = [f"quake {format_}", *others]
     points: dict[str, list[tuple[float, float]]] = {}
@@ -51,6 +47,4 @@ def _panel(axis: plt.Axes, cases: list[dict], format_: str) -> None:
         ends = [min(x for found in points.values() for x, _ in found)]
         ends.append(max(peaks) / max(reads) if peaks else 10 * ends[0])
         axis.plot(ends, [max(reads) * x for x in ends], "k--", linewidth=0.8, label="reading")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.tick_params(labelsize=7)
+    axis.set(xscale="log", yscale="log")

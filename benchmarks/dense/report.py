@@ -1,7 +1,5 @@
 """The tables of a result of `dense`."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 
@@ -32,9 +30,7 @@ def tables(result: dict) -> list[Table]:
         ("Peaks: GFLOP/s, and GB/s of the fastest read loop", _peaks(cases)),
         ("Largest error of all cases, relative to the largest element of a result", _errors(cases)),
     ]
-    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
-    made = [(title, rows) for title, rows in made if len(rows[0]) > 1 and len(rows) > 1]
-    made += pages.two_threads(CASE, _stated, result["scaling"])
+    made = pages.filled(made) + pages.two_threads(CASE, _stated, result["scaling"])
     if result["norms"]:
         title = "Norms as operators of their own: XLA's time over ours, median (quartiles)"
         speed = ("XLA over ours", lambda entry: pages.spread(entry["speed"]))
@@ -132,32 +128,13 @@ def _peaks(cases: list[dict]) -> Rows:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    lines = [
-        f"{pages.rounds_of(result, 'for the largest')} with all formats and forms of a layer in "
-        "the same ones, readings of one call or at least "
-        f"{1e3 * settings['reading_seconds']:g} ms. Forms: bias is x·W + bias, gelu GELU of that, "
-        "all LayerNorm before and a residual after it too. x and results are float32, except in "
-        "torch's and XLA's bfloat16: rounding or quantising x is part of ours. GELU is the tanh "
-        "form in quake_jax and XLA, and the exact one elsewhere.",
-        "Up to 16 rows, weights walk through copies of at least "
-        f"{settings['walked_bytes'] / 1e6:.0f} MB in all, for every contestant alike (but at most "
-        f"{MOST_COPIES} copies, which the last-level cache may hold where weights are small). "
-        "quake_jax and XLA choose a copy in a loop inside one program; onnxruntime and OpenVINO "
-        "have a product for each copy in one model; the time of a call from Python is subtracted.",
-        "int4/32: groups of 32. “weights”: only the weight is quantised, and the peak is that of "
-        "float32; else rows of x are quantised at the call. XLA bfloat16 is what Flax's "
-        "dtype=bfloat16 traces to. Constants: weights known when the program is compiled.",
-        "Peaks are of instructions between registers, timed in the same rounds: fused "
-        "multiply-adds of float32 at the width of our kernels, and vdpbf16ps, vpdpbusd, and AMX's "
-        "tdpbf16ps and tdpbssd where the CPU has them; without any for bfloat16 it is widened, and "
-        "the peak is float32's. "
-        "Read: the fastest of loops over the float32 copies, of 1 to 8 streams, with and without "
-        "prefetching.",
-        *pages.isa_remarks(result),
-    ]
-    if result["bars"]:
-        lines += bars.not_judged_remarks(result)
-        parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
-        lines.append(f"Bars not measured: {'; '.join(parts) or 'none'}.")
-    return lines + pages.reading_remarks(result)
+    parts = (f"{count} of {what}" for what, count in result["bars_not_measured"].items())
+    lines = pages.prose(
+        "dense/remarks.txt",
+        result,
+        rounds=pages.rounds_of(result, "for the largest"),
+        walked_megabytes=result["settings"]["walked_bytes"] / 1e6,
+        most_copies=MOST_COPIES,
+        not_measured="; ".join(parts) or "none",
+    )
+    return lines + pages.run_remarks(result)

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from scipy import special
 
 from benchmarks.dense import cases
 from benchmarks.dense.cases import FORMATS, GPT2, NORM_SHAPE, Shape
 from benchmarks.harness import buffers, peers, timing
 from benchmarks.harness.errors import BenchmarkError, quake_jax
 from benchmarks.harness.timing import Contestant
+from benchmarks.ops.operators import OPERATORS
 
 # Results are checked on so many rows, spread over all.
 CHECKED_ROWS = 9
@@ -103,7 +103,8 @@ class Layer:
         weight = self.weight.astype(np.float64)
         bare, all_ = (v @ weight + self.bias for v in (x, normed))
         found = {}
-        for erf, gelu in ((False, _exact_gelu_tanh), (True, lambda y: y * special.ndtr(y))):
+        for erf, name in ((False, "gelu_tanh"), (True, "gelu_erf")):
+            gelu = OPERATORS[name].exact
             results = {"bias": bare, "gelu": gelu(bare), "all": gelu(all_) + self.residual[rows]}
             found |= {(form, erf): (rows, result) for form, result in results.items()}
         return found
@@ -120,10 +121,6 @@ def _of_layer(k: int, n: int) -> dict[str, Any]:
     come one after another.
     """
     return {"": _normal()(k, n) / math.sqrt(k)}
-
-
-def _exact_gelu_tanh(y: np.ndarray) -> np.ndarray:
-    return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
 class Buffers(buffers.Buffers):

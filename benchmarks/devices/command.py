@@ -1,7 +1,5 @@
 """`python -m benchmarks devices`: two cores as threads, as devices of one process, as processes."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.harness import environment, frame

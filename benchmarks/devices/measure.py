@@ -1,7 +1,5 @@
 """The run of `python -m benchmarks devices`: two cores used in several ways, in turns."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from functools import partial

@@ -1,7 +1,5 @@
 """What is run on threads, devices and processes; JAX is imported where that has been arranged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

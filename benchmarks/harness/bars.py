@@ -3,12 +3,10 @@
 Which ones is for each subject to say, in its module `goals`.
 """
 
-from __future__ import annotations
-
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.harness.pages import Table, median
@@ -79,6 +77,21 @@ def percent(share: dict | None) -> float | None:
     return 100 * share["median"] if share else None
 
 
+def listed(key: str) -> Figure:
+    """What the subject has in that part of an entry."""
+    return lambda entry, subject: median(entry[key].get(subject))
+
+
+def inverse(figure: Figure) -> Figure:
+    """One over another figure: a speed of a time, a time of a speed."""
+
+    def inverted(entry: dict, subject: str) -> float | None:
+        found = figure(entry, subject)
+        return None if found is None else 1 / found
+
+    return inverted
+
+
 # --- Judging
 
 
@@ -101,14 +114,6 @@ def figures(
     ]
 
 
-def verdicts(found: Iterable[tuple[Bar, float]]) -> list[dict]:
-    """Compare figures with their bars: a dictionary for each, as `verdict` makes it."""
-    return [
-        verdict(bar.name, figure, bar.threshold, bar.kind.unit, bar.kind.at_least)
-        for bar, figure in found
-    ]
-
-
 def verdict(name: str, figure: float, threshold: float, unit: str, at_least: bool) -> dict:
     """What a result says of one bar."""
     return {
@@ -121,16 +126,25 @@ def verdict(name: str, figure: float, threshold: float, unit: str, at_least: boo
     }
 
 
-def mean_verdict(
-    name: str, wanted: Collection[Bar], found: Collection[tuple[Bar, float]], threshold: float
+def judge(
+    result: dict,
+    case_of: Callable[[dict], Any],
+    bars: Iterable[Bar],
+    means: Iterable[tuple[str, Collection[Bar], float]] = (),
 ) -> list[dict]:
-    """That on the geometric mean of bars; none without the figures of all, of which it would be
+    """Compare a run with bars: a verdict on each that it measured, and on geometric means: of each
+    the name, the bars, and the least. Without the figures of all there is none, for it would be
     another figure.
     """
-    if len(found) != len(wanted):
-        return []
-    mean = math.exp(math.fsum(math.log(figure) for _, figure in found) / len(found))
-    return [verdict(name, mean, threshold, "×", at_least=True)]
+    verdicts = [
+        verdict(bar.name, figure, bar.threshold, bar.kind.unit, bar.kind.at_least)
+        for bar, figure in figures(bars, result, case_of)
+    ]
+    for name, wanted, least in means:
+        found = [figure for _, figure in figures(wanted, result, case_of)]
+        if len(found) == len(wanted):
+            verdicts.append(verdict(name, geometric_mean(found), least, "×", at_least=True))
+    return verdicts
 
 
 def not_judged(bars: Iterable[Bar], result: dict) -> dict[str, int]:
@@ -138,13 +152,6 @@ def not_judged(bars: Iterable[Bar], result: dict) -> dict[str, int]:
     at = result["environment"]
     same = [bar for bar in bars if bar.threads == at["threads"]]
     return Counter(bar.isa for bar in same if not bar.holds(at))
-
-
-def not_judged_remarks(result: dict) -> list[str]:
-    """Say how many that are, if any."""
-    parts = [f"{count} for {isa}" for isa, count in result["bars_not_judged"].items()]
-    told = f"Bars not judged, which need other instructions: {', '.join(parts)}."
-    return [told] if parts else []
 
 
 def tables(result: dict) -> list[Table]:

@@ -4,8 +4,6 @@ Every contestant reads the same operands and writes the same output buffer, so t
 pages nor a lucky placement in the cache decides. Importing this module imports JAX.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math

@@ -4,8 +4,6 @@ about the machine that it came from.
 `prepare` must run before anything initialises a JAX backend: XLA sizes its thread pool once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import datetime

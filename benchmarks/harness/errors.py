@@ -1,7 +1,5 @@
 """What a user can put right is one line instead of a traceback: an option, a missing package."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +16,6 @@ def check_files(*paths: Path | None) -> None:
             raise BenchmarkError(f"{path}: no such folder as {path.parent}")
         if path is not None and path.is_dir():
             raise BenchmarkError(f"{path}: is a folder")
-
-
-def check_result(name: str, case: object, error: float, sane: float) -> float:
-    """The error of a contestant's result; BenchmarkError if it computes something else."""
-    if not error < sane:
-        raise BenchmarkError(f"{name} is wrong at {case}: error {error:.2g}")
-    return error
 
 
 def missing(*packages: str) -> list[str]:

@@ -14,9 +14,10 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from benchmarks.harness import environment, timing
+from benchmarks.harness import bars, environment, timing
 from benchmarks.harness.errors import BenchmarkError, check_files
 from benchmarks.harness.timing import Contestant, Series
 
@@ -201,10 +202,10 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name != "threads"}
 
     def result(
-        self, name: str, settings: dict, judge: Callable[[dict], list[dict]], **parts
+        self, name: str, settings: dict, goals: ModuleType, judged: bool = True, **parts
     ) -> dict:
-        """A result, judged unless it is a try; either allocator has a name, and so a section of a
-        Markdown file, of its own.
+        """A result, judged by the subject's goals unless it is a try; either allocator has a name,
+        and so a section of a Markdown file, of its own.
         """
         result = {
             "benchmark": name if self.allocator == "keep" else f"{name}, system allocator",
@@ -212,7 +213,11 @@ class Settings:
             "settings": {**settings, **self.as_dict()},
             **parts,
         }
-        return result | {"bars": [] if self.quick else judge(result)}
+        judged = judged and not self.quick
+        return result | {
+            "bars": goals.judge(result) if judged else [],
+            "bars_not_judged": bars.not_judged(goals.BARS, result) if judged else {},
+        }
 
     def read(
         self,
@@ -247,7 +252,6 @@ class Progress:
     def __init__(self, bar: Any, total: int | None):
         self._bar = bar
         self._task = bar.add_task("loading", total=total)
-        self._done = 0
 
     def advance(self, share: float = 1.0) -> None:
         """Add the share of a step that is done."""
@@ -263,11 +267,10 @@ class Progress:
 
     def over(self, cases: Iterable[T], label: Callable[[T], str]) -> Iterator[T]:
         """The cases, each of which is a step."""
-        for case in cases:
+        for done, case in enumerate(cases, 1):
             self.show(label(case))
             yield case
-            self._done += 1
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=done)
 
 
 @contextlib.contextmanager

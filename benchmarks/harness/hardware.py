@@ -1,10 +1,8 @@
 """What the hardware does, timed as contestants in the same rounds as the operators: the core's
 clock, and at most fused multiply-adds between registers, and reading an array.
 
-All are C that is compiled at run time; without a compiler, or off x86-64, there are none.
+The loops, `loops.cc`, are compiled at run time; without a compiler, or off x86-64, there are none.
 """
-
-from __future__ import annotations
 
 import concurrent.futures
 import ctypes
@@ -23,42 +21,13 @@ CLOCK, FMA, READ = "clock", "fma peak", "read"
 BFLOAT16, INT8 = "vdpbf16ps peak", "vpdpbusd peak"
 MATRIX_BFLOAT16, MATRIX_INT8 = "tdpbf16ps peak", "tdpbssd peak"
 
-# --- The clock: a chain of dependent multiplications takes a known number of cycles, whatever else
-# the core does.
-
-_LINKS = 10_000
 # Cycles of a 64-bit imul: 3 on Intel since Nehalem and on AMD since Zen (uops.info).
-CYCLES_PER_CALL = 3 * _LINKS
+CYCLES_PER_CALL = 3 * 10_000
 
-_CLOCK_SOURCE = f"""
-void chain(long calls) {{
-  unsigned long x = 3;
-  for (long i = 0; i < calls * {_LINKS // 20}; ++i) {{
-    {"".join('__asm__ volatile("imul %0, %0" : "+r"(x));' for _ in range(20))}
-  }}
-}}
-"""
-
-
-def clock() -> Contestant | None:
-    """Make the contestant, one call of which takes `CYCLES_PER_CALL`; None without a compiler."""
-    library = _compile(_CLOCK_SOURCE)
-    return library and Contestant(CLOCK, _typed(library.chain, ctypes.c_long))
-
-
-def _typed(function: Any, *arguments: type) -> Any:
-    function.argtypes, function.restype = list(arguments), None
-    return function
-
-
-# --- The limits
-
-# Enough to hide a latency of 4 cycles in 2 pipes, few enough for the 16 registers of AVX2.
-_CHAINS = 12
-_REPEATS = 1000
-_WIDTHS = {"avx512": (64, "-mavx512f"), "avx2": (32, "-mavx2 -mfma")}
-# The instructions that multiply and add: how many operations for each 4 bytes of a vector, and the
-# flag of Linux that tells that a CPU has it at the width of AVX-512.
+# By instruction set: the bytes of a vector, and the compiler's flags.
+_WIDTHS = {"avx512": (64, ["-mavx512f"]), "avx2": (32, ["-mavx2", "-mfma"])}
+# The instructions that multiply and add: their loop, how many operations each is for 4 bytes of a
+# vector, and the flag of Linux that tells that a CPU has it at the width of AVX-512.
 _INSTRUCTIONS = {
     FMA: ("vfmadd231ps", 2, None),
     BFLOAT16: ("vdpbf16ps", 4, "avx512_bf16"),
@@ -70,64 +39,16 @@ _MATRIX_INSTRUCTIONS = {
     MATRIX_BFLOAT16: ("tdpbf16ps", 2 * 16 * 16 * 32),
     MATRIX_INT8: ("tdpbssd", 2 * 16 * 16 * 64),
 }
-_MATRICES = 4  # that are added to in turn
+# How often a call of a loop has its instruction.
+_VECTOR_REPEATS, _MATRIX_REPEATS = 12 * 1000, 4 * 1000
 # How a read loop goes: in how many streams, and how many bytes ahead it prefetches.
 _READS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
 
-_SOURCE = """
-typedef float vector __attribute__((vector_size({bytes})));
-typedef long long words __attribute__((vector_size({bytes})));
 
-{chains}
-
-{streams}
-"""
-
-_CHAINS_SOURCE = """
-void {instruction}_chains(long calls) {{
-  {declare}
-  vector x;
-  for (int j = 0; j < {bytes} / 4; ++j) x[j] = 1e-6f * (j + 1);
-  for (long i = 0; i < calls * {repeats}; ++i) {{
-    {step}
-  }}
-}}
-"""
-
-_MATRICES_SOURCE = """
-void {instruction}_chains(long calls) {{
-  struct {{
-    unsigned char palette, start_row, reserved[14];
-    unsigned short bytes_of_row[16];
-    unsigned char rows[16];
-  }} configuration = {{1}};
-  for (int i = 0; i < 8; ++i) configuration.bytes_of_row[i] = 64, configuration.rows[i] = 16;
-  __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
-  {clear}
-  for (long i = 0; i < calls * {repeats}; ++i) {{
-    {step}
-  }}
-  __asm__ volatile("tilerelease");
-}}
-"""
-
-# Each stream reads a part of the array. Eight loads are under way at a time; the result is stored
-# so that nothing is left out.
-_STREAMS_SOURCE = """
-void read_{streams}_{ahead}(const char* from, long bytes, long calls) {{
-  static volatile long long sink;
-  for (long call = 0; call < calls; ++call) {{
-    words a[8] = {{{{0}}}};
-    const long part = bytes / {streams} / 512 * 512;
-    for (long at = 0; at < part; at += 8 / {streams} * sizeof(words)) {{
-      __asm__ volatile("" : : : "memory");
-      {loads}
-    }}
-    a[0] ^= a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-    sink = a[0][0] ^ a[0][1];
-  }}
-}}
-"""
+def clock() -> Contestant | None:
+    """Make the contestant, one call of which takes `CYCLES_PER_CALL`; None without a compiler."""
+    library = _compiled()
+    return library and Contestant(CLOCK, _typed(library.clock_chain, ctypes.c_long))
 
 
 class Ceilings:
@@ -137,7 +58,7 @@ class Ceilings:
         left_out: Why there are none, or None.
         peaks: Additions and multiplications of one call of every instruction that there is, all
             threads together, by the name of its contestant.
-        flops_per_call: Those of `fma`.
+        flops_per_call: Those of `fma`; None without.
     """
 
     def __init__(self, isa: str | None, threads: int):
@@ -145,18 +66,24 @@ class Ceilings:
         self.peaks: dict[str, float] = {}
         self._threads = threads
         self._pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
-        width = next((w for name, w in _WIDTHS.items() if (isa or "").startswith(name)), None)
-        self._library = _compile_loops(*width, isa.endswith("amx")) if width else None
+        self._loops = {}  # by the name of the contestant
+        self._library = None
+        known = (width for name, width in _WIDTHS.items() if (isa or "").startswith(name))
+        if width := next(known, None):
+            size, flags = width
+            for name, (loop, operations, flag) in _INSTRUCTIONS.items():
+                if flag is None or (size == 64 and flag in environment.cpu_flags()):
+                    self._loops[name] = loop
+                    self.peaks[name] = operations * size / 4.0 * _VECTOR_REPEATS * threads
+            for name, (loop, operations) in _MATRIX_INSTRUCTIONS.items():
+                if isa.endswith("amx"):
+                    self._loops[name] = loop
+                    self.peaks[name] = 1.0 * operations * _MATRIX_REPEATS * threads
+            has = [f"-D{loop.upper()}" for loop in self._loops.values()]
+            self._library = _compiled(f"-DVECTOR={size}", *has, *flags)
         if self._library is None:
-            self.left_out = "needs a C++ compiler, and AVX2 or AVX-512"
-            return
-        for name, (_, operations, flag) in _INSTRUCTIONS.items():
-            if flag is None or (width[0] == 64 and flag in environment.cpu_flags()):
-                self.peaks[name] = operations * width[0] / 4.0 * _CHAINS * _REPEATS * threads
-        if isa.endswith("amx"):
-            for name, (_, operations) in _MATRIX_INSTRUCTIONS.items():
-                self.peaks[name] = 1.0 * operations * _MATRICES * _REPEATS * threads
-        self.flops_per_call = self.peaks[FMA]
+            self.left_out, self.peaks = "needs a C++ compiler, and AVX2 or AVX-512", {}
+        self.flops_per_call = self.peaks.get(FMA)
 
     def fma(self) -> Contestant:
         """Fused multiply-adds of float32 on as many threads as the operators may use."""
@@ -164,8 +91,7 @@ class Ceilings:
 
     def peak(self, name: str) -> Contestant:
         """One of `peaks`, on as many threads as the operators may use."""
-        instruction = (_INSTRUCTIONS | _MATRIX_INSTRUCTIONS)[name][0]
-        loop = _typed(self._library[f"{instruction}_chains"], ctypes.c_long)
+        loop = _typed(self._library[self._loops[name]], ctypes.c_long)
         return Contestant(name, lambda calls: self._on_all([(loop, calls)] * self._threads))
 
     def read(self, name: str, arrays: Sequence) -> Contestant:
@@ -180,9 +106,7 @@ class Ceilings:
     def _reading(self, name: str, way: tuple[int, int], arrays: Sequence) -> Contestant:
         types = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
         loop = _typed(self._library["read_{}_{}".format(*way)], *types)
-        shares = [
-            (array.ctypes.data, array.nbytes // self._threads // 512 * 512) for array in arrays
-        ]
+        shares = [(x.ctypes.data, x.nbytes // self._threads // 512 * 512) for x in arrays]
         by_thread = [[(at + i * size, size) for at, size in shares] for i in range(self._threads)]
 
         def read_parts(own, calls: int) -> None:
@@ -206,55 +130,19 @@ class Ceilings:
             future.result()
 
 
-def _compile_loops(size: int, flags: str, amx: bool) -> ctypes.CDLL | None:
-    def chains(instruction: str) -> str:
-        step = f'__asm__ volatile("{instruction} %1, %1, %0" : "+v"(a{{}}) : "v"(x));'
-        return _CHAINS_SOURCE.format(
-            instruction=instruction,
-            bytes=size,
-            repeats=_REPEATS,
-            declare=" ".join(f"vector a{i} = {{{i + 1}}};" for i in range(_CHAINS)),
-            step=" ".join(step.format(i) for i in range(_CHAINS)),
-        )
-
-    def matrices(instruction: str) -> str:
-        clear = '__asm__ volatile("tilezero %%tmm{}" : :);'
-        step = f'__asm__ volatile("{instruction} %%tmm7, %%tmm6, %%tmm{{}}" : :);'
-        return _MATRICES_SOURCE.format(
-            instruction=instruction,
-            repeats=_REPEATS,
-            clear=" ".join(clear.format(i) for i in range(8)),
-            step=" ".join(step.format(i) for i in range(_MATRICES)),
-        )
-
-    def streams(count: int, ahead: int) -> str:
-        loads, lines = [], 8 // count
-        for stream in range(count):
-            loads.append(f"const char* p{stream} = from + {stream} * part + at;")
-            for i in range(lines):
-                if ahead:
-                    loads.append(f"__builtin_prefetch(p{stream} + {ahead + i * size});")
-                loads.append(f"a[{stream * lines + i}] ^= ((const words*)p{stream})[{i}];")
-        return _STREAMS_SOURCE.format(streams=count, ahead=ahead, loads=" ".join(loads))
-
-    known = [name for name, *_, flag in _INSTRUCTIONS.values() if flag is None or size == 64]
-    text = _SOURCE.format(
-        bytes=size,
-        chains="".join(map(chains, known))
-        + "".join(matrices(name) for name, _ in _MATRIX_INSTRUCTIONS.values() if amx),
-        streams="".join(streams(*way) for way in _READS),
-    )
-    return _compile(text, *flags.split())
+def _typed(function: Any, *arguments: type) -> Any:
+    function.argtypes, function.restype = list(arguments), None
+    return function
 
 
-def _compile(text: str, *flags: str) -> ctypes.CDLL | None:
-    """Compile and load C++ with C's names; None where that is not possible."""
+def _compiled(*flags: str) -> ctypes.CDLL | None:
+    """Compile and load `loops.cc`; None where that is not possible."""
     compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
+    source = Path(__file__).with_name("loops.cc")
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "loops.cc", Path(folder) / "loops.so"
-        source.write_text(f'extern "C" {{\n{text}\n}}\n')
+        library = Path(folder) / "loops.so"
         command = [compiler, "-O2", *flags, "-shared", "-fPIC", str(source), "-o", str(library)]
         if subprocess.run(command, capture_output=True).returncode:
             return None

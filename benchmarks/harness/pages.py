@@ -3,11 +3,10 @@
 The terminal and the Markdown file show the same rows; the subjects' modules `report` make them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ Rows = list[list[str]]
 Table = tuple[str, Rows]  # a title, and rows with the heading first
 Column = tuple[str, Callable[[Any], str]]  # a heading, and what an entry has below it
 NONE = "–"
+TEXTS = Path(__file__).parents[1]  # where the subjects have what their pages say
 
 
 class Page(NamedTuple):
@@ -137,10 +137,16 @@ def names_in(lists: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for one in lists for name in one))
 
 
-def without_empty_columns(rows: Rows) -> Rows:
-    """The rows without the columns that a run has nothing for."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] != NONE for row in rows[1:])]
-    return [[row[i] for i in kept] for row in rows]
+def filled(tables: Iterable[Table]) -> list[Table]:
+    """The tables without the columns that a run has nothing for, and those of which something is
+    left.
+    """
+    made = []
+    for title, (heading, *rows) in tables:
+        kept = [i for i in range(len(heading)) if any(row[i] != NONE for row in rows)]
+        if len(kept) > 1:
+            made.append((title, [[row[i] for i in kept] for row in (heading, *rows)]))
+    return made
 
 
 def rows_of(entries: Iterable[Any], *columns: Column) -> Rows:
@@ -195,6 +201,23 @@ def rounds_of(result: dict, where_few: str) -> str:
     return f"{counts[0]} interleaved rounds{few}"
 
 
+def prose(path: str, result: dict, **values: Any) -> list[str]:
+    """The paragraphs of a text in this package, with the values, and what the result has, put in. A
+    paragraph that begins with [NAME] is left out where that value is false.
+    """
+    values = {
+        "milliseconds": 1e3 * result["settings"].get("reading_seconds", 0),
+        **result,
+        **values,
+    }
+    lines = []
+    for paragraph in (TEXTS / path).read_text().split("\n\n"):
+        condition, text = re.fullmatch(r"(?:\[(\w+)\] )?(.*)", " ".join(paragraph.split())).groups()
+        if condition is None or values[condition]:
+            lines.append(text.format(**values))
+    return lines
+
+
 def isa_remarks(result: dict) -> list[str]:
     """Say that the other libraries use what the processor has."""
     if not (result["environment"]["isa"] == "avx2" and result["environment"]["isa_forced"]):
@@ -202,24 +225,24 @@ def isa_remarks(result: dict) -> list[str]:
     return ["AVX2 is forced on quake_jax alone: the other libraries use AVX-512 too."]
 
 
-def reading_remarks(result: dict) -> list[str]:
-    """Say what was rejected, what is doubtful, and what was left out."""
+def run_remarks(result: dict) -> list[str]:
+    """What every run says: the bars that were not judged, the allocator, which readings were
+    rejected or are doubtful, and what was left out.
+    """
     entries = [entry for case in result["cases"] for entry in case["contestants"].values()]
-    faults = sum(entry["rejected"]["faults"] for entry in entries)
-    preempted = sum(entry["rejected"]["preempted"] for entry in entries)
-    lines = [
-        f"Readings rejected and repeated: {faults} for page faults, {preempted} for a lost core.",
-        *doubt_remarks(sum(entry["doubtful"] for entry in entries)),
-    ]
-    if result["left_out"]:
-        by_reason: dict[str, list[str]] = {}
-        for name, why in result["left_out"].items():
-            by_reason.setdefault(why, []).append(name)
-        reasons = (f"{', '.join(names)} ({why})" for why, names in by_reason.items())
-        lines.append(f"Left out: {'; '.join(reasons)}.")
-    return lines
-
-
-def doubt_remarks(doubtful: int, why: str = "the machine is too busy") -> list[str]:
-    """Say how many disturbed readings had to be used, if any."""
-    return [f"† {doubtful} disturbed readings had to be used: {why}."] if doubtful else []
+    system = result["settings"]["allocator"] == "system"
+    by_reason: dict[str, list[str]] = {}
+    for name, why in result["left_out"].items():
+        by_reason.setdefault(why, []).append(name)
+    said = prose(
+        "harness/remarks.txt",
+        result,
+        not_judged=", ".join(f"{n} for {isa}" for isa, n in result["bars_not_judged"].items()),
+        system=system,
+        kept=not system,
+        faults=max(entry["faults_per_call"] for entry in entries) if system else 0,
+        rejected=sum((Counter(entry["rejected"]) for entry in entries), Counter()),
+        doubtful=sum(entry["doubtful"] for entry in entries),
+        left_out="; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items()),
+    )
+    return isa_remarks(result) + said

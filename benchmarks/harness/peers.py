@@ -1,7 +1,5 @@
 """What taking part in a round needs from libraries outside JAX: torch, onnxruntime, OpenVINO."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
@@ -134,25 +132,15 @@ def onnx_nodes(steps: str, attributes: dict[str, dict] | None = None) -> list:
     return nodes
 
 
-def onnx_model(
-    nodes: list,
-    inputs: dict[str, tuple],
-    outputs: dict[str, tuple],
-    constants: list,
-    dtype: str,
-    dtypes: dict[str, str] | None = None,
-) -> bytes:
-    """A model in ONNX, with the shapes of its inputs and outputs, which have one dtype but those
-    with another in `dtypes`.
-    """
+def onnx_model(nodes: list, arrays: dict[str, Any], constants: list) -> bytes:
+    """A model in ONNX for such arrays as these; the outputs' names begin with "out"."""
     from onnx import helper
 
-    types = {name: onnx_type((dtypes or {}).get(name, dtype)) for name in (*inputs, *outputs)}
-    described = (
-        [helper.make_tensor_value_info(name, types[name], shape) for name, shape in shapes.items()]
-        for shapes in (inputs, outputs)
-    )
-    graph = helper.make_graph(nodes, "model", *described, constants)
+    inputs, outputs = [], []
+    for name, array in arrays.items():
+        info = helper.make_tensor_value_info(name, onnx_type(array.dtype.name), array.shape)
+        (outputs if name.startswith("out") else inputs).append(info)
+    graph = helper.make_graph(nodes, "model", inputs, outputs, constants)
     opset = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=10)
     return model.SerializeToString()
@@ -181,9 +169,7 @@ def onnx_blocks(weight: Any, block: int, bits: int) -> tuple[Any, Any]:
 def onnxruntime_call(
     model: bytes | str, threads: int, arrays: dict[str, Any]
 ) -> Callable[[], None]:
-    """A call of a model, or of that in a file, in onnxruntime on these arrays, the outputs' names
-    beginning with "out".
-    """
+    """A call of a model, or of that in a file, in onnxruntime on the arrays of `onnx_model`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

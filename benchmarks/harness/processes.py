@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness import environment, timing
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.frame import Settings
+from benchmarks.harness.frame import Progress, Settings
 
 ATTEMPTS = 4
 # How long XLA's idle threads may go on spinning after a reading.
@@ -85,7 +85,7 @@ def two_threads(
     make: Make,
     describe: Callable[[Any], dict],
     rounds: int,
-    advance: Callable[[], None],
+    bar: Progress | None = None,
 ) -> list[dict]:
     """Compare one thread with two: for each case what `describe` says of it, `seconds` and
     `doubtful` as of `compare`, and the `speedup`. `rounds` counts where the settings leave them
@@ -93,17 +93,20 @@ def two_threads(
     """
     if not cases:
         return []
+    if bar:
+        bar.show("one thread against two")
     keep = settings.allocator == "keep"  # else page faults are let pass
     max_faults = timing.MAX_FAULTS if keep else float("inf")
     made = [Team(way, make, keep, max_faults) for way in (ONE_THREAD, TWO_THREADS)]
     target = TWO_THREADS.threads * settings.reading_seconds
     with at_work(made) as teams:
+        advance = bar.advance if bar else lambda: None
         found = compare(cases, teams, settings.rounds or rounds, target, advance)
-    kept = ("seconds", "doubtful")
     return [
         {
             **describe(case),
-            **{key: entry[key] for key in kept},
+            "seconds": entry["seconds"],
+            "doubtful": entry["doubtful"],
             "speedup": entry["speed"][TWO_THREADS.name],
         }
         for case, entry in zip(cases, found, strict=True)

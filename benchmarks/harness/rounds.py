@@ -1,12 +1,10 @@
 """The contestants of cases that are timed in the same rounds, and what their readings amount to."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from benchmarks.harness import timing
-from benchmarks.harness.errors import check_result
+from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
 from benchmarks.harness.hardware import Ceilings
 from benchmarks.harness.timing import Contestant, Quartiles, Series, paired_ratio
@@ -19,13 +17,16 @@ class Rounds:
     """
 
     settings: Settings
-    errors: dict[tuple, float] = field(default_factory=dict)
+    errors: dict[tuple, float | None] = field(default_factory=dict)
     contestants: list[Contestant] = field(default_factory=list)
     series: dict[Hashable, Series] = field(default_factory=dict)
 
-    def add(self, case: Hashable, contestant: Contestant, error: float, sane: float) -> None:
-        """Add a contestant; BenchmarkError if its error is not below the sane one."""
-        check_result(contestant.name, case, error, sane)
+    def add(
+        self, case: Hashable, contestant: Contestant, error: float | None = None, sane: float = 0.0
+    ) -> None:
+        """Add a contestant; BenchmarkError if it has an error that is not below the sane one."""
+        if error is not None and not error < sane:
+            raise BenchmarkError(f"{contestant.name} is wrong at {case}: error {error:.2g}")
         contestant.name = case, contestant.name
         self.errors[contestant.name] = error
         self.contestants.append(contestant)

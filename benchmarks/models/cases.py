@@ -3,8 +3,6 @@
 All sizes are those of the published models; their weights are random, which changes no time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`python -m benchmarks models`: whole models in Flax against the same ones on the kernels."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.harness import frame

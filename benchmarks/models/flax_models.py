@@ -4,8 +4,6 @@ activations called as functions, masks made by Flax. Nothing in this file knows 
 Importing this module imports JAX: `environment.prepare` comes first.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.models.cases import Case, Sizes
+from benchmarks.models.cases import EPSILON, Case, Sizes
 
 
 class Mlp(nn.Module):
@@ -30,35 +28,28 @@ class Mlp(nn.Module):
         return nn.Dense(x.shape[-1], **types)(hidden)
 
 
-class PreNormBlock(nn.Module):
-    """A layer of GPT-2 or ViT, whose GELU is the tanh form (that of Flax's ViTs, too)."""
+class TransformerBlock(nn.Module):
+    """A layer: norms come before its parts, and GELU is the tanh form (GPT-2 and Flax's ViTs), or
+    they come last, and it is the one with erf (BERT).
+    """
 
     heads: int
     epsilon: float
     dtype: Any
+    norms_last: bool = False
     decode: bool = False
 
     @nn.compact
     def __call__(self, x, mask=None):
         types = {"dtype": self.dtype, "param_dtype": self.dtype}
         attention = nn.MultiHeadDotProductAttention(self.heads, decode=self.decode, **types)
-        x = x + attention(nn.LayerNorm(self.epsilon, **types)(x), mask=mask)
-        return x + Mlp(False, self.dtype)(nn.LayerNorm(self.epsilon, **types)(x))
-
-
-class PostNormBlock(nn.Module):
-    """A layer of BERT, whose GELU is the one with erf."""
-
-    heads: int
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, mask):
-        types = {"dtype": self.dtype, "param_dtype": self.dtype}
-        attention = nn.MultiHeadDotProductAttention(self.heads, **types)
-        x = nn.LayerNorm(self.epsilon, **types)(x + attention(x, mask=mask))
-        return nn.LayerNorm(self.epsilon, **types)(x + Mlp(True, self.dtype)(x))
+        first, second = nn.LayerNorm(self.epsilon, **types), nn.LayerNorm(self.epsilon, **types)
+        mlp = Mlp(self.norms_last, self.dtype)
+        if self.norms_last:
+            x = first(x + attention(x, mask=mask))
+            return second(x + mlp(x))
+        x = x + attention(first(x), mask=mask)
+        return x + mlp(second(x))
 
 
 class GPT2(nn.Module):
@@ -76,9 +67,10 @@ class GPT2(nn.Module):
         x = words(tokens) + places(positions)
         mask = None if self.decode else nn.make_causal_mask(tokens)
         for _ in range(sizes.layers):
-            x = PreNormBlock(sizes.heads, 1e-5, self.dtype, self.decode)(x, mask)
+            block = TransformerBlock(sizes.heads, EPSILON["gpt2"], self.dtype, decode=self.decode)
+            x = block(x, mask)
         # Generation needs the last position alone.
-        return words.attend(nn.LayerNorm(1e-5, **types)(x[:, -1]))
+        return words.attend(nn.LayerNorm(EPSILON["gpt2"], **types)(x[:, -1]))
 
 
 class BERT(nn.Module):
@@ -96,9 +88,10 @@ class BERT(nn.Module):
         places = jnp.arange(tokens.shape[1])[None]
         x += nn.Embed(sizes.positions, sizes.width, name="places", **types)(places)
         x += nn.Embed(2, sizes.width, name="segments", **types)(jnp.zeros_like(tokens))
-        x = nn.LayerNorm(1e-12, **types)(x)
+        x = nn.LayerNorm(EPSILON["bert"], **types)(x)
         for _ in range(sizes.layers):
-            x = PostNormBlock(sizes.heads, 1e-12, self.dtype)(x, is_token[:, None, None, :])
+            block = TransformerBlock(sizes.heads, EPSILON["bert"], self.dtype, norms_last=True)
+            x = block(x, is_token[:, None, None, :])
         if not self.pools:
             return x
         mean = x.mean(axis=1, where=is_token[..., None])
@@ -122,8 +115,8 @@ class ViT(nn.Module):
         shape = (1, sizes.tokens, sizes.width)
         x += self.param("places", nn.initializers.normal(0.02), shape, self.dtype)
         for _ in range(sizes.layers):
-            x = PreNormBlock(sizes.heads, 1e-6, self.dtype)(x)
-        x = nn.LayerNorm(1e-6, **types)(x[:, 0])
+            x = TransformerBlock(sizes.heads, EPSILON["vit"], self.dtype)(x)
+        x = nn.LayerNorm(EPSILON["vit"], **types)(x[:, 0])
         return nn.Dense(sizes.classes, name="head", **types)(x)
 
 
@@ -162,19 +155,14 @@ def variables(case: Case) -> tuple[dict, dict]:
     shapes = jax.eval_shape(module(case).init, jax.random.key(0), *whole)
     random = np.random.default_rng(0)
 
-    def drawn(path, shape, deviation):
-        values = random.standard_normal(shape.shape, np.float32)
-        values *= deviation
-        values += path[-1].key == "scale"
-        return jnp.asarray(values, shape.dtype)
-
     def parameter(path, shape):
-        return drawn(path, shape, case.sizes.width**-0.5)
+        values = random.standard_normal(shape.shape, np.float32) * case.sizes.width**-0.5
+        return jnp.asarray(values + (path[-1].key == "scale"), shape.dtype)
 
-    def cached(path, shape):  # keys, values, or the index of the next token
+    def cached(shape):  # keys, values, or the index of the next token
         if shape.ndim:
-            return drawn(path, shape, 1.0)
+            return jnp.asarray(random.standard_normal(shape.shape, np.float32), shape.dtype)
         return jnp.asarray(case.length - 1, shape.dtype)
 
-    over = jax.tree_util.tree_map_with_path
-    return over(parameter, shapes["params"]), over(cached, shapes.get("cache", {}))
+    parameters = jax.tree_util.tree_map_with_path(parameter, shapes["params"])
+    return parameters, jax.tree.map(cached, shapes.get("cache", {}))

@@ -1,21 +1,10 @@
 """The speeds of whole models that the project set itself as a goal."""
 
-from __future__ import annotations
-
-from benchmarks.harness import bars
+from benchmarks.harness import bars, peers
 from benchmarks.harness.bars import Bar, Figure, Kind
 from benchmarks.harness.pages import median
-from benchmarks.harness.peers import TORCH as TORCH_SYSTEM
-from benchmarks.models.cases import (
-    CALIBRATED,
-    CASES,
-    FLAX,
-    INTERCEPTOR,
-    PACKED,
-    STATIC,
-    SUBJECT,
-    Case,
-)
+from benchmarks.models import cases
+from benchmarks.models.cases import CALIBRATED, CASES, FLAX, PACKED, STATIC, SUBJECT, Case
 
 DTYPE = "float32"  # of the models that are judged
 BF16 = "avx512bf16"  # such a CPU has the instructions of int8 too
@@ -37,10 +26,6 @@ def _added(*steps: str) -> Figure:
     return seconds
 
 
-def _over_flax(case: dict, subject: str) -> float | None:
-    return median(case["speed"].get(subject))
-
-
 def fastest(case: dict, subject: str) -> tuple[float, str] | None:
     """How many times as long as ours the fastest peer of the same precision takes, and which it is:
     of those that quantise activations in the call, or know their ranges before, as ours does.
@@ -50,25 +35,19 @@ def fastest(case: dict, subject: str) -> tuple[float, str] | None:
     return min(found, default=None)
 
 
-def _fastest_peer(case: dict, subject: str) -> float | None:
+def _over_fastest(case: dict, subject: str) -> float | None:
     found = fastest(case, subject)
     return found and found[0]
 
 
-def _over_subject(case: dict, subject: str) -> float | None:
-    """Speed of packed weights in the model's own dtype over accelerate's."""
-    ratio = median(case["over_ours"].get(subject))
-    return ratio and 1 / ratio
-
-
 JITTED = Kind("against jitted Flax", "×", _over_ours(FLAX))
-TORCH = Kind("against torch", "×", _over_ours(TORCH_SYSTEM))
-INTERCEPTED = Kind(
-    "time of the interceptor over accelerate", "×", _over_ours(INTERCEPTOR), at_least=False
-)
-PACKED_FLAX = Kind("{subject} against jitted Flax", "×", _over_flax)
-PEER = Kind("{subject} against the fastest peer of the same precision", "×", _fastest_peer)
-PACKED_SUBJECT = Kind("{subject} against accelerate", "×", _over_subject)
+TORCH = Kind("against torch", "×", _over_ours(peers.TORCH))
+_WHAT = "time of the interceptor over accelerate"
+INTERCEPTED = Kind(_WHAT, "×", _over_ours(cases.INTERCEPTOR), at_least=False)
+PACKED_FLAX = Kind("{subject} against jitted Flax", "×", bars.listed("speed"))
+PEER = Kind("{subject} against the fastest peer of the same precision", "×", _over_fastest)
+_speed = bars.inverse(bars.listed("over_ours"))
+PACKED_SUBJECT = Kind("{subject} against accelerate", "×", _speed)
 SHARE = Kind("of the way to the ceiling", "%", lambda case, _: bars.percent(case["share"]))
 TRACE = Kind("added to tracing", "s", _added("trace"), at_least=False)
 BUILD = Kind("added to tracing and compiling", "s", _added("trace", "compile"), at_least=False)
@@ -143,10 +122,5 @@ def wanted(kind: Kind, case: dict, subject: str) -> float | None:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run in float32 with the bars: verdicts on those that it measured."""
-    if result["settings"]["dtype"] != DTYPE:
-        return []
-    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
-    for name, (those, least) in MEANS.items():
-        figures = bars.figures(those, result, case_of)
-        verdicts += bars.mean_verdict(f"{name}, geometric mean", those, figures, least)
-    return verdicts
+    means = [(f"{name}, geometric mean", *of) for name, of in MEANS.items()]
+    return bars.judge(result, case_of, BARS, means) if result["settings"]["dtype"] == DTYPE else []

@@ -4,31 +4,19 @@ Nothing of a model is changed but what `quake_jax.accelerate` or the interceptor
 systems of a model are timed in the same rounds, and their results compared first.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import bars, frame, peers, timing
+from benchmarks.harness import frame, peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
 from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
 from benchmarks.models import cases, goals, profile, systems
-from benchmarks.models.cases import (
-    CASES,
-    CEILING,
-    FLAX,
-    FLAX_BFLOAT16,
-    PACKED,
-    PEERS,
-    ROUNDS,
-    SUBJECT,
-    Case,
-)
+from benchmarks.models.cases import CASES, CEILING, FLAX, PACKED, PEERS, ROUNDS, SUBJECT, Case
 from benchmarks.models.systems import Setting, System
 
 # A reading of a second that was disturbed would most likely be disturbed again.
@@ -61,16 +49,14 @@ def measure(args: argparse.Namespace) -> dict:
     described = {"systems": wanted, "dtype": args.dtype}
     measured.sort(key=lambda entry: [*CASES].index(entry["model"]))
     parts = {"left_out": left_out, "cases": measured}
-    result = settings.result(benchmark, described, goals.judge, **parts)
-    held = [] if args.quick or args.dtype != goals.DTYPE else goals.BARS
-    return result | {"bars_not_judged": bars.not_judged(held, result)}
+    return settings.result(benchmark, described, goals, args.dtype == goals.DTYPE, **parts)
 
 
 def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:
     """Why this machine cannot run a system on models of a dtype, if so."""
     if name in PEERS and name != TORCH and dtype != goals.DTYPE:
         return f"for models in {goals.DTYPE}"
-    if name not in PEERS or name == FLAX_BFLOAT16:
+    if name not in PEERS or name == cases.FLAX_BFLOAT16:
         return None
     library = name.partition("-")[0]
     needed = [library, *(TORCH for _ in "-" if library in (OPENVINO, "zentorch"))]
@@ -156,7 +142,7 @@ def _add(built: dict[str, System], setting: Setting, name: str, threads: int) ->
 
 def _build(setting: Setting, name: str, threads: int) -> System:
     library = name.partition("-")[0]
-    if name not in PEERS or name == FLAX_BFLOAT16:
+    if name not in PEERS or name == cases.FLAX_BFLOAT16:
         return systems.build(setting, name)
     if library == ONNXRUNTIME:
         from benchmarks.models import onnx_models

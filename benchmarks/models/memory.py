@@ -1,7 +1,5 @@
 """How much memory a call takes at most: what the process grows by while it runs (Linux only)."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable

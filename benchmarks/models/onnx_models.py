@@ -3,8 +3,6 @@ for Transformers makes of an exported one, written down. Attention, GELU with it
 with their residuals are each one operator; the weights are in 32, 8 or 4 bits.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,10 +48,6 @@ class _Graph:
         return result
 
 
-def _layers(block: dict) -> tuple[dict, dict]:
-    return block["Mlp_0"]["Dense_0"], block["Mlp_0"]["Dense_1"]
-
-
 class _Model:
     """The graph of a model, and the arrays of its inputs and outputs."""
 
@@ -82,14 +76,14 @@ class _Model:
     def _blocks(self, x: str, mask: str = "", last: dict | None = None) -> str:
         """All layers; with a last norm these come before the parts of a layer, else after them."""
         case, width = self.case, self.case.sizes.width
-        prefix = "PostNormBlock" if last is None else "PreNormBlock"
-        blocks = [self._weights[f"{prefix}_{i}"] for i in range(case.sizes.layers)]
+        blocks = [self._weights[f"TransformerBlock_{i}"] for i in range(case.sizes.layers)]
         norms = [block[f"LayerNorm_{i}"] for block in blocks for i in (0, 1)]
         y = x
         if last is not None:  # each norm is fused with the sum before it
             y, norms = self._norm(x, norms[0]), [*norms[1:], last]
         for i, block in enumerate(blocks):
-            attention, (first, second) = block["MultiHeadDotProductAttention_0"], _layers(block)
+            attention, mlp = block["MultiHeadDotProductAttention_0"], block["Mlp_0"]
+            first, second = mlp["Dense_0"], mlp["Dense_1"]
             mixed = self._attention(y, i, attention, mask)
             x, y = self._sum(x, y, mixed, attention["out"], width, norms[2 * i])
             hidden = self._product(y, first["kernel"], width)
@@ -124,7 +118,7 @@ class _Model:
             causal = int(case.family == "gpt2")
             return self.graph("Attention", x, kernel, bias, mask, **heads, unidirectional=causal)
         projected = self.graph("Add", self._product(x, kernel, width), bias)
-        cached = self._cache[f"PreNormBlock_{i}"]["MultiHeadDotProductAttention_0"]
+        cached = self._cache[f"TransformerBlock_{i}"]["MultiHeadDotProductAttention_0"]
         pasts = []
         for part in ("key", "value"):  # the new one is written into the same memory
             past = np.moveaxis(cached[f"cached_{part}"], 1, 2)
@@ -133,9 +127,8 @@ class _Model:
         sizes = np.full(case.batch, case.length - 1, np.int32), np.int32(case.length)
         also = (f"out_key{i}", f"out_value{i}")
         inputs = (projected, "", "", *pasts, *sizes)
-        return self.graph(
-            "GroupQueryAttention", *inputs, also=also, **heads, kv_num_heads=case.sizes.heads
-        )
+        heads["kv_num_heads"] = case.sizes.heads
+        return self.graph("GroupQueryAttention", *inputs, also=also, **heads)
 
     def _gpt2(self, tokens: np.ndarray, positions: np.ndarray) -> str:
         words, places = (self._weights[name]["embedding"] for name in ("words", "places"))
@@ -178,15 +171,7 @@ def build(setting: Setting, name: str, threads: int) -> System:
     """Make the graph, quantise its weights if the name says so, and run it once."""
     model = _Model(setting, name)
     arrays = model.arrays | {"out": np.empty(setting.result_shape, np.float32)}
-    shapes = {key: array.shape for key, array in arrays.items()}
-    made = peers.onnx_model(
-        model.graph.nodes,
-        {key: shape for key, shape in shapes.items() if not key.startswith("out")},
-        {key: shape for key, shape in shapes.items() if key.startswith("out")},
-        model.graph.constants,
-        "float32",
-        {key: array.dtype.name for key, array in arrays.items()},
-    )
+    made = peers.onnx_model(model.graph.nodes, arrays, model.graph.constants)
     with tempfile.TemporaryDirectory() as folder:
         made = _in_8_bits(made, Path(folder) / "model.onnx") if "int8" in name else made
         call = peers.onnxruntime_call(made, threads, arrays)

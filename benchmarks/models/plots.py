@@ -1,7 +1,5 @@
 """Pictures of a result of `models`: the time of every system, one panel for each model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import pyplot as plt
@@ -29,22 +27,18 @@ COLUMNS = 4
 
 def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
     """Draw a result: one figure, `models_DTYPE`."""
-    cases, dtype = result["cases"], result["settings"]["dtype"]
-    height = max(1.9, 0.17 * max(len(case["contestants"]) for case in cases))
-    figure, axes = plots.panels(len(cases), COLUMNS, width=3.2, height=height, margin=0.6)
-    for axis, case in zip(axes, cases, strict=True):
-        names = [name for name in MEANING if name in case["contestants"]]
-        quartiles = [case["contestants"][name]["ms"] for name in names]
-        medians = [q["median"] for q in quartiles]
-        spread = [
-            [q["median"] - q["low"] for q in quartiles],
-            [q["high"] - q["median"] for q in quartiles],
-        ]
-        colours = [COLOURS[name] for name in names]
-        labels = [label(name) for name in names]
-        axis.barh(labels, medians, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
-        axis.invert_yaxis()
-        axis.set_title(case["title"], fontsize=8)
-        axis.tick_params(labelsize=7)
-    plots.title(figure, f"ms per call, {dtype}, random weights", result["environment"])
-    yield f"models_{dtype}", figure
+    panels = {case["title"]: case["contestants"] for case in result["cases"]}
+    height = max(1.9, 0.17 * max(map(len, panels.values())))
+    figure, dtype = plots.grid(panels, _bars, COLUMNS, (3.2, height)), result["settings"]["dtype"]
+    what = f"ms per call, {dtype}, random weights"
+    yield f"models_{dtype}", plots.titled(figure, what, result["environment"])
+
+
+def _bars(axis: plt.Axes, contestants: dict[str, dict]) -> None:
+    """Milliseconds of every system, with quartiles."""
+    shown = {name: contestants[name]["ms"] for name in MEANING if name in contestants}
+    medians = [q["median"] for q in shown.values()]
+    spread = [[abs(q[end] - q["median"]) for q in shown.values()] for end in ("low", "high")]
+    style = {"color": [COLOURS[name] for name in shown], "error_kw": {"linewidth": 0.8}}
+    axis.barh([label(name) for name in shown], medians, xerr=spread, **style)
+    axis.invert_yaxis()

@@ -3,8 +3,6 @@
 Importing this module imports JAX: `environment.prepare` comes first.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 import time

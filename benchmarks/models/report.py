@@ -1,7 +1,5 @@
 """The tables of a result of `models`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from benchmarks.harness import bars, pages
@@ -9,15 +7,7 @@ from benchmarks.harness.bars import Kind
 from benchmarks.harness.pages import NONE, Column, Rows, Table, median, number
 from benchmarks.harness.peers import TORCH
 from benchmarks.models import goals
-from benchmarks.models.cases import (
-    FLAX,
-    FLAX_BFLOAT16,
-    MEANING,
-    PEERS,
-    STATIC,
-    SUBJECT,
-    label,
-)
+from benchmarks.models.cases import FLAX, FLAX_BFLOAT16, MEANING, PEERS, STATIC, SUBJECT, label
 
 HEADING = "Models"
 MODEL = ("model", lambda case: case["title"])
@@ -45,9 +35,7 @@ def tables(result: dict) -> list[Table]:
         (f"What accelerate does, {dtype}", _programs(cases)),
         *_of_systems(cases, f"Difference from flax's result, {dtype}", _difference),
     ]
-    made = [(title, rows) for title, rows in made if len(rows) > 1]
-    made = [(title, pages.without_empty_columns(rows)) for title, rows in made]
-    return [(title, rows) for title, rows in made if len(rows[0]) > 1] + bars.tables(result)
+    return pages.filled(made) + bars.tables(result)
 
 
 def _names(cases: list[dict]) -> list[str]:
@@ -156,65 +144,17 @@ def _programs(cases: list[dict]) -> Rows:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    names = _names(result["cases"])
-    meanings = "; ".join(f"{name}: {MEANING[name]}" for name in names)
-    long_enough = f"{1e3 * settings['reading_seconds']:g} ms"
-    lines = [
-        "Weights are random, of the published sizes: speed does not depend on them, "
-        "quality is not what is measured here.",
-        f"{settings['rounds']} interleaved rounds with all systems of a model in the same ones, in "
-        f"a random order each; readings of one call, or of as many as make {long_enough}.",
-        f"{meanings[0].upper()}{meanings[1:]}.",
-        "GPT-2 gives the logits of the last position, as generation needs; the token after 1023 "
-        "reads a full cache (Flax's decode=True), which is donated. BERT has padding: texts from "
-        "half to all of the length, and fused attention skips keys that are padding. GELU has the "
-        "tanh form in GPT-2 and ViT (Flax's default; Hugging Face's ViT has erf), the erf form in "
-        "BERT.",
-    ]
-    if any(SUBJECT in case["contestants"] for case in result["cases"]):
-        lines.append(
-            "Calls put in, and left: what quake_jax.explain says. Traced, compiled: CPU time with "
-            "empty caches, flax → accelerate."
-        )
-    lines.append(
-        "Peak memory: the growth of the process during the first call. Difference: length of the "
-        "difference from flax's result relative to that result's length; a run with more than the "
-        "bounds of the orders allow stops."
+    cases, dtype = result["cases"], result["settings"]["dtype"]
+    meanings = "; ".join(f"{name}: {MEANING[name]}" for name in _names(cases))
+    lines = pages.prose(
+        "models/remarks.txt",
+        result,
+        meanings=meanings[0].upper() + meanings[1:],
+        accelerated=any(SUBJECT in case["contestants"] for case in cases),
+        share=any(case["share"] for case in cases),
+        bfloat16=dtype == "bfloat16",
+        packed=dtype == goals.DTYPE and any(case["ratios"] for case in cases),
+        static=STATIC,
+        profile=any(case["profile"] for case in cases),
     )
-    if any(case["share"] for case in result["cases"]):
-        lines.append(
-            "Share of the ceiling: the part of the time between flax and ceiling that accelerate "
-            "saves. The ceiling does none of attention's own products, so 100 % cannot be reached."
-        )
-    if settings["dtype"] == "bfloat16":
-        lines.append(
-            "XLA for CPUs multiplies matrices in float32: every system but torch converts its "
-            "weights in each call, and when it decodes the whole cache as well."
-        )
-    if settings["dtype"] == goals.DTYPE and any(case["ratios"] for case in result["cases"]):
-        lines.append(
-            "Goals of packed weights are for one thread and CPUs with AVX-512, BF16 and VNNI. "
-            "Peers of the same precision: those that quantise activations in the call, as ours "
-            f"does; of ours that is calibrated {STATIC}, which knows their ranges too. A peer's "
-            "result may differ from flax's by what its precision explains, else it is left out. "
-            "OpenVINO's cache grows while it decodes, and starts over after about 32 tokens: on "
-            "average it is as long as the others'."
-        )
-    if any(case["profile"] for case in result["cases"]):
-        lines.append(
-            "Where the time goes: by the profiler's events of a call's instructions. Other kernels "
-            "are norms and activations of ours that no dense layer takes in. XLA's copies are "
-            "those that move alone, its rest what it fuses, embeddings and convolutions. Dispatch "
-            "is the time between instructions, with what profiling adds."
-        )
-    lines += bars.not_judged_remarks(result)
-    lines += pages.isa_remarks(result)
-    if settings["allocator"] == "system":
-        lines.append("The system's allocator was left as it is: page faults are part of the times.")
-    else:
-        lines.append(
-            "Freed pages stay mapped: nobody pays for fresh ones at each call, as XLA's large "
-            "temporaries do under the system's allocator (--allocator system)."
-        )
-    return lines + pages.reading_remarks(result)
+    return lines + pages.run_remarks(result)

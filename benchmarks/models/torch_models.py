@@ -3,8 +3,6 @@ product for query, key and value, scaled_dot_product_attention, torch's layouts.
 or converted for OpenVINO, with the weights in 32, 16, 8 or 4 bits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -117,8 +115,7 @@ class _Model(torch.nn.Module):
         case = self._case = setting.case
         weights = _tensors(setting.parameters, dtype)
         cache = _tensors(setting.cache, dtype)
-        prefix = "PostNormBlock" if case.family == "bert" else "PreNormBlock"
-        names = [f"{prefix}_{i}" for i in range(case.sizes.layers)]
+        names = [f"TransformerBlock_{i}" for i in range(case.sizes.layers)]
         blocks = (_Block(case, weights.pop(name), cache.get(name, {})) for name in names)
         self.blocks = torch.nn.ModuleList(blocks)
         self.inputs = list(_tensors(setting.inputs, dtype))
@@ -301,14 +298,10 @@ def _compressed(converted: Any, name: str, inputs: list[np.ndarray]) -> Any:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # it shows its progress
-        return _by_nncf(nncf, converted, name, inputs)
-
-
-def _by_nncf(nncf: ModuleType, converted: Any, name: str, inputs: list[np.ndarray]) -> Any:
-    if name.endswith("static"):
-        data, kind = nncf.Dataset([tuple(inputs)]), nncf.ModelType.TRANSFORMER
-        return nncf.quantize(converted, data, model_type=kind, subset_size=1)
-    if "int4" in name:
-        mode = nncf.CompressWeightsMode.INT4_SYM
-        return nncf.compress_weights(converted, mode=mode, group_size=32)
-    return nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)
+        if name.endswith("static"):
+            data, kind = nncf.Dataset([tuple(inputs)]), nncf.ModelType.TRANSFORMER
+            return nncf.quantize(converted, data, model_type=kind, subset_size=1)
+        if "int4" in name:
+            mode = nncf.CompressWeightsMode.INT4_SYM
+            return nncf.compress_weights(converted, mode=mode, group_size=32)
+        return nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)

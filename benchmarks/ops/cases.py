@@ -3,8 +3,6 @@
 The shapes sit in the second-level cache, about in the third-level cache, and in main memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`python -m benchmarks ops`: single operators against jax.nn, torch and onnxruntime."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.harness import frame

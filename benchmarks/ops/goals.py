@@ -1,7 +1,5 @@
 """The speeds of operators that the project set itself as a goal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from benchmarks.harness import bars
@@ -135,16 +133,12 @@ def case_of(entry: dict) -> Case:
 
 def judge(result: dict) -> list[dict]:
     """Compare a run with the bars: verdicts on those that it measured."""
-    verdicts = bars.verdicts(bars.figures(BARS, result, case_of))
-    if BARS[0].holds(result["environment"]):
-        measured = result["call_overhead"] or {}
-        for function in JUDGED_CALLS if measured else ():
-            size, least = next(iter(measured[function].items()))
-            name, figure = (
-                f"call overhead, {function}, {size} elements",
-                median(least["difference"]),
-            )
-            verdicts.append(bars.verdict(name, figure, CALL_OVERHEAD_US, "µs", at_least=False))
+    verdicts = bars.judge(result, case_of, BARS)
+    if result["call_overhead"] and BARS[0].holds(result["environment"]):
+        for function in JUDGED_CALLS:
+            size, least = next(iter(result["call_overhead"][function].items()))
+            name, figure = f"call overhead, {function}, {size} elements", least["difference"]
+            verdicts.append(bars.verdict(name, median(figure), CALL_OVERHEAD_US, "µs", False))
     return verdicts
 
 

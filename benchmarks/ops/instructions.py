@@ -4,8 +4,6 @@ The kernels are compiled as CMakeLists.txt says, disassembled, and the instructi
 loop are added up by what they occupy. The installed extension will not do: it has no symbols.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,17 +1,16 @@
 """The run of `python -m benchmarks ops`; how a reading is taken is in `harness.timing`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.harness import environment, hardware, processes
-from benchmarks.harness.errors import check_result, quake_jax
-from benchmarks.harness.frame import Settings, progress
+from benchmarks.harness.errors import quake_jax
+from benchmarks.harness.frame import Progress, Settings, progress
 from benchmarks.harness.hardware import CLOCK, CYCLES_PER_CALL
 from benchmarks.harness.peers import PEERS
-from benchmarks.harness.timing import Contestant, Series, paired_ratio
+from benchmarks.harness.rounds import Rounds
+from benchmarks.harness.timing import Contestant
 from benchmarks.ops import cases, goals, overhead, systems
 from benchmarks.ops.cases import DTYPES, SUBJECT_ORDER, Case
 from benchmarks.ops.instructions import Bounds
@@ -38,28 +37,22 @@ def measure(args: argparse.Namespace) -> dict:
     compared = [] if args.self_check or args.threads == 1 else scaled(chosen)
     with progress(len(chosen) + len(compared)) as bar:
         measured = [run.measure(case, bar.advance) for case in bar.over(chosen, str)]
-        bar.show("one thread against two" if compared else "")
-        speedups = measure_scaling(compared, settings, bar.advance)
+        speedups = measure_scaling(compared, settings, bar)
         bar.show("call overhead")
         call_overhead = None if args.self_check else overhead.measure(settings)
-    result = {
-        "benchmark": "ops",
-        "environment": environment.describe(args.threads),
-        "settings": {
-            "orders": None if args.order is None else sorted(set(args.order)),
-            "self_check": args.self_check,
-            **settings.as_dict(),
-        },
-        "left_out": peers.left_out | run.left_out,
-        "lacking": peers.lacking,
-        "cases": measured,
-        "scaling": speedups,
-        "call_overhead": call_overhead,
-        "default_orders": goals.default_orders(measured),
-    }
-    comparable = not args.quick and args.allocator == "keep"
-    result["bars"] = goals.judge(result) if comparable else []
-    return result
+    orders = None if args.order is None else sorted(set(args.order))
+    return settings.result(
+        "ops",
+        {"orders": orders, "self_check": args.self_check},
+        goals,
+        judged=args.allocator == "keep",
+        left_out=peers.left_out | run.left_out,
+        lacking=peers.lacking,
+        cases=measured,
+        scaling=speedups,
+        call_overhead=call_overhead,
+        default_orders=goals.default_orders(measured),
+    )
 
 
 @dataclass
@@ -94,7 +87,7 @@ class Run:
         `relative_times` of ours to order 3, and `copy`, the name of the fastest copy. `advance` is
         called after each reading with its share of the whole.
         """
-        buffers = systems.Buffers(case)
+        buffers, rounds = systems.Buffers(case), Rounds(self.settings)
         orders = sorted(set(self.orders or cases.orders(case)))
         ours = [systems.jax_nn(buffers, "jax.nn again")]
         if not self.self_check:
@@ -103,52 +96,48 @@ class Run:
         others = [systems.jax_nn(buffers), *self.peers.contestants(buffers, target)]
         copied = systems.for_copies(buffers)
         copies = systems.copies(copied) + self.peers.copy(copied)
-        errors = {}
+        own, compared, copying = ([one.name for one in of] for of in (ours, others, copies))
         for one in ours + others:
             one.run(1)
-            errors[one.name] = check_result(one.name, case, buffers.error(), SANE_ERROR)
+            rounds.add(case, one, buffers.error(), SANE_ERROR)
+        for one in copies:
+            rounds.add(case, one)
+        rounds.contestants += [self.clock] if self.clock else []
+        rounds.series = self.settings.read(rounds.contestants, cases.rounds(case), advance)
 
-        everyone = ours + others + copies
-        clocks = [self.clock] if self.clock else []
-        series = self.settings.read(everyone + clocks, cases.rounds(case), advance)
-        contestants = {one.name: self._entry(case, one, series) for one in everyone}
-        for name, error in errors.items():
-            contestants[name]["relative_error"] = error
-
-        def compared(all_of: list[Contestant], subject: str) -> dict[str, dict[str, float]]:
-            own = series[subject].times
-            return {one.name: paired_ratio(series[one.name].times, own).as_dict() for one in all_of}
-
-        subject = f"order {SUBJECT_ORDER}"
+        contestants = {name: self._entry(case, name, rounds) for name in rounds.names(case)}
+        clock, subject = rounds.series.get(CLOCK), f"order {SUBJECT_ORDER}"
         return {
             **case.described(),
             "level": case.level,
             "elements": case.elements,
             "traffic": case.traffic,
             "rounds": self.settings.rounds or cases.rounds(case),
-            "gigahertz": 1e-9 * CYCLES_PER_CALL / series[CLOCK].median if clocks else None,
-            "copy": min((c.name for c in copies), key=lambda n: contestants[n]["ns_per_element"]),
+            "gigahertz": 1e-9 * CYCLES_PER_CALL / clock.median if clock else None,
+            "copy": min(copying, key=lambda name: contestants[name]["ns_per_element"]),
             "contestants": contestants,
-            "ratios": {one.name: compared(others, one.name) for one in ours},
-            "relative_times": compared(ours, subject) if subject in series else {},
+            "ratios": rounds.ratios(case, own, compared),
+            "relative_times": {
+                name: rounds.ratio((case, name), (case, subject)) for name in own if subject in own
+            },
         }
 
-    def _entry(self, case: Case, contestant: Contestant, series: dict[str, Series]) -> dict:
-        name = contestant.name
-        per_element = series[name].quartiles(1e9 / case.elements)
+    def _entry(self, case: Case, name: str, rounds: Rounds) -> dict:
+        series, error = rounds.series[case, name], rounds.errors[case, name]
+        per_element = series.quartiles(1e9 / case.elements)
         entry = {
             "ns_per_element": per_element["median"],
             "ns_per_element_low": per_element["low"],
             "ns_per_element_high": per_element["high"],
-            "subtracted_us_per_call": 1e6 * contestant.overhead,
-            **series[name].conditions(),
+            "subtracted_us_per_call": 1e6 * series.overhead,
+            **series.conditions(),
         }
         if self.clock:
-            cycles = paired_ratio(series[name].times, series[CLOCK].times).median
-            entry["cycles_per_16"] = CYCLES_PER_CALL * cycles * 16 / case.elements
+            cycles = rounds.ratio((case, name), CLOCK, CYCLES_PER_CALL)["median"]
+            entry["cycles_per_16"] = cycles * 16 / case.elements
         if name.startswith("order") and self.bounds:
             entry["bound_cycles_per_16"] = self.bounds.cycles(case, int(name.split()[1]))
-        return entry
+        return entry if error is None else entry | {"relative_error": error}
 
 
 # --- One thread against two
@@ -161,14 +150,14 @@ def scaled(wanted: list[Case]) -> list[Case]:
 
 
 def measure_scaling(
-    compared: list[Case], settings: Settings, advance: Callable[[], None] = lambda: None
+    compared: list[Case], settings: Settings, bar: Progress | None = None
 ) -> list[dict]:
     """One thread against two at order `cases.SUBJECT_ORDER`, as of `processes.two_threads`."""
 
     def describe(case: Case) -> dict:
         return {**case.described(), "order": SUBJECT_ORDER}
 
-    return processes.two_threads(settings, compared, _quake, describe, cases.ROUNDS, advance)
+    return processes.two_threads(settings, compared, _quake, describe, cases.ROUNDS, bar)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

@@ -4,8 +4,6 @@ the other libraries, and where it is measured. To add one, add a row.
 Nothing is imported before it is called: the process is pinned before JAX and NumPy start.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field

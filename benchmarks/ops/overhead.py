@@ -5,8 +5,6 @@ With few elements the arithmetic is a few nanoseconds, the rest is the call. Fro
 `accelerate` knows which arrays are too small for a kernel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import jax

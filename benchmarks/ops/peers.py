@@ -3,8 +3,6 @@
 Their time for a call from Python at 16 elements is taken as the cost of the call itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,17 +31,16 @@ class Peers(peers.Libraries):
         """One contestant for each library that has the operator of a case for its dtype; the cost
         of a call is found by readings of `target` seconds.
         """
-        made = (self._of(name, buffers, target) for name in self._makers)
-        return [contestant for contestant in made if contestant]
+        made, case = [], buffers.case
+        for name in self._makers:
+            if run := self._runner(name, buffers):
+                key = (name, case.function, case.dtype)
+                overhead = self.overhead(key, partial(self._small, *key), target)
+                made.append(self._contestant(name, run, overhead))
+        return made
 
-    def _of(self, name: str, buffers: Buffers, target: float) -> Contestant | None:
-        run, case = self._runner(name, buffers), buffers.case
-        if run is None:
-            return None
-        small = Case(case.function, OVERHEAD_SHAPE, case.dtype)
-        key = (name, case.function, case.dtype)
-        overhead = self.overhead(key, lambda: self._runner(name, Buffers(small)), target)
-        return self._contestant(name, run, overhead)
+    def _small(self, name: str, function: str, dtype: str) -> Callable[[int], None]:
+        return self._runner(name, Buffers(Case(function, OVERHEAD_SHAPE, dtype)))
 
     def copy(self, buffers: Buffers) -> list[Contestant]:
         """torch's copy, which uses several threads where NumPy's does not."""
@@ -84,21 +81,15 @@ def _onnxruntime(threads: int, buffers: Buffers) -> Callable[[], object] | None:
     case, operator = buffers.case, buffers.case.operator
     if not operator.onnx:
         return None
-    operands = dict(zip("xy", buffers.sources, strict=False))
+    arrays = dict(zip("xy", buffers.sources, strict=False)) | {"out": buffers.target}
     nodes = peers.onnx_nodes(operator.onnx, operator.attributes)
     constants = [
         helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
         helper.make_tensor("slope", peers.onnx_type(case.dtype), [], [QUICK_GELU_SLOPE]),
     ]
     read = {name for node in nodes for name in node.input}
-    model = peers.onnx_model(
-        nodes,
-        {name: array.shape for name, array in operands.items()},
-        {"out": buffers.target.shape},
-        [constant for constant in constants if constant.name in read],
-        case.dtype,
-    )
-    arrays = {**operands, "out": buffers.target}
+    known = [constant for constant in constants if constant.name in read]
+    model = peers.onnx_model(nodes, arrays, known)
     try:
         return peers.onnxruntime_call(model, threads, arrays)
     except Exception as error:  # its exception classes are not public

@@ -3,9 +3,7 @@
 One panel per function, each with a scale of its own: it is about who is faster at that function.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from matplotlib import pyplot as plt
 
@@ -32,28 +30,22 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
             first.setdefault(case["function"], case)
         others = [case for case in cases if case is not first[case["function"]]]
         first, time = list(first.values()), "ns per element"
-        for kind, what, shown, panel in (
+        for kind, what, shown, fill in (
             ("time", time, first, _bars),
             ("large", time, others, _bars),
             ("error", f"largest relative error against {time}", first, _dots),
         ):
             if shown:
-                figure = _grid(shown, panel)
-                plots.title(figure, f"{what}, {dtype}", result["environment"])
+                panels = {f"{c['function']} {'×'.join(map(str, c['shape']))}": c for c in shown}
+                figure = plots.grid(panels, fill, COLUMNS, (2.5, 1.8), margin=1.0, legend=COLOURS)
+                plots.titled(figure, f"{what}, {dtype}", result["environment"])
                 yield f"ops_{kind}_{dtype}", figure
 
 
-def _grid(cases: list[dict], panel: Callable[[plt.Axes, dict], None]) -> plt.Figure:
-    """One panel per case, with one legend for all."""
-    figure, axes = plots.panels(len(cases), COLUMNS, width=2.5, height=1.8, margin=1.0)
-    for axis, case in zip(axes, cases, strict=True):
-        panel(axis, case)
-        copy = case["traffic"] * case["contestants"][case["copy"]]["ns_per_element"]
-        axis.axvline(copy, color="black", linestyle="dotted", label="copy of as many bytes")
-        axis.set_title(f"{case['function']} {'×'.join(map(str, case['shape']))}", fontsize=8)
-        axis.tick_params(labelsize=7)
-    plots.legend(figure, first=COLOURS, columns=4 if len(cases) <= 3 else None)
-    return figure
+def _copy(axis: plt.Axes, case: dict) -> None:
+    """A line at the time of the fastest copy."""
+    copy = case["traffic"] * case["contestants"][case["copy"]]["ns_per_element"]
+    axis.axvline(copy, color="black", linestyle="dotted", label="copy of as many bytes")
 
 
 def _bars(axis: plt.Axes, case: dict) -> None:
@@ -73,6 +65,7 @@ def _bars(axis: plt.Axes, case: dict) -> None:
             axis.text(shown, place, f"{time:.2f} ", bbox=box, **style)
     axis.set_yticks([])
     axis.invert_yaxis()
+    _copy(axis, case)
 
 
 def _dots(axis: plt.Axes, case: dict) -> None:
@@ -83,6 +76,7 @@ def _dots(axis: plt.Axes, case: dict) -> None:
         style = {"markersize": 5, "linestyle": "none", "color": COLOURS[name], "label": name}
         at = entry["ns_per_element"], max(entry["relative_error"], 1e-9)
         axis.loglog(*at, marker, **style)
+    _copy(axis, case)
     axis.grid(alpha=0.3)
     axis.minorticks_off()
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]

@@ -1,7 +1,5 @@
 """The tables of a result of `ops`."""
 
-from __future__ import annotations
-
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Rows, Table, median, number, spread
 from benchmarks.ops import goals
@@ -18,13 +16,11 @@ def tables(result: dict) -> list[Table]:
         subject = goals.subject(cases[0])
         made += [
             (f"Time, {dtype}: ns per element (median)", _times(cases)),
+            # Several threads have no cycles, another CPU has no bound.
             (f"Speed of {subject}, {dtype}: their time over ours (median)", _speeds(cases)),
         ]
-
-    def scaled(entry: dict) -> str:
-        return f"{_label(entry)} {entry['dtype']}, order {entry['order']}"
-
-    made += pages.two_threads("operator", scaled, result["scaling"])
+    made = pages.filled(made)
+    made += pages.two_threads("operator", _scaled, result["scaling"])
     if result["call_overhead"]:
         made.append(_overheads(result["call_overhead"]))
     made += bars.tables(result)
@@ -64,7 +60,7 @@ def _speeds(cases: list[dict]) -> Rows:
         return spread(found[1]) if found else NONE
 
     others = pages.names_in(ratios for case in cases for ratios in case["ratios"].values())
-    rows = pages.rows_of(
+    return pages.rows_of(
         cases,
         ("operator", _label),
         *pages.named_columns(others, lambda ratio: number(ratio["median"]), ratios),
@@ -74,8 +70,6 @@ def _speeds(cases: list[dict]) -> Rows:
         ("bound", lambda case: number(ours(case).get("bound_cycles_per_16"))),
         ("largest error", lambda case: f"{ours(case)['relative_error']:.1e}"),
     )
-    # Several threads have no cycles, another CPU has no bound.
-    return pages.without_empty_columns(rows)
 
 
 def _overheads(measured: dict[str, dict]) -> Table:
@@ -94,42 +88,27 @@ def _label(case: dict) -> str:
     return f"{case['function']} {'×'.join(map(str, case['shape']))}{level}"
 
 
+def _scaled(entry: dict) -> str:
+    return f"{_label(entry)} {entry['dtype']}, order {entry['order']}"
+
+
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    settings = result["settings"]
-    lines = [
-        f"{pages.rounds_of(result, 'for arrays in DRAM')}, readings of at least "
-        f"{1e3 * settings['reading_seconds']:g} ms, the same input and output buffers for all. "
-        "JAX operators are timed in a loop inside one program; from torch and onnxruntime the "
-        "time of a call at 16 elements is subtracted.",
-        "Share of copy: bytes read and written per second, relative to the fastest copy. L2, L3, "
-        "DRAM: where the arrays of float32 sit. Largest error: relative to the exact result.",
-        f"celu has alpha {CELU_ALPHA}. glu takes both halves from one array, swiglu and geglu take "
-        "two arrays; torch runs one kernel per step where it has none for the whole.",
-    ]
-    if any(case["gigahertz"] for case in result["cases"]):
-        clocks = [case["gigahertz"] for case in result["cases"]]
-        lines.append(
-            "Cycles/16: cycles per 16 elements, by a chain of multiplications timed in the same "
-            f"rounds ({min(clocks):.2f} to {max(clocks):.2f} GHz). Bound: the fewest that the "
-            "instructions of the inner loop can take on Zen 5, which starts in a cycle "
-            "2 multiplications, 2 additions, 4 vector operations, 2 loads and 1 store of 512 bits, "
-            "8 instructions (`benchmarks/ops/instructions.py`); none for operators of several "
-            "loops."
-        )
-    lines += pages.isa_remarks(result)
-    if settings["allocator"] == "system":
-        lines.append("The system's allocator was left as it is: page faults are part of the times.")
-    lines += pages.reading_remarks(result)
+    clocks = [case["gigahertz"] for case in result["cases"] if case["gigahertz"]]
+    lines = pages.prose(
+        "ops/remarks.txt",
+        result,
+        rounds=pages.rounds_of(result, "for arrays in DRAM"),
+        celu_alpha=CELU_ALPHA,
+        clocks=clocks,
+        least_clock=min(clocks, default=0),
+        most_clock=max(clocks, default=0),
+    )
+    lines += pages.run_remarks(result)
     for name, labels in result["lacking"].items():
-        lines.append(f"Not implemented in {name}: {', '.join(_grouped(labels))}.")
+        functions: dict[str, list[str]] = {}  # by dtype
+        for function, dtype in map(str.split, labels):
+            functions.setdefault(dtype, []).append(function)
+        lacking = (f"{' '.join(of)} in {dtype}" for dtype, of in functions.items())
+        lines.append(f"Not implemented in {name}: {', '.join(lacking)}.")
     return lines
-
-
-def _grouped(labels: list[str]) -> list[str]:
-    """Functions by dtype, from labels `function dtype`."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        function, dtype = label.split()
-        groups.setdefault(dtype, []).append(function)
-    return [f"{' '.join(functions)} in {dtype}" for dtype, functions in groups.items()]

@@ -1,7 +1,5 @@
 """`python -m benchmarks quality`: what trained models lose on real data."""
 
-from __future__ import annotations
-
 import argparse
 
 from benchmarks.harness import frame

@@ -3,8 +3,6 @@
 The models are the examples', with the kernels put in by the one line that the examples show.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 

@@ -1,8 +1,7 @@
 """Pictures of a result of `quality`: each figure against the order, with its interval."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from functools import partial
 
 from matplotlib import pyplot as plt
 
@@ -32,26 +31,17 @@ PANELS = {
 
 def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
     """Draw a result: for each task `quality_TASK`."""
+    weights = are_weights(result)
     for name, task in result["tasks"].items():
-        panels = PANELS[name]
-        figure, axes = plots.panels(len(panels), len(panels), width=3.7, height=3.1, margin=0.0)
-        for axis, (key, title) in zip(axes, panels, strict=True):
-            _panel(axis, task["rows"], key)
-            limits = {} if are_weights(result) else LIMITS.get(name, {})
-            limit, _ = limits.get(key, (None, None))
-            if limit:
-                axis.axhspan(-limit, limit, color="black", alpha=0.08, label="limit from order 2")
-            axis.set_title(title, fontsize=9)
-            axis.tick_params(labelsize=8)
-            axis.ticklabel_format(axis="y", useOffset=False)
-            axis.grid(alpha=0.3)
-            axis.set_xlabel("weights" if are_weights(result) else "order", fontsize=8)
-        plots.legend(figure)
-        yield f"quality_{name}{'_weights' * are_weights(result)}", figure
+        panels = {title: key for key, title in PANELS[name]}
+        limits = {} if weights else LIMITS.get(name, {})
+        fill = partial(_panel, task["rows"], limits, "weights" if weights else "order")
+        figure = plots.grid(panels, fill, len(panels), (3.7, 3.1), margin=0.0)
+        yield f"quality_{name}{'_weights' * weights}", figure
 
 
-def _panel(axis: plt.Axes, rows: list[dict], key: str) -> None:
-    """One figure of all orders, dtypes side by side."""
+def _panel(rows: list[dict], limits: dict, label: str, axis: plt.Axes, key: str) -> None:
+    """One figure of all orders, dtypes side by side, and its limit, if it has one."""
     places = {order: i for i, order in enumerate(dict.fromkeys(row["order"] for row in rows))}
     style = {"fmt": "o", "markersize": 4, "capsize": 2}
     for shift, (dtype, colour) in zip((-0.1, 0.1), COLOURS.items(), strict=True):
@@ -63,3 +53,9 @@ def _panel(axis: plt.Axes, rows: list[dict], key: str) -> None:
         above = [max(0.0, row[key]["high"] - row[key]["value"]) for row in shown]
         axis.errorbar(at, values, [below, above], color=colour, label=dtype, **style)
     axis.set_xticks(list(places.values()), list(map(str, places)))
+    if key in limits:
+        limit, _ = limits[key]
+        axis.axhspan(-limit, limit, color="black", alpha=0.08, label="limit from order 2")
+    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel(label)

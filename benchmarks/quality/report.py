@@ -1,7 +1,5 @@
 """The tables of a result of `quality`, and the limits that it is judged by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -143,48 +141,26 @@ def _value(figure: dict | float) -> float:
 
 def remarks(result: dict) -> list[str]:
     """Say what a reader of the tables must know."""
-    tasks = result["tasks"]
-    lines = [
-        "Changes and agreement are against the exact model of the same dtype; in the row of the "
-        "exact model in bfloat16, against the exact model in float32: what the dtype alone does.",
-        f"In brackets: {100 * statistics.CONFIDENCE:.0f} % intervals. Wilson's of accuracy, same "
-        "continuations and same nearest; of the others a bootstrap "
-        f"({statistics.RESAMPLES} resamples, differences in pairs) over digits, windows, "
-        "continuations or sections.",
-        *sets_remarks({name: task["sets"] for name, task in tasks.items()}),
-    ]
-    if result["settings"]["quick"]:
-        lines.append("A quick run: too few samples for a result.")
-    return lines
+    lines = pages.prose(
+        "quality/remarks.txt",
+        result,
+        confidence=100 * statistics.CONFIDENCE,
+        resamples=statistics.RESAMPLES,
+    )
+    return lines + sets_remarks(result, {name: t["sets"] for name, t in result["tasks"].items()})
 
 
-def sets_remarks(sets: dict[str, dict]) -> list[str]:
-    """Say what the models were tried on, by task."""
-    lines = []
-    if "digits" in sets:
-        digits, text = sets["digits"], sets["text"]
-        lines += [
-            f"Digits: {digits['digits']} that were held out; one of them is "
-            f"{100 / digits['digits']:.2f} points. Distorted: {digits['distorted digits']} copies "
-            "of them, shifted, turned, scaled and sheared as in training.",
-            f"Text: {text['windows']} windows of {text['tokens per window']} tokens.",
-        ]
-        if text["generations"]:
-            lines[-1] += (
-                f" Continuations: {text['generations']} of {text['tokens per generation']} tokens, "
-                "greedy; the prompts are first halves of windows."
-            )
-        if not text["text of training"]:
-            lines.append(
-                "The documentation of this Python is not the one that the GPT was trained beside: "
-                "some of the held-out text may have been in its training, and perplexities are "
-                "another's."
-            )
-    if "search" in sets:
-        search = sets["search"]
-        lines.append(
-            f"Search: {search['sections']} sections of Python's documentation, the first "
-            f"{search['tokens per section']} tokens of each; each is a query for the others. Rank "
-            "correlation: Spearman's, of the similarities to all others."
-        )
-    return lines
+def sets_remarks(result: dict, sets: dict[str, dict]) -> list[str]:
+    """Say what the models were tried on, by task, and whether that was enough."""
+    digits, text, search = (sets.get(name, {}) for name in ("digits", "text", "search"))
+    return pages.prose(
+        "quality/sets.txt",
+        result,
+        digits=digits,
+        points=100 / digits.get("digits", 100),
+        text=text,
+        generations=text.get("generations"),
+        other_text=text and not text["text of training"],
+        search=search,
+        quick=result["settings"]["quick"],
+    )

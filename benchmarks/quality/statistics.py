@@ -1,15 +1,11 @@
-"""Confidence intervals (95 %) and rank correlation, in NumPy."""
+"""Confidence intervals (95 %) and rank correlation, by SciPy."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 CONFIDENCE = 0.95
-# The normal distribution's quantile at (1 + CONFIDENCE) / 2.
-_Z = 1.959964
 RESAMPLES = 2000
 
 
@@ -17,12 +13,11 @@ def wilson(successes: int, trials: int) -> dict[str, float]:
     """Wilson's score interval of a share (Wilson, 1927) in percent: the share as `value`, and the
     interval's ends `low` and `high`.
     """
-    share, ratio = successes / trials, _Z**2 / trials
-    centre = (share + ratio / 2) / (1 + ratio)
-    spread = _Z * math.sqrt(share * (1 - share) / trials + ratio / (4 * trials)) / (1 + ratio)
-    # At the ends, where the interval includes the share itself, rounding must not exclude it.
-    low, high = min(centre - spread, share), max(centre + spread, share)
-    return {"value": 100 * share, "low": 100 * max(low, 0.0), "high": 100 * min(high, 1.0)}
+    share = successes / trials
+    ends = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    # Where the interval includes the share itself, rounding must not exclude it.
+    low, high = min(float(ends.low), share), max(float(ends.high), share)
+    return {"value": 100 * share, "low": 100 * low, "high": 100 * high}
 
 
 def bootstrap(
@@ -38,22 +33,11 @@ def bootstrap(
     chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values[chosen].mean(axis=1), (tail, 1 - tail))
-    return {
-        "value": float(transform(values.mean())),
-        "low": float(transform(low)),
-        "high": float(transform(high)),
-    }
+    figures = {"value": values.mean(), "low": low, "high": high}
+    return {name: float(transform(figure)) for name, figure in figures.items()}
 
 
 def rank_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row of `a` with that row of `b`, both (n, m).
-
-    Equal numbers in a row get different ranks, in the order in which they stand.
-    """
-
-    def standardised_ranks(rows):
-        ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1).astype(float)
-        ranks -= ranks.mean(axis=1, keepdims=True)
-        return ranks / np.linalg.norm(ranks, axis=1, keepdims=True)
-
-    return (standardised_ranks(a) * standardised_ranks(b)).sum(axis=1)
+    """Spearman's rank correlation of each row of `a` with that row of `b`, both (n, m)."""
+    ranks = (stats.zscore(stats.rankdata(x, axis=1), axis=1) for x in (a, b))
+    return np.mean(np.multiply(*ranks), axis=1)

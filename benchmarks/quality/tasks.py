@@ -4,8 +4,6 @@ Each task runs one of the examples' models on checkpoints that are trained, and 
 out of it with what a reference model gives.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

@@ -34,6 +34,13 @@ def test_only_a_forced_instruction_set_is_ours_alone(isa, forced, lines):
     assert len(pages.isa_remarks(result)) == lines
 
 
+def test_prose_has_its_values_and_leaves_out_what_does_not_hold(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "TEXTS", tmp_path)
+    (tmp_path / "a.txt").write_text("[b] {c} of\n{settings[d]:g}.\n\nAlways.\n\n[e] {c} never.\n")
+    result = {"settings": {"d": 2.0}}
+    assert pages.prose("a.txt", result, b=True, c="x", e=[]) == ["x of 2.", "Always."]
+
+
 # --- Arithmetic
 
 
