@@ -18,6 +18,8 @@ WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 # The formats of weights, by the names of the systems that pack them.
 CALIBRATED = "pack-int8-calibrated"
 PACKED = {f"pack-{weights}": weights for weights in WEIGHTS} | {CALIBRATED: "int8"}
+# What attention multiplies, where that is not the model's dtype: the peers' bfloat16 has it too.
+ATTENTION = {"pack-bfloat16": "bfloat16"}
 # Others by name: which of ours has the same precision. The first part is the library.
 PEERS = {
     TORCH: "float32",
@@ -51,7 +53,8 @@ MEANING = {
         name: f'quake_jax.pack(model, …, weights="{w}"), packed before'
         for name, w in PACKED.items()
     },
-    CALIBRATED: "the same with ranges of activations from the inputs (calibrate=)",
+    "pack-bfloat16": 'the same with weights="bfloat16", attention="bfloat16"',
+    CALIBRATED: 'weights="int8" with ranges of activations from the inputs (calibrate=)',
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",
     "torch-compiled": "torch.compile with frozen weights",

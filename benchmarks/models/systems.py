@@ -23,6 +23,7 @@ from benchmarks.harness.errors import quake_jax
 from benchmarks.models import cases, flax_models, memory
 from benchmarks.models.cases import (
     ACCELERATE,
+    ATTENTION,
     CALIBRATED,
     CEILING,
     FLAX,
@@ -163,7 +164,11 @@ def build(setting: Setting, name: str) -> System:
         pack = quake_jax("pack").pack
         calibrate = setting.arguments[1:] if name == CALIBRATED else None
         function, parameters = pack(
-            setting.forward(), *setting.arguments, weights=PACKED[name], calibrate=calibrate
+            setting.forward(),
+            *setting.arguments,
+            weights=PACKED[name],
+            calibrate=calibrate,
+            attention=ATTENTION.get(name),
         )
     else:
         function, parameters = TRANSFORMS[name](setting.forward()), setting.parameters
@@ -227,6 +232,8 @@ def tolerance(case: Case, name: str) -> float:
     packing = PEER_ERROR[peer] if peer else PRODUCT_ERROR[PACKED.get(name, "float32")]
     if name in (CALIBRATED, STATIC):
         packing = PEER_ERROR["static"]
+    if name in ATTENTION:
+        rounding += PRODUCT_ERROR[ATTENTION[name]]
     # Errors of weights are independent of each other: their squares add up.
     products = packing * (PRODUCTS * case.sizes.layers) ** 0.5
     return case.sizes.layers * (bounds.get(name, both) + rounding) + products

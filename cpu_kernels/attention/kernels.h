@@ -31,8 +31,8 @@ inline constexpr int kAttentionFormats = static_cast<int>(AttentionFormat::kCoun
 //
 // words(n) is that of the format's layout. A row tile is up to `row_tile` query rows; its packed queries are
 // [words(size)][row_tile], or of lines of 16 words [words(size) / 16][row_tile][16]; rows that do not exist are
-// 0. A key tile is up to kKeyTile keys; its packed keys are a PackedMatrix of size x keys, its packed values one
-// of keys x value size. Scores are rows of kScoreStride; weights are rows of weight_stride, of words(count)
+// 0. A key tile is up to kKeyTile keys; its packed keys are a PackedMatrix of size x keys, its packed values
+// one of keys x value size. Scores are rows of kScoreStride; weights are rows of weight_stride, of words(count)
 // words.
 struct AttentionKernels {
   static constexpr std::size_t kKeyTile = 256;

@@ -17,8 +17,8 @@ struct PackedWord {
   std::uint32_t bits;
 };
 
-// How the instruction set's product wants the words of a format: so many for so many neighbours, which are there
-// as a whole, and so many columns in a panel.
+// How the instruction set's product wants the words of a format: so many for so many neighbours, which are
+// there as a whole, and so many columns in a panel.
 struct PackedLayout {
   std::size_t elements, words_of_elements, panel;
 
