@@ -83,11 +83,13 @@ def test_all_contestants_compute_the_same(mask, dtype):
     contestants = [systems.xla(buffers)]
     if hasattr(quake_jax, "dot_product_attention"):
         contestants.append(systems.quake(buffers, 5))
+        contestants.append(systems.quake(buffers, 5, bfloat16_products=True))
     if importlib.util.find_spec("torch"):
         contestants.append(systems.Torch(1).contestant(buffers, target=1e-5))
     for contestant in contestants:
         buffers.target[...] = 0
-        bound = 3e-5 if dtype == "float32" else 2e-2
+        is_float32 = dtype == "float32" and contestant.name != cases.BFLOAT16_PRODUCTS
+        bound = 3e-5 if is_float32 else 2e-2
         assert buffers.error_of(contestant) < bound, contestant.name
         contestant.run(3)  # raises if the donated buffer is not reused
 
@@ -158,7 +160,9 @@ def entry_of(bar, figure):
         "mask": bar.case.mask,
         "dtype": bar.case.dtype,
         "contestants": {name: {"share_of_peak": share, "share_of_read": share}},
-        "ratios": {name: {"XLA": ratio, "torch": ratio}},
+        "ratios": {
+            name: {"XLA": ratio, "torch": ratio, cases.BFLOAT16_PRODUCTS: {"median": 1 / figure}}
+        },
         "relative": {
             "none": {name: ratio},
             "causal": {name: ratio},
@@ -227,7 +231,7 @@ def test_the_geometric_mean_needs_all_cases():
 def stand_in(monkeypatch):
     """XLA's attention in the place of ours."""
 
-    def attention_with_order(*arrays, order, **options):
+    def attention_with_order(*arrays, order, compute_dtype, **options):
         return jax.nn.dot_product_attention(*arrays, **options)
 
     monkeypatch.setattr(quake_jax, "dot_product_attention", attention_with_order)
@@ -243,8 +247,9 @@ def test_the_cases_of_a_shape_are_compared_round_by_round(stand_in, text):
     assert sum(shares) == pytest.approx(1)
     assert [(e["dtype"], e["mask"]) for e in entries] == [(c.dtype, c.mask) for c in chosen]
     for entry in entries:
-        assert list(entry["contestants"]) == ["order 3", "order 5", "XLA"]
-        assert set(entry["ratios"]["order 5"]) == {"XLA"}
+        products = [cases.BFLOAT16_PRODUCTS] if entry["dtype"] == "float32" else []
+        assert list(entry["contestants"]) == ["order 3", "order 5", *products, "XLA"]
+        assert set(entry["ratios"]["order 5"]) == {*products, "XLA"}
         assert ("none" in entry["relative"]) == (entry["mask"] != "none")
         assert ("float32" in entry["relative"]) == (entry["dtype"] == "bfloat16")
         for one in entry["contestants"].values():
