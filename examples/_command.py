@@ -101,12 +101,13 @@ def on_kernels(
     weights,
     calibrate=None,
     rules=None,
+    attention=None,
 ):
     """Returns functions of (params, *arguments) on the kernels, and the parameters they take.
 
     With `weights` these are packed; of the arguments the shapes alone count then. `calibrate` are
     batches of arguments of the first function, from which rows get their ranges, or None; `rules`
-    those of `quake_jax.pack`.
+    and `attention` those of `quake_jax.pack`.
     """
     import quake_jax.linen
 
@@ -115,8 +116,8 @@ def on_kernels(
     pairs = list(zip(functions, arguments, strict=True))
     if calibrate is not None:
         calibrate = [calibrate, *[None] * (len(pairs) - 1)]
-    options = {"weights": weights, "calibrate": calibrate, "rules": rules, "order": order}
-    return quake_jax.pack(pairs, params, **options)
+    options = {"weights": weights, "calibrate": calibrate, "rules": rules, "attention": attention}
+    return quake_jax.pack(pairs, params, order=order, **options)
 
 
 def megabytes(model: Any) -> str:

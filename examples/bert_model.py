@@ -104,6 +104,7 @@ class Encoder:
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
         calibrate: texts, from which int8 weights get the ranges of what they multiply, or None.
         rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
+        attention: what attention multiplies where weights are packed, as there, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -123,6 +124,7 @@ class Encoder:
         weights: str | None = None,
         calibrate: Sequence[str] | None = None,
         rules: Sequence[tuple[str, str | None]] | None = None,
+        attention: str | None = None,
     ):
         model = BERT(config)
         tokenizer.no_padding()
@@ -141,7 +143,7 @@ class Encoder:
             encodings = tokenizer.encode_batch(list(calibrate))
             calibrate = self._padded([encoding.ids for encoding in encodings])
         (embed,), params = _command.on_kernels(
-            [embed], [text], params, order, weights, calibrate, rules
+            [embed], [text], params, order, weights, calibrate, rules, attention
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._embed = partial(jax.jit(embed), params)

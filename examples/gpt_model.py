@@ -215,6 +215,7 @@ class Generator:
         calibrate: texts of 1 to n_positions tokens, from which int8 weights get the ranges of what
             they multiply, or None.
         rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
+        attention: what attention multiplies where weights are packed, as there, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -232,6 +233,7 @@ class Generator:
         weights: str | None = None,
         calibrate: Iterable[Sequence[int]] | None = None,
         rules: Sequence[tuple[str, str | None]] | None = None,
+        attention: str | None = None,
     ):
         self.config = config
         dtype = jax.tree.leaves(params)[0].dtype
@@ -259,6 +261,7 @@ class Generator:
             weights,
             None if calibrate is None else [np.array([text], np.int32) for text in calibrate],
             rules,
+            attention,
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._full = partial(jax.jit(full), params)

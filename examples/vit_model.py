@@ -102,6 +102,7 @@ class Classifier:
         weights: what the weights of dense layers are packed in, as in `quake_jax.pack`, or None.
         calibrate: images, from which int8 weights get the ranges of what they multiply, or None.
         rules: which weights are packed otherwise, as in `quake_jax.pack`, or None.
+        attention: what attention multiplies where weights are packed, as there, or None.
 
     Attributes:
         bytes: of the parameters.
@@ -119,6 +120,7 @@ class Classifier:
         weights: str | None = None,
         calibrate=None,
         rules: Sequence[tuple[str, str | None]] | None = None,
+        attention: str | None = None,
     ):
         classes = params["classifier"]["bias"].size
         dtype = params["classifier"]["bias"].dtype
@@ -131,7 +133,7 @@ class Classifier:
         shape = (1, config.image_size, config.image_size, config.num_channels)
         images = jax.ShapeDtypeStruct(shape, np.float32)
         (apply,), params = _command.on_kernels(
-            [apply], [(images,)], params, order, weights, calibrate, rules
+            [apply], [(images,)], params, order, weights, calibrate, rules, attention
         )
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self._apply = partial(jax.jit(apply), params)

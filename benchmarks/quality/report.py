@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.harness import bars, pages
 from benchmarks.harness.pages import NONE, Column, Table, number
 from benchmarks.quality import statistics
+from benchmarks.quality.command import ATTENTION
 
 HEADING = "Quality"
 
@@ -16,7 +17,7 @@ LIMITS = {
     "text": {"perplexity_change": (0.1, "%")},
 }
 # Of packed weights the most that each figure may lose, by format.
-_WEIGHTS = ("float32", "bfloat16", "int8")
+_WEIGHTS = ("float32", ATTENTION, "bfloat16", "int8")
 _TENTH, _HALF = dict.fromkeys(_WEIGHTS, 0.1), dict.fromkeys(_WEIGHTS, 0.5)
 LOSSES = {
     "digits": {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.environment import ROOT
-from benchmarks.quality.command import CALIBRATED, LEAVE, WEIGHTS
+from benchmarks.quality.command import ATTENTION, CALIBRATED, LEAVE, WEIGHTS
 from benchmarks.quality.statistics import bootstrap, rank_correlations, wilson
 
 # The models are those of the examples, which are scripts of one folder.
@@ -33,6 +33,8 @@ def _options(variant: Variant, samples: Any) -> dict[str, Any]:
     if weights not in WEIGHTS:
         return {"order": variant}
     options: dict[str, Any] = {"weights": weights}
+    if weights == ATTENTION:
+        options = {"weights": "float32", "attention": "bfloat16"}
     if weights == CALIBRATED:
         some = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
         options = {"weights": "int8", "calibrate": some}
