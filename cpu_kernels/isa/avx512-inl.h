@@ -32,6 +32,9 @@ QUAKE_INLINE vh load_words_partial(const std::uint16_t* p, std::size_t n) {
 QUAKE_INLINE void store_words_partial(std::uint16_t* p, vh v, std::size_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), v);
 }
+QUAKE_INLINE vi load_bytes(const std::int8_t* p) {
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 QUAKE_INLINE vi widen(vh v) { return (vi)_mm512_cvtepu16_epi32(v); }
 QUAKE_INLINE vh narrow(vi v) { return _mm512_cvtepi32_epi16((__m512i)v); }
 QUAKE_INLINE vf half_to_float(vh v) { return _mm512_cvtph_ps(v); }
