@@ -4,19 +4,6 @@ Decoding is bounded by reading the cache: bfloat16 has half of the bytes of floa
 The kernel reads keys and values where they lie. A `KVCache` is a pytree: it goes through jax.jit
 (donated, so that it is updated in place), is what jax.lax.scan carries, what a variable of Flax
 holds, and jax.vmap of these functions gives each sequence a length of its own.
-
-Example:
-  >>> import functools, jax, quake_jax
-  >>> cache = quake_jax.kv_cache.init(2, 64, kv_heads=4, head_size=32, dtype="int8")
-  >>> @functools.partial(jax.jit, donate_argnums=0)
-  ... def step(cache, query, key, value):
-  ...     cache = quake_jax.kv_cache.append(cache, key, value)
-  ...     return cache, quake_jax.kv_cache.attend(query, cache)
-  >>> prompt = jax.random.normal(jax.random.key(0), (3, 2, 10, 4, 32))
-  >>> cache, y = step(cache, *prompt)
-  >>> cache, y = step(cache, *prompt[:, :, -1:])  # the next token
-  >>> int(cache.length), y.shape
-  (11, (2, 1, 4, 32))
 """
 
 from __future__ import annotations
@@ -31,8 +18,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._attention import call
-from quake_jax._attention.arguments import static_arguments
+from quake_jax._attention.arguments import check_arrays, four_axes, static_arguments
 from quake_jax._attention.masks import in_window
+from quake_jax._attention.operands import Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array, optional_array, refusal
@@ -56,6 +44,12 @@ class KVCache:
       value_scales: the same of the values.
       length: int32 scalar, how many positions have been appended. More than `max_length` if, inside
         jax.jit, too many were: every result is then NaN.
+
+    Example:
+      >>> import quake_jax
+      >>> cache = quake_jax.kv_cache.init(2, 64, kv_heads=4, head_size=32, dtype="bfloat16")
+      >>> cache.max_length, cache.dtype.name, int(cache.length)
+      (64, 'bfloat16', 0)
     """
 
     keys: jax.Array
@@ -96,6 +90,12 @@ def init(
     Raises:
       TypeError: if a size is no integer.
       ValueError: if a size is not positive, or the dtype is another one.
+
+    Example:
+      >>> import quake_jax
+      >>> cache = quake_jax.kv_cache.init(2, 64, kv_heads=4, head_size=32, dtype="int8")
+      >>> cache.keys.shape, cache.key_scales.shape
+      ((2, 64, 4, 32), (2, 4, 64))
     """
     function = "kv_cache.init"
     sizes = {
@@ -145,6 +145,15 @@ def append(cache: KVCache, key: ArrayLike, value: ArrayLike) -> KVCache:
       TypeError: if `cache` is none, or an array does not hold real numbers.
       ValueError: if shapes do not belong together, or there is no room for T positions. Inside
         jax.jit, where the length is not known, `attend` gives NaN from then on instead.
+
+    Example:
+      >>> import jax, quake_jax
+      >>> cache = quake_jax.kv_cache.init(2, 64, kv_heads=4, head_size=32)
+      >>> key = jax.random.normal(jax.random.key(0), (2, 10, 4, 32))
+      >>> append = jax.jit(quake_jax.kv_cache.append, donate_argnums=0)
+      >>> cache = append(cache, key, key)
+      >>> int(cache.length)
+      10
     """
     function = "kv_cache.append"
     _check_cache(cache, function)
@@ -233,6 +242,19 @@ def attend(
         be static is not.
       ValueError: if shapes or dtypes do not belong together, or another argument is not allowed; if
         the cache has more than max_length positions or fewer than T.
+
+    Example:
+      >>> import functools, jax, quake_jax
+      >>> cache = quake_jax.kv_cache.init(2, 64, kv_heads=4, head_size=32, dtype="int8")
+      >>> @functools.partial(jax.jit, donate_argnums=0)
+      ... def step(cache, query, key, value):
+      ...     cache = quake_jax.kv_cache.append(cache, key, value)
+      ...     return cache, quake_jax.kv_cache.attend(query, cache)
+      >>> prompt = jax.random.normal(jax.random.key(0), (3, 2, 10, 4, 32))
+      >>> cache, y = step(cache, *prompt)
+      >>> cache, y = step(cache, *prompt[:, :, -1:])  # the next token
+      >>> int(cache.length), y.shape
+      (11, (2, 1, 4, 32))
     """
     function = "kv_cache.attend"
     _check_cache(cache, function)
@@ -268,6 +290,10 @@ def attend(
     inline=jax_names.INLINE,
 )
 def _attend(query, cache, bias, mask, traced_scale, *, window, **static):
+    mask = four_axes(mask)
+    # Before the mask becomes another.
+    given = Operands(query, cache.keys, cache.values, four_axes(bias), mask)
+    check_arrays(static["function"], given, is_cache=True)
     batch, count = query.shape[:2]
     length = cache.length
     if count > 1 or window is not None:

@@ -411,8 +411,8 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
     check(std::memcmp(first.data(), p.out, bytes) == 0, "%s: depends on the order of tasks", what.c_str());
   }
   // Few rows are multiplied as they are.
-  const bool rounded =
-      c.bfloats && has_bfloats(table) && c.groups * c.query_length > AttentionKernels::kFewRows;
+  const bool rounded = p.format == AttentionFormat::kBFloat16 && has_bfloats(table) &&
+                       c.groups * c.query_length > AttentionKernels::kFewRows;
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;

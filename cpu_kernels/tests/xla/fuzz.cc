@@ -584,7 +584,8 @@ void fuzz_attention(Source& source) {
   if (source.one_in(4)) s.window_left = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.window_right = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.soft_cap = 3;
-  if (storage.dtype == DType::kBFloat16) s.format = AttentionFormat::kBFloat16;
+  // Others would be rounded before they are multiplied.
+  if (storage.dtype == DType::kBFloat16 && !s.stored) s.format = AttentionFormat::kBFloat16;
   HandlerCall call = attention_call(s, storage, order, random);
   for (Operand& operand : call.operands) {
     if (source.one_in(4)) fill_values(source, operand);
