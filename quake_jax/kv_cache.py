@@ -23,7 +23,7 @@ from quake_jax._attention.masks import in_window
 from quake_jax._attention.operands import Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
-from quake_jax._core.drop_in import as_array, optional_array, refusal
+from quake_jax._core.drop_in import as_array, kind_of, optional_array, refusal
 from quake_jax._core.exports import defined_in
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -328,7 +328,7 @@ def _attend(query, cache, bias, mask, traced_scale, *, window, **static):
 
 def _check_cache(cache, function: str) -> None:
     if not isinstance(cache, KVCache):
-        raise refusal(function, "cache", "a KVCache", repr(type(cache)), TypeError)
+        raise refusal(function, "cache", "a KVCache", kind_of(cache), TypeError)
     if cache.keys.ndim != 4:
         expected = "of one kind of sequences, with keys of 4 axes, inside jax.vmap or jax.lax.scan"
         raise refusal(function, "cache", expected, f"keys of shape {cache.keys.shape}")

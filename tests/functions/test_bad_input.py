@@ -410,8 +410,8 @@ def _caches():
     wanted = "… must be one of 'float32', 'bfloat16', 'float16', 'int8'; got "
     for bad in ("int4", jnp.float64, "text", 3):
         yield init, "dtype", bad, ValueError, f"{wanted}{bad!r}"
-    for bad in (None, QUERY, (QUERY, QUERY)):
-        wanted = f"… must be a KVCache; got {type(bad)!r}"
+    for bad, got in ((None, "None"), (QUERY, "an array of dtype float32"), ((QUERY,), "tuple")):
+        wanted = f"… must be a KVCache; got {got}"
         yield [*append, *attend], "cache", bad, TypeError, wanted
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), CACHE)
     wanted = "… must be of one kind of sequences, with keys of 4 axes, inside jax.vmap or"
