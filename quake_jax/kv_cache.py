@@ -179,6 +179,9 @@ def append(cache: KVCache, key: ArrayLike, value: ArrayLike) -> KVCache:
 @functools.partial(jax.jit, inline=jax_names.INLINE)
 def _append(cache, key, value):
     def write(into, x, axis):
+        sharding = jax.typeof(into).sharding
+        if jax.typeof(x).sharding != sharding and sharding.mesh.explicit_axes:
+            x = jax.sharding.reshard(x, sharding)  # the cache decides
         return lax.dynamic_update_slice_in_dim(into, x, cache.length, axis)
 
     key_scales, value_scales = cache.key_scales, cache.value_scales

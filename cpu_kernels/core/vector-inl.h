@@ -75,7 +75,11 @@ QUAKE_INLINE vf copy_sign(vf magnitude, vf sign) {
   return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(sign) & INT32_MIN));
 }
 
-QUAKE_INLINE vf bfloat_to_float(vh words) { return as_float(widen(words) << 16); }
+// A shim may have a shorter one.
+template <class Words>
+QUAKE_INLINE vf bfloat_to_float(Words words) {
+  return as_float(widen(words) << 16);
+}
 
 QUAKE_INLINE vf load(const bfloat16* p) { return bfloat_to_float(load_words(&p->bits)); }
 QUAKE_INLINE vf load(const float16* p) { return half_to_float(load_words(&p->bits)); }
