@@ -16,6 +16,7 @@ from quake_jax._core import jax_names as _jax_names  # noqa: F401
 
 # isort: split
 from quake_jax import approximations as approximations
+from quake_jax import kv_cache as kv_cache
 from quake_jax import reference as reference
 from quake_jax._attention.api import *  # noqa: F403
 from quake_jax._core.config import default_order as default_order

@@ -91,6 +91,8 @@ bool AttentionBlocks::take_scratch(Scratch& scratch) const {
     scratch.bits = memory.take<PieceBits>(tiles);
     scratch.skipped = memory.take<bool>(tiles);
     scratch.packed = memory.take<bool>(tiles);
+    const size_t size = p_.kv_dtype == DType::kInt8 ? std::max(p_.head_size, p_.value_size) : 0;
+    scratch.floats = memory.take<float>(plan_.key_tile * size);
     return memory.used();
   };
   char* const memory = workspace(carve(Carver(nullptr)));
@@ -152,10 +154,12 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
     const size_t keys = std::min(plan_.key_tile, end - key);
     if (judge_tiles(block, key, keys, skip) == 0) continue;
     PackedTile tile;
-    if (!quake::pack_keys(format_, p_.dtype, call_.key_row(p_.key, block.batch, block.kv_head, key),
-                          p_.key.time, keys, p_.head_size, scratch.keys, tile.keys) ||
-        !quake::pack_values(format_, p_.dtype, call_.key_row(p_.value, block.batch, block.kv_head, key),
-                            p_.value.time, keys, p_.value_size, plan_.key_tile, scratch.values, tile.values)) {
+    const Rows k = rows_to_pack(block, p_.key, p_.key_scales, p_.head_size, key, keys);
+    const bool has_keys =
+        quake::pack_keys(format_, k.dtype, k.data, k.stride, keys, p_.head_size, scratch.keys, tile.keys);
+    const Rows v = rows_to_pack(block, p_.value, p_.value_scales, p_.value_size, key, keys);
+    if (!has_keys || !quake::pack_values(format_, v.dtype, v.data, v.stride, keys, p_.value_size,
+                                         plan_.key_tile, scratch.values, tile.values)) {
       call_.lacks_values = true;
       return;
     }
@@ -211,6 +215,21 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
   });
 }
 
+// The keys or values [key, key + keys), of a type that packing takes.
+AttentionBlocks::Rows AttentionBlocks::rows_to_pack(const Block& block,
+                                                    const AttentionProblem::Operand& operand,
+                                                    const float* scales, size_t size, size_t key,
+                                                    size_t keys) const {
+  const char* const data = call_.key_row(operand, block.batch, block.kv_head, key);
+  if (p_.kv_dtype != DType::kInt8) return {data, operand.time, p_.kv_dtype};
+  const float* const scale = call_.scales_at(scales, block.batch, block.kv_head, key);
+  for (size_t i = 0; i < keys; ++i) {
+    const auto* const codes = reinterpret_cast<const std::int8_t*>(data) + offset(i, operand.time);
+    for (size_t j = 0; j < size; ++j) block.scratch.floats[i * size + j] = codes[j] * scale[i];
+  }
+  return {block.scratch.floats, static_cast<std::ptrdiff_t>(size), packed_dtype(p_.kv_dtype)};
+}
+
 // Packs the queries of a row tile where they are first used.
 void AttentionBlocks::pack_queries(Block& block, size_t row) const {
   const Scratch& scratch = block.scratch;
@@ -245,7 +264,7 @@ AttentionBlocks::Next AttentionBlocks::next_tile(size_t head, size_t key, size_t
 
 // Fetches the part of them that falls to the rows [row, last) of `count`.
 void AttentionBlocks::fetch_share(const Next& next, size_t row, size_t last, size_t count) const {
-  const size_t size = element_size(p_.dtype);
+  const size_t size = element_size(p_.kv_dtype);
   for (size_t i = next.keys * row / count; i < next.keys * last / count; ++i) {
     fetch(call_.key_row(p_.key, next.batch, next.kv_head, next.key + i), p_.head_size * size);
     fetch(call_.key_row(p_.value, next.batch, next.kv_head, next.key + i), p_.value_size * size);

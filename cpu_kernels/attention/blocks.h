@@ -34,6 +34,7 @@ class AttentionBlocks {
     PieceBits* bits;  // of every row tile, for the current key tile
     bool* skipped;    // of every row tile: a piece was left out
     bool* packed;     // of every row tile: its queries are packed
+    float* floats;    // the keys or values of a tile of int8
   };
   // The rows [first, first + count) of a key/value head, and their state.
   struct Block {
@@ -43,6 +44,12 @@ class AttentionBlocks {
   // The keys and values that are packed next.
   struct Next {
     std::size_t batch = 0, kv_head = 0, key = 0, keys = 0;
+  };
+  // Keys or values of a head.
+  struct Rows {
+    const void* data;
+    std::ptrdiff_t stride;
+    DType dtype;
   };
   struct PackedTile {
     PackedMatrix keys, values;
@@ -58,6 +65,8 @@ class AttentionBlocks {
   std::uint32_t judge_tiles(Block& block, std::size_t key, std::size_t keys, bool skip) const;
   void attend_tile(Block& block, const PackedTile& tile, std::size_t row, std::size_t key,
                    std::size_t keys) const;
+  Rows rows_to_pack(const Block& block, const AttentionProblem::Operand& operand, const float* scales,
+                    std::size_t size, std::size_t key, std::size_t keys) const;
   void pack_queries(Block& block, std::size_t row) const;
   Next next_tile(std::size_t head, std::size_t key, std::size_t end) const;
   void fetch_share(const Next& next, std::size_t row, std::size_t last, std::size_t count) const;

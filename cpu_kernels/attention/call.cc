@@ -43,6 +43,7 @@ AttentionCall::AttentionCall(const AttentionProblem& problem, const AttentionKer
       format(table.of(format_of_products)),
       order(order_index),
       dtype(static_cast<int>(problem.dtype)),
+      kv_dtype(static_cast<int>(problem.kv_dtype)),
       query_scale(scales_queries(format, problem.scale) ? problem.scale : 1),
       score_scale(scales_queries(format, problem.scale) ? 1 : problem.scale),
       plan(make_plan(problem, table, format.row_tile)),

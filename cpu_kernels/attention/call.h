@@ -32,7 +32,12 @@ class AttentionCall {
                       std::size_t key) const {
     const std::ptrdiff_t at =
         offset(batch, operand.batch) + offset(key, operand.time) + offset(kv_head, operand.head);
-    return advance(operand.data, at, p.dtype);
+    return advance(operand.data, at, p.kv_dtype);
+  }
+
+  // From one of the problem's scales, or null, to that of a key.
+  const float* scales_at(const float* scales, std::size_t batch, std::size_t kv_head, std::size_t key) const {
+    return scales ? scales + (batch * p.kv_heads + kv_head) * p.key_length + key : nullptr;
   }
 
   // Soft cap, bias and masks of a tile's scores, which are those of the keys [key, key + count). Masks change
@@ -49,7 +54,7 @@ class AttentionCall {
   const AttentionProblem& p;
   const AttentionKernels& kernels;
   const AttentionKernels::Format& format;
-  const int order, dtype;                // as the table is indexed
+  const int order, dtype, kv_dtype;      // as the table is indexed
   const float query_scale, score_scale;  // their product is the problem's
   const Plan plan;
   Masks masks;

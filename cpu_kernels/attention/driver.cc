@@ -87,12 +87,13 @@ const char* run(AttentionCall& call, ParallelFor parallel) {
 // Whether the table has what any problem of this type and order needs.
 bool has_kernels(const AttentionKernels& kernels, const AttentionProblem& p, int order) {
   const int i = static_cast<int>(p.dtype), of_bias = static_cast<int>(p.bias_dtype);
+  const int in_place = static_cast<int>(p.kv_dtype), packed = static_cast<int>(packed_dtype(p.kv_dtype));
   const AttentionKernels::Format& format = kernels.of(format_of(p, kernels));
-  return format.pack_queries[i] && format.pack_keys[i] && format.pack_values[i] && format.score &&
+  return format.pack_queries[i] && format.pack_keys[packed] && format.pack_values[packed] && format.score &&
          format.weigh[order] && kernels.of(AttentionFormat::kFloat32).weigh[order] && format.accumulate &&
-         kernels.finish[i] && kernels.convert_query[i] && kernels.score_in_place[i] &&
-         kernels.accumulate_in_place[i] && kernels.soft_cap[order] && kernels.add_bias[of_bias] &&
-         kernels.apply_mask;
+         kernels.finish[i] && kernels.convert_query[i] && kernels.score_in_place[in_place] &&
+         kernels.accumulate_in_place[in_place] && kernels.multiply && kernels.soft_cap[order] &&
+         kernels.add_bias[of_bias] && kernels.apply_mask;
 }
 
 }  // namespace

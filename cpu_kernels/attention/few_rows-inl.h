@@ -8,6 +8,19 @@ QUAKE_INLINE void store_sums(float* to, const vf (&s)[4]) {
   store_quad_sum(to, join_low(a, b) + join_high(a, b));
 }
 
+// Fetches what lies some keys behind N elements. Hardware alone does so in time for float, whose elements take
+// longest to read. What is fetched may lie behind the end.
+template <int N, class T>
+QUAKE_INLINE void fetch_ahead(const T* from) {
+  constexpr std::size_t kBytesAhead = 6144;
+  if constexpr (sizeof(T) < sizeof(float)) {
+#pragma GCC unroll 8
+    for (std::size_t j = 0; j < N * sizeof(T); j += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead + j);
+    }
+  }
+}
+
 // The scores of R queries and four keys. Where memory is waited for, a branch less is a line more in flight:
 // Vectors, if not 0, is how many whole vectors a key has.
 template <int R, int Vectors, class T>
@@ -23,6 +36,8 @@ QUAKE_INLINE void score_four(const float* queries, std::size_t query_stride, con
     }
   };
   if constexpr (Vectors > 0) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) fetch_ahead<Vectors * kLanes>(keys + i * stride);
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) step(v * kLanes, kLanes);
   } else {
@@ -110,6 +125,7 @@ QUAKE_INLINE void add_values(const float* scores, const T* values, std::ptrdiff_
   }
   const auto add = [&](std::size_t i) {
     vf column[V];
+    if constexpr (V > 1) fetch_ahead<V * kLanes>(values);
 #pragma GCC unroll 4
     for (int v = 0; v < V - 1; ++v) column[v] = load(values + v * kLanes);
     column[V - 1] = load_up_to(values + (V - 1) * kLanes, last);

@@ -93,17 +93,17 @@ void AttentionOfFewRows::attend_pieces(const Heads& heads, size_t key, size_t ke
   while (!(active >> first & 1)) ++first;
   for (size_t i = first; active >> i; ++i) last = i + 1;
   const size_t begin = key + first * kPiece, n = std::min(key + keys, key + last * kPiece) - begin;
-  kernels_.score_in_place[call_.dtype](heads.queries, query_stride_, plan_.rows,
-                                       call_.key_row(p_.key, heads.batch, heads.first, begin),
-                                       {heads.count, n, p_.key.head, p_.key.time}, p_.head_size, heads.scores);
+  kernels_.score_in_place[call_.kv_dtype](
+      heads.queries, query_stride_, plan_.rows, call_.key_row(p_.key, heads.batch, heads.first, begin),
+      {heads.count, n, p_.key.head, p_.key.time}, p_.head_size, heads.scores);
   for (size_t h = 0; h < heads.count; ++h) {
     weigh(heads, h, begin, n, (bits[h].mixed >> first | ~(active >> first)) & first_pieces(last - first));
   }
   const Partial part = call_.partials.at(heads.batch * p_.kv_heads + heads.first, 0, heads.split);
-  kernels_.accumulate_in_place[call_.dtype](heads.scores, plan_.rows,
-                                            call_.key_row(p_.value, heads.batch, heads.first, begin),
-                                            {heads.count, n, p_.value.head, p_.value.time}, p_.value_size,
-                                            part.accumulators(), call_.partials.row_stride());
+  kernels_.accumulate_in_place[call_.kv_dtype](heads.scores, plan_.rows,
+                                               call_.key_row(p_.value, heads.batch, heads.first, begin),
+                                               {heads.count, n, p_.value.head, p_.value.time}, p_.value_size,
+                                               part.accumulators(), call_.partials.row_stride());
 }
 
 // The scores of the head `h` of them, which become weights.
@@ -118,6 +118,11 @@ void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t 
     return call_.partials.at(heads.batch * p_.kv_heads + kv_head, r, heads.split);
   };
   call_.masks.describe_rows(heads.batch, kv_head, 0, count, rows);
+  const auto multiply = [&](const float* scales) {
+    if (!scales) return;
+    for (size_t r = 0; r < count; ++r) kernels_.multiply(scores + r * kScoreStride, scales, keys);
+  };
+  multiply(call_.scales_at(p_.key_scales, heads.batch, kv_head, key));
   call_.adjust(heads.batch, rows, count, key, keys, mixed, scores);
   for (size_t r = 0; r < count; ++r) {
     maxima[r] = part(r).header().maximum;
@@ -128,6 +133,7 @@ void AttentionOfFewRows::weigh(const Heads& heads, size_t h, size_t key, size_t 
       .weigh[call_.order](scores, count, keys, maxima, sums, part(0).accumulators(),
                           call_.partials.row_stride(), p_.value_size, reinterpret_cast<PackedWord*>(scores));
   for (size_t r = 0; r < count; ++r) part(r).header() = {maxima[r], sums[r]};
+  multiply(call_.scales_at(p_.value_scales, heads.batch, kv_head, key));
 }
 
 }  // namespace quake

@@ -41,8 +41,12 @@ template <class... T>
 void fill_attention(AttentionKernels& table) {
   fill_attention_format<FloatWords, T...>(table.of(AttentionFormat::kFloat32));
   (fill_attention_conversions<T>(table), ...);
+  constexpr int codes = static_cast<int>(DType::kInt8);
+  table.score_in_place[codes] = score_in_place<std::int8_t>;
+  table.accumulate_in_place[codes] = accumulate_in_place<std::int8_t>;
   fill_orders(table.soft_cap, []<int Order>() { return soft_cap<Order>; });
   table.lanes = kLanes;
   table.apply_mask = apply_mask;
+  table.multiply = multiply;
   table.log_sum_correction[0] = (constants::kSoftmaxShift - constants::kOrder1Shift) * 0.693147181f;
 }

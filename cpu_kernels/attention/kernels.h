@@ -51,6 +51,7 @@ struct AttentionKernels {
   using PackQueriesFn = bool (*)(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  PackedWord* out);
   // The panels have room for `capacity` words of each column; what lies behind those written stays as it is.
+  // Of int8 there is none: see packed_dtype.
   using PackFn = bool (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
                           std::size_t capacity, PackedWord* out);
   // scores = scale * queries · keys, of whole vectors of keys.
@@ -97,6 +98,8 @@ struct AttentionKernels {
   void (*add_bias[kDTypes])(float* scores, const void* bias, std::ptrdiff_t stride, std::size_t count);
   // One row: scores = kept ? scores : fill, with contiguous mask bytes.
   void (*apply_mask)(float* scores, const unsigned char* mask, std::size_t count, float fill);
+  // One row: scores *= factors, of whole vectors of scores.
+  void (*multiply)(float* scores, const float* factors, std::size_t count);
   // out = accumulators / sum
   void (*finish[kDTypes])(const float* accumulators, std::size_t size, float sum, void* out);
   // What log(sum) lacks: the exponential of order 1 has a constant factor.
@@ -119,6 +122,9 @@ struct AttentionKernels {
   void (*accumulate_in_place[kDTypes])(const float* scores, std::size_t rows, const void* values, InPlace at,
                                        std::size_t size, float* accumulators, std::size_t accumulator_stride);
 };
+
+// What packing takes of keys and values of a type: codes and scales become float32 first.
+inline constexpr DType packed_dtype(DType dtype) { return dtype == DType::kInt8 ? DType::kFloat32 : dtype; }
 
 }  // namespace quake
 

@@ -30,13 +30,16 @@ struct AttentionProblem {
     std::ptrdiff_t batch = 0, head = 0, query = 0, key = 0;
   };
 
-  DType dtype = DType::kFloat32;  // of q, k, v and out
+  DType dtype = DType::kFloat32;     // of q and out
+  DType kv_dtype = DType::kFloat32;  // of k and v
   // What may be multiplied; where the instruction set does not, it is kFloat32.
   AttentionFormat format = AttentionFormat::kFloat32;
   std::size_t batch = 0, query_length = 0, key_length = 0;
   std::size_t query_heads = 0, kv_heads = 0;  // query head n reads key/value head n / (query_heads / kv_heads)
   std::size_t head_size = 0, value_size = 0;
   Operand query, key, value;
+  // (batch, kv_heads, key_length) if k and v are int8, whose codes they multiply; else null.
+  const float *key_scales = nullptr, *value_scales = nullptr;
   void* out = nullptr;        // (batch, query_length, query_heads, value_size), contiguous
   float* residual = nullptr;  // or null: (batch, query_length, query_heads), log-sum-exp of the logits
   float scale = 1;

@@ -1,5 +1,5 @@
-// What is done to scores before softmax: the soft cap, bias, mask. Included inside an instruction set's
-// namespace, after core/tanh-inl.h.
+// What is done to scores before softmax: the scales of keys, the soft cap, bias, mask; and to weights: those of
+// values. Included inside an instruction set's namespace, after core/tanh-inl.h.
 
 template <int Order>
 void soft_cap(float* scores, std::size_t rows, std::size_t count, float cap) {
@@ -25,6 +25,13 @@ void add_bias(float* scores, const void* bias, std::ptrdiff_t stride, std::size_
       v = load(gathered);
     }
     store(scores + i, load(scores + i) + v);
+  }
+}
+
+inline void multiply(float* scores, const float* factors, std::size_t count) {
+  for (std::size_t i = 0; i < count; i += kLanes) {
+    const std::size_t n = count - i < kLanes ? count - i : kLanes;
+    store(scores + i, load(scores + i) * load_up_to(factors + i, n));
   }
 }
 

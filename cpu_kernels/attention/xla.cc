@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "attention/driver.h"
@@ -29,7 +30,9 @@ enum AttentionOperand : std::int32_t {
   kHasQueryLengths = 4,
   kHasKeyLengths = 8,
   kHasQuerySegments = 16,
-  kHasKeySegments = 32
+  kHasKeySegments = 32,
+  kHasKeyScales = 64,
+  kHasValueScales = 128
 };
 
 struct AttentionAttributes {
@@ -125,8 +128,8 @@ ffi::ErrorOr<Buffers> take_buffers(const char* target, const AttentionAttributes
     buffers.operands.push_back(*argument);
   }
   std::size_t expected = attributes.packed_axis != 0 ? 1 : 3;
-  for (const auto operand :
-       {kHasBias, kHasMask, kHasQueryLengths, kHasKeyLengths, kHasQuerySegments, kHasKeySegments}) {
+  for (const auto operand : {kHasBias, kHasMask, kHasQueryLengths, kHasKeyLengths, kHasQuerySegments,
+                             kHasKeySegments, kHasKeyScales, kHasValueScales}) {
     expected += (attributes.present & operand) != 0;
   }
   if (buffers.operands.size() != expected || results.size() != 2) {
@@ -144,15 +147,36 @@ ffi::ErrorOr<Buffers> take_buffers(const char* target, const AttentionAttributes
 
 // ---- Validation; each part fills in its part of the problem ----
 
+// The type of keys and values: that of queries need not be the same. int8 are codes.
+ffi::ErrorOr<DType> kv_dtype(const char* target, const AttentionAttributes& attributes,
+                             const ffi::AnyBuffer& key, const ffi::AnyBuffer& value) {
+  if (key.element_type() != ffi::S8) {
+    const ffi::ErrorOr<Call> call = check(target, attributes.order, key, {&value});
+    if (call.has_error()) return ffi::Unexpected(call.error());
+    return call->dtype;
+  }
+  if (value.element_type() != ffi::S8) {
+    return ffi::Unexpected(mismatch(target, key, value, "the same type"));
+  }
+  if (!is_addressable(key)) return ffi::Unexpected(not_addressable(target, key));
+  if (!is_addressable(value)) return ffi::Unexpected(not_addressable(target, value));
+  return DType::kInt8;
+}
+
 // Queries, keys and values; returns how many operands those were.
 ffi::ErrorOr<std::size_t> decode_operands(const char* target, const AttentionAttributes& attributes,
                                           const Buffers& buffers, AttentionProblem& p) {
   const bool packed = attributes.packed_axis != 0;
   const std::vector<ffi::AnyBuffer>& x = buffers.operands;
   const ffi::AnyBuffer& out = buffers.results[0];
-  const ffi::ErrorOr<Call> call = packed ? check(target, attributes.order, x[0], {&out})
-                                         : check(target, attributes.order, x[0], {&x[1], &x[2], &out});
+  const ffi::ErrorOr<Call> call = check(target, attributes.order, x[0], {&out});
   if (call.has_error()) return ffi::Unexpected(call.error());
+  p.dtype = p.kv_dtype = call->dtype;
+  if (!packed) {
+    const auto dtype = kv_dtype(target, attributes, x[1], x[2]);
+    if (dtype.has_error()) return ffi::Unexpected(dtype.error());
+    p.kv_dtype = *dtype;
+  }
   const std::size_t count = packed ? 1 : 3, rank = packed ? 5 : 4;
   for (std::size_t i = 0; i < count; ++i) {
     if (x[i].dimensions().size() != rank) {
@@ -160,7 +184,6 @@ ffi::ErrorOr<std::size_t> decode_operands(const char* target, const AttentionAtt
           invalid(target, "operand " + describe(x[i]) + ", expected rank " + std::to_string(rank)));
     }
   }
-  p.dtype = call->dtype;
   if (ffi::Error error = take_operands(target, attributes, x, p); error.failure())
     return ffi::Unexpected(error);
   return count;
@@ -205,14 +228,18 @@ ffi::Error decode_mask(const char* target, const ffi::AnyBuffer& query, const ff
   return ffi::Error::Success();
 }
 
-ffi::Error decode_integers(const char* target, const char* what, const ffi::AnyBuffer& buffer,
-                           std::initializer_list<std::size_t> dims, const std::int32_t*& integers) {
-  if (buffer.element_type() != ffi::S32 || !has_dimensions(buffer, dims)) {
+// An array of 32-bit elements T.
+template <class T>
+ffi::Error decode_array(const char* target, const char* what, const ffi::AnyBuffer& buffer,
+                        std::initializer_list<std::size_t> dims, const T*& elements) {
+  constexpr bool kIntegers = std::is_same_v<T, std::int32_t>;
+  if (buffer.element_type() != (kIntegers ? ffi::S32 : ffi::F32) || !has_dimensions(buffer, dims)) {
     std::string expected;
     for (const std::size_t size : dims) expected += (expected.empty() ? "" : ",") + std::to_string(size);
-    return invalid(target, what + (" " + describe(buffer)) + ", expected int32[" + expected + "]");
+    return invalid(target, what + (" " + describe(buffer)) + ", expected " + (kIntegers ? "int32" : "float32") +
+                               "[" + expected + "]");
   }
-  integers = static_cast<const std::int32_t*>(buffer.untyped_data());
+  elements = static_cast<const T*>(buffer.untyped_data());
   return ffi::Error::Success();
 }
 
@@ -227,15 +254,17 @@ ffi::Error decode_present(const char* target, const AttentionAttributes& attribu
   }
   ffi::Error error = ffi::Error::Success();
   const auto take = [&](AttentionOperand operand, const char* what, std::initializer_list<std::size_t> dims,
-                        const std::int32_t*& integers) {
+                        auto& elements) {
     if (error.success() && attributes.present & operand) {
-      error = decode_integers(target, what, x[next++], dims, integers);
+      error = decode_array(target, what, x[next++], dims, elements);
     }
   };
   take(kHasQueryLengths, "lengths", {p.batch}, p.query_lengths);
   take(kHasKeyLengths, "lengths", {p.batch}, p.key_lengths);
   take(kHasQuerySegments, "segments", {p.batch, p.query_length}, p.query_segments);
   take(kHasKeySegments, "segments", {p.batch, p.key_length}, p.key_segments);
+  take(kHasKeyScales, "scales", {p.batch, p.kv_heads, p.key_length}, p.key_scales);
+  take(kHasValueScales, "scales", {p.batch, p.kv_heads, p.key_length}, p.value_scales);
   return error;
 }
 
@@ -257,6 +286,10 @@ ffi::Error call_attention(const char* target, ffi::ThreadPool pool, const Attent
   p.format = static_cast<AttentionFormat>(attributes.format);
   const ffi::ErrorOr<std::size_t> next = decode_operands(target, attributes, *buffers, p);
   if (next.has_error()) return next.error();
+  const std::int32_t scales = attributes.present & (kHasKeyScales | kHasValueScales);
+  if (scales != (p.kv_dtype == DType::kInt8 ? kHasKeyScales | kHasValueScales : 0)) {
+    return invalid(target, "scales of keys and values belong to int8 alone, which need both");
+  }
   if (ffi::Error error = decode_results(target, *buffers, p); error.failure()) return error;
   if (ffi::Error error = decode_present(target, attributes, buffers->operands, *next, p); error.failure()) {
     return error;

@@ -13,8 +13,8 @@
 
 namespace quake {
 
-// Storage types; the arithmetic is float32 for all of them. Dense layers alone have int8: the codes of a range
-// that is known beforehand.
+// Storage types; the arithmetic is float32 for all of them. Dense layers have int8 too, the codes of a range
+// that is known beforehand, and attention's keys and values, whose codes have scales.
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt8, kCount };
 inline constexpr int kDTypes = static_cast<int>(DType::kCount);
 

@@ -12,6 +12,7 @@
 //   stream(float*, v)               store past the caches, to an address aligned to the vector
 //   load_words(const uint16_t*), store_words, stream_words and their _partial forms
 //   stream_fence()                  orders streamed stores before whatever follows
+//   load_bytes(const int8_t*) -> vi
 //   widen(vh) -> vi, narrow(vi) -> vh, half_to_float(vh) -> vf, float_to_half(vf) -> vh
 //   float_to_bfloat(vf) -> vh       to nearest even (bfloat_words-inl.h does it by integer operations)
 //   join_bfloats(even, odd) -> vi   the same of two vectors, their results in turn
@@ -74,15 +75,25 @@ QUAKE_INLINE vf copy_sign(vf magnitude, vf sign) {
   return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(sign) & INT32_MIN));
 }
 
-QUAKE_INLINE vf bfloat_to_float(vh words) { return as_float(widen(words) << 16); }
+// A shim may have a shorter one.
+template <class Words>
+QUAKE_INLINE vf bfloat_to_float(Words words) {
+  return as_float(widen(words) << 16);
+}
 
 QUAKE_INLINE vf load(const bfloat16* p) { return bfloat_to_float(load_words(&p->bits)); }
 QUAKE_INLINE vf load(const float16* p) { return half_to_float(load_words(&p->bits)); }
+QUAKE_INLINE vf load(const std::int8_t* p) { return __builtin_convertvector(load_bytes(p), vf); }
 QUAKE_INLINE vf load_partial(const bfloat16* p, std::size_t n) {
   return bfloat_to_float(load_words_partial(&p->bits, n));
 }
 QUAKE_INLINE vf load_partial(const float16* p, std::size_t n) {
   return half_to_float(load_words_partial(&p->bits, n));
+}
+QUAKE_INLINE vf load_partial(const std::int8_t* p, std::size_t n) {
+  std::int8_t values[kLanes] = {};
+  for (std::size_t i = 0; i < n; ++i) values[i] = p[i];
+  return load(values);
 }
 QUAKE_INLINE void store(bfloat16* p, vf v) { store_words(&p->bits, float_to_bfloat(v)); }
 QUAKE_INLINE void store(float16* p, vf v) { store_words(&p->bits, float_to_half(v)); }

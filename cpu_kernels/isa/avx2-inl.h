@@ -26,6 +26,9 @@ QUAKE_INLINE vh load_words(const std::uint16_t* p) {
 }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
 QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), v); }
+QUAKE_INLINE vi load_bytes(const std::int8_t* p) {
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 QUAKE_INLINE vi widen(vh v) { return (vi)_mm256_cvtepu16_epi32(v); }
 QUAKE_INLINE vh narrow(vi v) {
   const __m256i w = (__m256i)v;

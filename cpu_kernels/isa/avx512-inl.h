@@ -32,7 +32,15 @@ QUAKE_INLINE vh load_words_partial(const std::uint16_t* p, std::size_t n) {
 QUAKE_INLINE void store_words_partial(std::uint16_t* p, vh v, std::size_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), v);
 }
+QUAKE_INLINE vi load_bytes(const std::int8_t* p) {
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 QUAKE_INLINE vi widen(vh v) { return (vi)_mm512_cvtepu16_epi32(v); }
+// One shuffle, which leaves the lower halves 0.
+QUAKE_INLINE vf bfloat_to_float(vh v) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(lane << 16), _mm512_castsi256_si512(v));
+}
 QUAKE_INLINE vh narrow(vi v) { return _mm512_cvtepi32_epi16((__m512i)v); }
 QUAKE_INLINE vf half_to_float(vh v) { return _mm512_cvtph_ps(v); }
 QUAKE_INLINE vh float_to_half(vf v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }

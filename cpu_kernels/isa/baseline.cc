@@ -32,6 +32,12 @@ QUAKE_INLINE vh load_words(const std::uint16_t* p) {
 }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { std::memcpy(p, &v, sizeof v); }
 QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { store_words(p, v); }
+QUAKE_INLINE vi load_bytes(const std::int8_t* p) {
+  std::int32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  const __m128i v = _mm_cvtsi32_si128(bytes), twice = _mm_unpacklo_epi8(v, v);
+  return (vi)_mm_unpacklo_epi16(twice, twice) >> 24;
+}
 QUAKE_INLINE vi widen(vh v) { return vi{v[0], v[1], v[2], v[3]}; }
 QUAKE_INLINE vh narrow(vi v) {
   return vh{static_cast<std::uint16_t>(v[0]), static_cast<std::uint16_t>(v[1]),

@@ -18,6 +18,11 @@ QUAKE_INLINE void stream_fence() {}
 QUAKE_INLINE vh load_words(const std::uint16_t* p) { return vld1_u16(p); }
 QUAKE_INLINE void store_words(std::uint16_t* p, vh v) { vst1_u16(p, v); }
 QUAKE_INLINE void stream_words(std::uint16_t* p, vh v) { store_words(p, v); }
+QUAKE_INLINE vi load_bytes(const std::int8_t* p) {
+  std::int32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)))));
+}
 QUAKE_INLINE vi widen(vh v) { return (vi)vmovl_u16(v); }
 QUAKE_INLINE vh narrow(vi v) { return vmovn_u32((uint32x4_t)v); }
 QUAKE_INLINE vf half_to_float(vh v) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(v)); }

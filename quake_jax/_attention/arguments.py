@@ -23,11 +23,17 @@ OPTIONAL = (
     "query_segment_ids",
     "key_value_segment_ids",
 )
+# Those of a cache alone.
+_SCALES = ("key_scales", "value_scales")
 
 
-def check_arrays(function: str, operands: Operands) -> None:
-    """Raise ValueError or TypeError, as jax.nn does, unless the arrays belong together."""
-    arrays = dict(zip(("query", "key", "value", *OPTIONAL), operands, strict=True))
+def check_arrays(function: str, operands: Operands, is_cache: bool) -> None:
+    """Raise ValueError or TypeError, as jax.nn does, unless the arrays belong together.
+
+    Key and value of a cache may have another dtype than query.
+    """
+    names = ("query", "key", "value", *OPTIONAL, *_SCALES)
+    arrays = dict(zip(names, operands, strict=True))
 
     def refuse(name, expected):
         x = arrays[name]
@@ -48,7 +54,7 @@ def check_arrays(function: str, operands: Operands) -> None:
         refuse("value", f"the dtype of key, {key.dtype}")
     if value.shape[:3] != key.shape[:3]:
         refuse("value", f"the batch, length and heads of key, {key.shape[:3]}")
-    if query.dtype != key.dtype:
+    if query.dtype != key.dtype and not is_cache:
         refuse("query", f"the dtype of key, {key.dtype}")
     if query.shape[0] != batch or query.shape[3] != size:
         refuse("query", f"the batch {batch} and the head size {size} of key")

@@ -39,6 +39,8 @@ def attend(
     query_segments,
     key_segments,
     traced_scale,
+    key_scales=None,
+    value_scales=None,
     *,
     packed_axis: int,
     scale: float | None,
@@ -50,12 +52,14 @@ def attend(
     function: str = "dot_product_attention",
     return_residual: bool = False,
     implementation: str | None = None,
+    is_cache: bool = False,
     masking: Masking = _AS_JAX_NN,
 ):
     """The public functions, once what is static is known; also what stands for other programs.
 
-    If packed, query is qkv with a batch. The public functions have no `masking`, and what takes the
-    kernel's place does not know of it.
+    If packed, query is qkv with a batch. Only a cache has scales, and keys and values of another
+    dtype than query. The public functions have no `masking`, and what takes the kernel's place does
+    not know of it.
     """
     packed = query
     if packed_axis:
@@ -66,10 +70,12 @@ def attend(
         query, key, value = map(four_axes, (query, key, value))
     integers = (query_lengths, key_lengths, query_segments, key_segments)
     integers = (None if x is None else jnp.asarray(x) for x in integers)
-    arrays = Operands(query, key, value, four_axes(bias), four_axes(mask), *integers)
+    arrays = Operands(
+        query, key, value, four_axes(bias), four_axes(mask), *integers, key_scales, value_scales
+    )
     if arrays.key_segments is None and arrays.query.shape[1] == arrays.key.shape[1]:
         arrays = arrays._replace(key_segments=arrays.query_segments)
-    check_arrays(function, arrays)
+    check_arrays(function, arrays, is_cache)
     size, value_size = arrays.query.shape[3], arrays.value.shape[3]
     if scale is None:
         scale = 1 / math.sqrt(size) if size else math.inf
@@ -151,7 +157,7 @@ def _with_kernel(
     dtype = arrays.query.dtype
     if traced_scale is not None:
         # The kernel's is static. In float32 the product loses nothing that matters.
-        query, key, value = (x.astype(jnp.float32) for x in arrays[:3])
+        query, key, value = (x.astype(jnp.float32) if x.dtype == dtype else x for x in arrays[:3])
         query, packed_axis = query * traced_scale.astype(jnp.float32), 0
         parameters["scale"] = 1.0
         arrays = arrays._replace(query=query, key=key, value=value)
@@ -208,11 +214,11 @@ def _split_alike(operands: Sequence[jax.Array], packed_axis: int, present: int) 
 
 def _without_kernel(function, arrays, *, scale, soft_cap, is_causal, window, implementation):
     """Output and residual from jax.nn, or from the unfused form of what jax.nn lacks."""
-    query, key, value, bias, mask, query_lengths, key_lengths, *segments = arrays
+    arrays = arrays.without_codes()
+    query, key, value, bias, mask, query_lengths, key_lengths, *segments = arrays[:9]
     mask = with_segments(mask, *segments)
-    # A jitted jax.nn refuses float16 on CPUs.
-    is_jax = implementation == "cudnn" or query.dtype != jnp.float16
-    if soft_cap is None and value.shape == key.shape and is_jax:
+    is_cudnn = implementation == "cudnn" and value.shape == key.shape
+    if soft_cap is None and (is_cudnn or reference.is_for_jax_nn(query, key, value)):
         return jax.nn.dot_product_attention(
             query,
             key,

@@ -46,11 +46,13 @@ def _tangent_rule(parameters, masking, operands, tangents):
     parameters = dict(parameters)
     packed_axis, present = parameters.pop("packed_axis"), parameters.pop("present")
     del parameters["order"], parameters["format"]
-    arrays = by_name(operands, packed_axis, present)
+    arrays = by_name(operands, packed_axis, present).without_codes()
     tangents = [None if isinstance(t, SymbolicZero) else t for t in tangents]
-    # Those of query, key, value and bias, or None.
+    # Those of query, key, value and bias, or None; codes and their scales are constants.
     at = count_of_arrays(packed_axis)
     moving = tangents[:at]
+    if present & Present.KEY_SCALES:
+        moving[1:] = [None] * 2
     if packed_axis:
         moving = [None] * 3 if moving[0] is None else parts_of_packed(moving[0], packed_axis)
     moving.append(tangents[at] if present & Present.BIAS else None)
@@ -67,7 +69,7 @@ def _tangent(arrays, tangents, lse, **parameters):
       tangents: of the first four, or None where they are 0.
       lse: the log-sum-exp of the logits, (B, T, N).
     """
-    query, key, value, bias, mask, query_lengths, key_lengths, segments, key_segments = arrays
+    query, key, value, bias, mask, query_lengths, key_lengths, segments, key_segments = arrays[:9]
     dquery, dkey, dvalue, dbias = tangents
     if all(t is None for t in tangents):
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), jnp.float32)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from quake_jax._attention.operands import Present, axes_of
+from quake_jax._attention.operands import OF_LOGITS, Present, axes_of
 from quake_jax._core.primitive import merged
 
 
@@ -21,7 +21,7 @@ def unmapped(call: Callable, operands: Sequence, **parameters) -> list[jax.Array
     axes, _ = axes_of_call(operands, parameters)
     is_mapped = [labels[0] == "map" for labels in axes]
     if is_mapped[0] and not any(is_mapped[1:]) and not parameters["packed_axis"]:
-        bias_and_mask = [x for x, k in zip(operands, axes, strict=True) if k[1:2] == ("heads",)]
+        bias_and_mask = [x for x, k in zip(operands, axes, strict=True) if k == OF_LOGITS]
         if not _do_positions_matter(bias_and_mask, **parameters):
             return _as_more_queries(call, *operands)
         if all(x.shape[1] == 1 for x in bias_and_mask):
@@ -71,7 +71,7 @@ def _as_more_batch(call, operands, axes) -> list[jax.Array]:
     batch = sizes[0]["batch"]
     flat = []
     for x, labels in zip(operands, axes, strict=True):
-        if labels[0] != "map" and x.shape[0] == 1 and labels[1:2] == ("heads",):
+        if x.shape[0] == 1 and labels == OF_LOGITS:
             flat.append(x)
             continue
         x = x if labels[0] == "map" else x[None]

@@ -3,8 +3,9 @@
 The public functions make a call; derivative, primitive and reference read it, and so does
 cpu_kernels/attention. Its operands are query (B, T, N, H), key (B, S, K, H) and value (B, S, K, V),
 or one array of all three, of shape (B, T, 3, N, H) or (B, T, N, 3, H); then those that `Present`
-names. Its results are (B, T, N, V) in the operands' dtype and the log-sum-exp of the logits
-(B, T, N) in float32.
+names. Its results are (B, T, N, V) in query's dtype and the log-sum-exp of the logits (B, T, N) in
+float32. Key and value share a dtype, which may be another than query's; if it is int8, they are
+codes, and have scales.
 
 What jax.vmap maps has one more axis in front, of operands and then of both results. Whether it
 becomes part of the batch is decided at the end, when it is known what is split over devices.
@@ -46,6 +47,8 @@ class Present(enum.IntFlag):
     KEY_LENGTHS = 8  # int32 (B,)
     QUERY_SEGMENTS = 16  # int32 (B, T)
     KEY_SEGMENTS = 32  # int32 (B, S); a call has both or neither
+    KEY_SCALES = 64  # float32 (B, K, S), if key and value are int8
+    VALUE_SCALES = 128  # the same
 
 
 class Operands(NamedTuple):
@@ -60,6 +63,8 @@ class Operands(NamedTuple):
     key_lengths: jax.Array | None = None
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
     @property
     def optional(self) -> tuple[jax.Array | None, ...]:
@@ -68,6 +73,19 @@ class Operands(NamedTuple):
     @property
     def present(self) -> int:
         return sum(flag for flag, x in zip(Present, self.optional, strict=True) if x is not None)
+
+    def without_codes(self) -> Operands:
+        """The same with int8 keys and values as float32, in arrays of their own."""
+        if self.key_scales is None or self.value_scales is None:
+            return self
+        key = decoded(self.key, self.key_scales)
+        value = decoded(self.value, self.value_scales)
+        return self._replace(key=key, value=value, key_scales=None, value_scales=None)
+
+
+def decoded(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """What codes of shape (B, S, K, H) with scales (B, K, S) stand for, in float32."""
+    return codes.astype(jnp.float32) * jnp.swapaxes(scales, 1, 2)[..., None]
 
 
 def count_of_arrays(packed_axis: int) -> int:
@@ -103,16 +121,20 @@ def without_mask(
     return (*operands[:at], *operands[at + 1 :]), present - Present.MASK
 
 
+# Of a bias or a mask, which broadcast.
+OF_LOGITS = ("batch", "heads", None, None)
+
+
 def axes_of(ranks: Sequence[int], packed_axis: int, present: int) -> tuple[list, list]:
     """Along which axes a call may be split, of operands of these ranks and of the results.
 
     Each is "map" (that of `jax.vmap`), "batch" or "heads", or None where it must be whole.
     """
-    of_query, of_logits = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    of_query = ("batch", None, "heads", None)
     packed = {2: ("batch", None, None, "heads", None), 3: ("batch", None, "heads", None, None)}
     operands = [packed[packed_axis]] if packed_axis else [of_query] * 3
-    of_positions = ("batch", None)
-    optional = (of_logits, of_logits, ("batch",), ("batch",), of_positions, of_positions)
+    of_positions, of_scales = ("batch", None), ("batch", "heads", None)
+    optional = (OF_LOGITS,) * 2 + (("batch",),) * 2 + (of_positions,) * 2 + (of_scales,) * 2
     operands += [axes for flag, axes in zip(Present, optional, strict=True) if present & flag]
     operands = [
         axes if rank == len(axes) else ("map", *axes)

@@ -40,6 +40,12 @@ def with_bias(logits: jax.Array, bias: jax.Array | None) -> jax.Array:
     return logits if bias is None else logits + grouped(bias, logits.shape[1]).astype(logits.dtype)
 
 
+def is_for_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether jax.nn takes such arrays; a jitted one refuses float16 on CPUs."""
+    is_alike = value.shape == key.shape and key.dtype == query.dtype
+    return is_alike and query.dtype != jnp.float16
+
+
 def unfused_attention(
     query: jax.Array,
     key: jax.Array,
@@ -91,14 +97,15 @@ def dot_product_attention(
     """`jax.nn.dot_product_attention` and its residual in float32, of the primitive's operands.
 
     It is exact for every `order` and `format`. With a soft cap, values of another size than the
-    keys, or float16, which jax.nn refuses on some platforms, it is `unfused_attention`.
+    keys, keys of another dtype than the query's, or float16, which jax.nn refuses on some
+    platforms, it is `unfused_attention`.
     """
-    query, key, value, bias, mask, *lengths, query_segments, key_segments = by_name(
-        operands, packed_axis, present
-    )
-    mask = masks.with_segments(mask, query_segments, key_segments)
+    arrays = by_name(operands, packed_axis, present).without_codes()
+    query, key, value, bias = arrays[:4]
+    lengths = (arrays.query_lengths, arrays.key_lengths)
+    mask = masks.with_segments(arrays.mask, arrays.query_segments, arrays.key_segments)
     out, lse = unfused_attention(query, key, value, bias, mask, *lengths, **parameters)
-    if not parameters["soft_cap"] and value.shape == key.shape and query.dtype != jnp.float16:
+    if not parameters["soft_cap"] and is_for_jax_nn(query, key, value):
         window = (parameters["window_left"], parameters["window_right"])
         if window == (-1, -1):
             window = None

@@ -36,6 +36,7 @@ PUBLIC = {
     "accelerate",
     "explain",
     "approximations",
+    "kv_cache",
     "linen",
     "nnx",
     "reference",

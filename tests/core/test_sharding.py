@@ -30,7 +30,7 @@ from support import (
 )
 
 import quake_jax
-from quake_jax import _rewrite
+from quake_jax import _rewrite, kv_cache
 from quake_jax._elementwise import table
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
@@ -482,6 +482,24 @@ def test_attention_keeps_batch_and_heads_split(kv_heads, mesh):
     # Operation by operation, too.
     y = attend(*(place(a, mesh, spec) for a, spec in zip(x, specs, strict=True)))
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, Q), 4)
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_cache_keeps_batch_and_heads_split(dtype, queries, mesh):
+    query, key, value = attention_operands(queries=queries)
+
+    def step(query, key, value, *cache):
+        cache = kv_cache.append(jax.tree.unflatten(tree, cache), key, value)
+        return kv_cache.attend(query, cache), *jax.tree.leaves(cache)
+
+    cache, tree = jax.tree.flatten(kv_cache.init(4, 16, 8, 8, dtype=dtype))
+    of_scales = P("a", "b", None)
+    specs = [Q if x.ndim == 4 else of_scales if x.ndim == 3 else P() for x in cache]
+    x = [query, key, value, *cache]
+    results = check_attention(step, x, [Q] * 3 + specs, mesh, local=f"1,{queries},4,8")
+    for y, spec in zip(results, [Q, *specs], strict=True):
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), y.ndim)
 
 
 @pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])

@@ -32,6 +32,8 @@ from quake_jax._elementwise import table
 ROW = np.ones(4, np.float32)
 MATRIX = np.ones((3, 4), np.float32)
 QUERY = np.ones((2, 7, 4, 8), np.float32)
+# Of 7 positions, with room for one more.
+CACHE = quake_jax.kv_cache.append(quake_jax.kv_cache.init(2, 8, 4, 8), QUERY, QUERY)
 INTEGERS = np.arange(-4, 0, dtype=np.int32)
 
 
@@ -68,6 +70,9 @@ VALID = {
     "rms_norm": {"x": MATRIX, "scale": ROW},
     "dot_product_attention": {"query": QUERY, "key": QUERY, "value": QUERY},
     "packed_dot_product_attention": {"qkv": np.ones((2, 7, 3, 4, 8), np.float32)},
+    "kv_cache.init": {"batch": 2, "max_length": 8, "kv_heads": 4, "head_size": 8},
+    "kv_cache.append": {"cache": CACHE, "key": QUERY, "value": QUERY},
+    "kv_cache.attend": {"query": QUERY, "cache": CACHE},
     "accelerate": {"fun": jnp.exp},
     "explain": {"fun": jnp.exp},
     "default_order": {"order": 3},
@@ -374,24 +379,70 @@ def _shapes_of_attention():
 
 
 def _options_of_attention():
-    yield ATTENTION, "scale", ROW, ValueError, f"… must be one number, not an array; got {ROW!r}"
+    with_cache = [*ATTENTION, "kv_cache.attend"]
+    yield with_cache, "scale", ROW, ValueError, f"… must be one number, not an array; got {ROW!r}"
     for bad in ("text", 1j, [1.0]):
-        yield ATTENTION, "scale", bad, TypeError, f"… must be a real number; got {bad!r}"
+        yield with_cache, "scale", bad, TypeError, f"… must be a real number; got {bad!r}"
     for bad in ("text", 1.5, (1, 2, 3), (1.0, 2), np.ones(3)):
         wanted = f"… must be an integer or two, (left, right); got {bad!r}"
-        yield ATTENTION, "local_window_size", bad, TypeError, wanted
+        yield with_cache, "local_window_size", bad, TypeError, wanted
     for bad in ("cuda", 3, ["xla"], np.ones(2)):
         wanted = f'… must be None, "quake", "xla" or "cudnn"; got {bad!r}'
         yield ATTENTION, "implementation", bad, ValueError, wanted
     for bad in ("text", ROW, 1j, [1.0]):
         wanted = f"… must be a static number; got {bad!r}"
-        yield ATTENTION, "logits_soft_cap", bad, TypeError, wanted
+        yield with_cache, "logits_soft_cap", bad, TypeError, wanted
     for bad in (0, -1.0, np.inf, np.nan):
         wanted = f"… must be None, or positive and finite; got {float(bad)!r}"
-        yield ATTENTION, "logits_soft_cap", bad, ValueError, wanted
+        yield with_cache, "logits_soft_cap", bad, ValueError, wanted
     for bad in ("int4", "float16", jnp.float16, 3, "text"):
         wanted = f"… must be None or one of 'float32', 'bfloat16'; got {bad!r}"
         yield ATTENTION, "compute_dtype", bad, ValueError, wanted
+
+
+def _caches():
+    init, append, attend = ([f"kv_cache.{name}"] for name in ("init", "append", "attend"))
+    for name in ("batch", "max_length", "kv_heads", "head_size", "value_size"):
+        for bad in (1.5, "text", ROW):
+            yield init, name, bad, TypeError, f"… must be an integer; got {bad!r}"
+        for bad in (0, -1):
+            yield init, name, bad, ValueError, f"… must be positive; got {bad}"
+    wanted = "… must be one of 'float32', 'bfloat16', 'float16', 'int8'; got "
+    for bad in ("int4", jnp.float64, "text", 3):
+        yield init, "dtype", bad, ValueError, f"{wanted}{bad!r}"
+    for bad, got in ((None, "None"), (QUERY, "an array of dtype float32"), ((QUERY,), "tuple")):
+        wanted = f"… must be a KVCache; got {got}"
+        yield [*append, *attend], "cache", bad, TypeError, wanted
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), CACHE)
+    wanted = "… must be of one kind of sequences, with keys of 4 axes, inside jax.vmap or"
+    yield [*append, *attend], "cache", stacked, ValueError, wanted
+    for name, functions in (("key", append), ("value", append), ("query", attend)):
+        wanted = "… must be of real numbers; got dtype "
+        for bad in (QUERY.astype(np.int32), QUERY.astype(np.complex64), QUERY > 0):
+            yield functions, name, bad, TypeError, f"{wanted}{bad.dtype}"
+        yield functions, name, "text", TypeError, "… must be an array; got 'text'"
+        yield functions, name, None, TypeError, "… must be an array; got None"
+    for name in ("key", "value"):
+        for shape in ((3, 1, 4, 8), (2, 1, 3, 8), (2, 1, 4, 7), (1, 4, 8), (8,)):
+            wanted = f"… must be of shape (2, T, 4, 8); got {shape}"
+            yield append, name, np.ones(shape, np.float32), ValueError, wanted
+    wanted = "… must be of key's length 7; got shape (2, 1, 4, 8)"
+    yield append, "value", QUERY[:, :1], ValueError, wanted
+    # Of 2 positions beside values of 2 there is no room for a second.
+    wanted = "key must be of at most 1 positions, the room of a cache of length 7 of 8; got 7"
+    yield append, "cache", CACHE, ValueError, wanted
+    yield attend, "query", QUERY[0], ValueError, "… must be of shape (B, T, N, H); got shape (7, 4"
+    wanted = "… must have the batch 2 and the head size 8 of key; got shape (2, 7, 4, 9)"
+    yield attend, "query", np.ones((2, 7, 4, 9), np.float32), ValueError, wanted
+    wanted = "… must have a multiple of key's 4 heads; got shape (2, 7, 3, 8)"
+    yield attend, "query", QUERY[:, :, :3], ValueError, wanted
+    wanted = (
+        "… must have a shape that broadcasts to the logits' (2, 4, 7, 8); got shape (1, 1, 7, 7)"
+    )
+    yield attend, "bias", np.ones((7, 7), np.float32), ValueError, wanted
+    yield attend, "mask", np.ones((7, 7), bool), ValueError, wanted
+    wanted = "… must have dtype bool; got shape (1, 1, 7, 8) and dtype float32"
+    yield attend, "mask", np.ones((7, 8), np.float32), ValueError, wanted
 
 
 def _attention_of_flax():
@@ -475,6 +526,7 @@ ROWS_OF_TABLE = [
         _arrays_of_attention,
         _shapes_of_attention,
         _options_of_attention,
+        _caches,
         _attention_of_flax,
         _models,
     )
@@ -529,6 +581,7 @@ def test_error(functions, parameter, bad, error, text):
 def public_names():
     for module, prefix in (
         (quake_jax, ""),
+        (quake_jax.kv_cache, "kv_cache."),
         (quake_jax.linen, "linen."),
         (quake_jax.nnx, "nnx."),
     ):

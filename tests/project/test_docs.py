@@ -33,9 +33,13 @@ WITH_EXAMPLES = {
 }
 
 
+# Public ones, whose functions have examples.
+MODULES = ("quake_jax.kv_cache", "quake_jax.linen", "quake_jax.nnx")
+
+
 def documented():
     """The names of public functions and classes with examples."""
-    for module in (quake_jax, *map(importlib.import_module, ("quake_jax.linen", "quake_jax.nnx"))):
+    for module in (quake_jax, *map(importlib.import_module, MODULES)):
         for name in sorted(getattr(module, "__all__", vars(module))):
             value = getattr(module, name)
             own = getattr(value, "__module__", "").startswith("quake_jax")

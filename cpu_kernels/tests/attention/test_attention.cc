@@ -28,9 +28,13 @@ enum class Mask { kNone, kRandom, kSparse, kCausal, kBlocks, kLate, kNothing };
 // Texts one behind the other; a few segments in no order; none that queries and keys share.
 enum class Segments { kNone, kTexts, kRandom, kDisjoint };
 
+// int8 with a scale for each key and head.
+constexpr int kCodes = static_cast<int>(DType::kInt8);
+
 struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
   int dtype = 0, order = 5;
+  int kv_dtype = -1;     // of keys and values: kCodes, or that of queries if -1
   bool bfloats = false;  // whether the products may be of bfloat16, whatever the dtype
   bool packed = false;   // queries, keys and values are slices of one array
   float soft_cap = 0;
@@ -45,16 +49,18 @@ struct Case {
   Values values = Values::kNormal;
 
   size_t heads() const { return kv_heads * groups; }
+  int stored() const { return kv_dtype < 0 ? dtype : kv_dtype; }
+  size_t stored_size() const { return stored() == kCodes ? 1 : kStorage[stored()].size; }
   std::string describe(const KernelTable& table) const {
     char text[400];
-    std::snprintf(
-        text, sizeof text,
-        "%s %s bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap %g bias %d (%d, "
-        "%d) mask %d (%d) causal %d window %d %d lengths %d %d segments %d values %d",
-        table.isa, kStorage[dtype].name, bfloats, order, batch, query_length, key_length, kv_heads, groups,
-        head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype, bias_broadcast,
-        static_cast<int>(mask), mask_broadcast, causal, window_left, window_right, query_lengths, key_lengths,
-        static_cast<int>(segments), static_cast<int>(values));
+    std::snprintf(text, sizeof text,
+                  "%s %s kv %d bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap "
+                  "%g bias %d (%d, "
+                  "%d) mask %d (%d) causal %d window %d %d lengths %d %d segments %d values %d",
+                  table.isa, kStorage[dtype].name, kv_dtype, bfloats, order, batch, query_length, key_length,
+                  kv_heads, groups, head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype,
+                  bias_broadcast, static_cast<int>(mask), mask_broadcast, causal, window_left, window_right,
+                  query_lengths, key_lengths, static_cast<int>(segments), static_cast<int>(values));
     return text;
   }
 };
@@ -86,7 +92,7 @@ class Array {
 struct Inputs {
   Array arrays[7];
   AttentionProblem problem;
-  Array length_arrays[2], segment_arrays[2];
+  Array length_arrays[2], segment_arrays[2], scale_arrays[2];
 };
 
 AttentionProblem::Strides strides_of(const Case& c, int broadcast) {
@@ -130,13 +136,28 @@ void make_operands(const Case& c, Inputs& in, std::mt19937& random) {
   }
   const auto make = [&](int i, ptrdiff_t time, ptrdiff_t heads, ptrdiff_t size) -> AttentionProblem::Operand {
     const size_t count = c.batch * static_cast<size_t>(time * heads * size);
-    char* data = in.arrays[i].resize(count * storage.size, storage.size);
-    fill_normal(storage, data, count, i == 2 ? 1 : deviation, random);
+    const size_t bytes_each = i == 0 ? storage.size : c.stored_size();
+    char* data = in.arrays[i].resize(count * bytes_each, bytes_each);
+    if (i == 0 || c.stored() != kCodes) {
+      fill_normal(kStorage[i == 0 ? c.dtype : c.stored()], data, count, i == 2 ? 1 : deviation, random);
+    } else {
+      for (size_t j = 0; j < count; ++j) data[j] = static_cast<char>(static_cast<int>(random() % 255) - 127);
+    }
     return {data, time * heads * size, heads * size, size};
   };
   p.query = make(0, tq, n, h);
   p.key = make(1, tk, k, h);
   p.value = make(2, tk, k, hv);
+  if (c.stored() != kCodes) return;
+  const auto make_scales = [&](int i, double largest) {
+    const size_t count = c.batch * c.kv_heads * c.key_length;
+    auto* scales = reinterpret_cast<float*>(in.scale_arrays[i].resize(count * 4, 4));
+    std::uniform_real_distribution<float> uniform(0, static_cast<float>(largest / 127));
+    for (size_t j = 0; j < count; ++j) scales[j] = uniform(random);
+    return scales;
+  };
+  p.key_scales = make_scales(0, 2 * deviation);
+  p.value_scales = make_scales(1, 2);
 }
 
 void make_bias(const Case& c, Inputs& in, std::mt19937& random) {
@@ -203,6 +224,7 @@ void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   in.problem = {};
   AttentionProblem& p = in.problem;
   p.dtype = kStorage[c.dtype].dtype;
+  p.kv_dtype = static_cast<DType>(c.stored());
   if (c.bfloats || p.dtype == DType::kBFloat16) p.format = AttentionFormat::kBFloat16;
   p.batch = c.batch;
   p.query_length = c.query_length;
@@ -248,16 +270,20 @@ double rounded_to_bfloat(double x) {
   return decode_bfloat16(static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
 }
 
-// The vectors of a head in a batch element, one behind the other, as the products have them.
-std::vector<double> decoded(const Case& c, const AttentionProblem::Operand& o, size_t b, size_t times,
-                            size_t head, size_t size, bool rounded) {
+// The vectors of a head in a batch element, one behind the other, as the products have them. The scales are
+// those of int8, of every head.
+std::vector<double> decoded(const Case& c, int dtype, const AttentionProblem::Operand& o, const float* scales,
+                            size_t b, size_t times, size_t head, size_t size, bool rounded) {
   std::vector<double> result;
   result.reserve(times * size);
   for (size_t t = 0; t < times; ++t) {
     const ptrdiff_t first = static_cast<ptrdiff_t>(b) * o.batch + static_cast<ptrdiff_t>(t) * o.time +
                             static_cast<ptrdiff_t>(head) * o.head;
     for (size_t i = 0; i < size; ++i) {
-      const double x = get(kStorage[c.dtype], o.data, first + static_cast<ptrdiff_t>(i));
+      const ptrdiff_t at = first + static_cast<ptrdiff_t>(i);
+      const double x = scales ? static_cast<const signed char*>(o.data)[at] *
+                                    static_cast<double>(scales[(b * c.kv_heads + head) * times + t])
+                              : get(kStorage[dtype], o.data, at);
       result.push_back(rounded ? rounded_to_bfloat(x) : x);
     }
   }
@@ -385,14 +411,15 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
     check(std::memcmp(first.data(), p.out, bytes) == 0, "%s: depends on the order of tasks", what.c_str());
   }
   // Few rows are multiplied as they are.
-  const bool rounded =
-      c.bfloats && has_bfloats(table) && c.groups * c.query_length > AttentionKernels::kFewRows;
+  const bool rounded = p.format == AttentionFormat::kBFloat16 && has_bfloats(table) &&
+                       c.groups * c.query_length > AttentionKernels::kFewRows;
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;
-      const Head head = {decoded(c, p.query, b, p.query_length, n, p.head_size, rounded),
-                         decoded(c, p.key, b, p.key_length, shared, p.head_size, rounded),
-                         decoded(c, p.value, b, p.key_length, shared, p.value_size, rounded)};
+      const Head head = {
+          decoded(c, c.dtype, p.query, nullptr, b, p.query_length, n, p.head_size, rounded),
+          decoded(c, c.stored(), p.key, p.key_scales, b, p.key_length, shared, p.head_size, rounded),
+          decoded(c, c.stored(), p.value, p.value_scales, b, p.key_length, shared, p.value_size, rounded)};
       for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, head, b, n, t, what);
     }
   }
@@ -419,7 +446,11 @@ void test_random_cases(const KernelTable& table) {
     c.bfloats = one_in(3);
     c.order = 1 + static_cast<int>(below(5));
     c.packed = one_in(5);
-    if (c.packed) c.key_length = c.query_length;
+    if (c.packed) {
+      c.key_length = c.query_length;
+    } else if (one_in(2)) {
+      c.kv_dtype = static_cast<int>(below(kDTypes));
+    }
     if (one_in(6)) c.soft_cap = 5;
     if (one_in(3)) c.bias = static_cast<Bias>(below(4));
     c.bias_dtype = static_cast<int>(below(3));
@@ -479,18 +510,21 @@ void test_misalignments(const KernelTable& table) {
     for (size_t shift = 1; shift < shifts; shift += thin ? 5 : 1) {
       Array::shift = shift;
       for (const size_t queries : {size_t{3}, size_t{19}}) {
-        check_case(table,
-                   {.query_length = queries,
-                    .key_length = 37,
-                    .kv_heads = 2,
-                    .head_size = 17,
-                    .value_size = 33,
-                    .dtype = dtype,
-                    .bias = Bias::kNormal,
-                    .bias_dtype = dtype,
-                    .mask = Mask::kRandom,
-                    .key_lengths = true},
-                   random);
+        for (const int kv_dtype : {-1, kCodes}) {
+          check_case(table,
+                     {.query_length = queries,
+                      .key_length = 37,
+                      .kv_heads = 2,
+                      .head_size = 17,
+                      .value_size = 33,
+                      .dtype = dtype,
+                      .kv_dtype = kv_dtype,
+                      .bias = Bias::kNormal,
+                      .bias_dtype = dtype,
+                      .mask = Mask::kRandom,
+                      .key_lengths = true},
+                     random);
+        }
       }
     }
   }
@@ -551,6 +585,18 @@ void test_large_shapes(const KernelTable& table) {
                   .value_size = 24,
                   .order = order,
                   .mask = Mask::kBlocks,
+                  .key_lengths = true},
+                 random);
+    }
+    for (int kv_dtype = 1; kv_dtype < kDTypes; ++kv_dtype) {
+      check_case(table,
+                 {.batch = 2,
+                  .query_length = queries,
+                  .key_length = 2050,
+                  .kv_heads = 3,
+                  .head_size = 64,
+                  .value_size = 64,
+                  .kv_dtype = kv_dtype,
                   .key_lengths = true},
                  random);
     }

@@ -471,6 +471,14 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     return static_cast<double>(
         flushed(static_cast<float>(type.get(static_cast<const char*>(data), static_cast<std::size_t>(i)))));
   };
+  // Of keys and values.
+  const auto stored = [&](const void* data, const float* scales, std::ptrdiff_t head, std::ptrdiff_t s,
+                          std::ptrdiff_t i) {
+    if (!scales) return at(kStorage[static_cast<int>(p.kv_dtype)], data, i);
+    const auto scale =
+        (b * static_cast<std::ptrdiff_t>(p.kv_heads) + head) * static_cast<std::ptrdiff_t>(p.key_length) + s;
+    return static_cast<const signed char*>(data)[i] * at(kStorage[0], scales, scale);
+  };
   const auto keys = static_cast<std::ptrdiff_t>(p.key_length),
              values = static_cast<std::ptrdiff_t>(p.value_size);
   const auto size = static_cast<std::ptrdiff_t>(p.head_size),
@@ -483,7 +491,7 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     for (std::ptrdiff_t i = 0; i < size; ++i) {
       const double product =
           at(storage, p.query.data, b * p.query.batch + t * p.query.time + n * p.query.head + i) *
-          at(storage, p.key.data, b * p.key.batch + s * p.key.time + head * p.key.head + i) *
+          stored(p.key.data, p.key_scales, head, s, b * p.key.batch + s * p.key.time + head * p.key.head + i) *
           static_cast<double>(p.scale);
       dot += product;
       magnitude += std::fabs(product);
@@ -520,8 +528,8 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     double exact = 0;
     largest = 0;
     for (std::ptrdiff_t s = 0; s < keys; ++s) {
-      const double v =
-          at(storage, p.value.data, b * p.value.batch + s * p.value.time + head * p.value.head + j);
+      const double v = stored(p.value.data, p.value_scales, head, s,
+                              b * p.value.batch + s * p.value.time + head * p.value.head + j);
       exact += std::exp(logits[static_cast<std::size_t>(s)] - maximum) / sum * v;
       largest = std::fmax(largest, std::isnan(v) ? kInfinity : std::fabs(v));
     }
@@ -560,6 +568,9 @@ void fuzz_attention(Source& source) {
     s.key_length = s.query_length;
     s.heads = s.kv_heads;
     s.value_size = s.head_size;
+  } else if (source.one_in(2)) {
+    s.stored = &take_storage(source);
+    s.codes = source.one_in(2);
   }
   s.bias = source.one_in(3);
   s.mask = source.one_in(3);
@@ -573,7 +584,8 @@ void fuzz_attention(Source& source) {
   if (source.one_in(4)) s.window_left = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.window_right = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.soft_cap = 3;
-  if (storage.dtype == DType::kBFloat16) s.format = AttentionFormat::kBFloat16;
+  // Others would be rounded before they are multiplied.
+  if (storage.dtype == DType::kBFloat16 && !s.stored) s.format = AttentionFormat::kBFloat16;
   HandlerCall call = attention_call(s, storage, order, random);
   for (Operand& operand : call.operands) {
     if (source.one_in(4)) fill_values(source, operand);

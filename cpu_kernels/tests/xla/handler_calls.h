@@ -313,6 +313,8 @@ struct AttentionShape {
                value_size = 1;
   int packed_axis = 0;  // then key_length, kv_heads and value_size are those of the queries
   bool bias = false, mask = false, query_lengths = false, key_lengths = false, segments = false;
+  const Storage* stored = nullptr;  // of keys and values, or null: the type of the queries
+  bool codes = false;               // they are int8
   const Storage* bias_storage = &kStorage[0];
   unsigned bias_broadcast = 0, mask_broadcast = 0;  // bits: batch, head, query, key
   bool is_causal = false;
@@ -358,10 +360,17 @@ inline Operand segments_operand(std::int64_t batch, std::int64_t length, std::mt
   return {XLA_FFI_DataType_S32, {batch, length}, std::move(bytes)};
 }
 
+inline Operand codes_operand(const Dims& dims, std::mt19937& random) {
+  std::vector<char> bytes(count_of(dims));
+  for (char& byte : bytes) byte = static_cast<char>(static_cast<int>(random() % 255) - 127);
+  return {XLA_FFI_DataType_S8, dims, std::move(bytes)};
+}
+
 inline AttentionProblem problem_of(const AttentionShape& s, const Storage& storage,
                                    const std::vector<const char*>& in, const std::vector<char*>& out) {
   AttentionProblem p;
   p.dtype = storage.dtype;
+  p.kv_dtype = s.codes ? DType::kInt8 : s.stored ? s.stored->dtype : storage.dtype;
   p.format = s.format;
   p.batch = static_cast<std::size_t>(s.batch);
   p.query_length = static_cast<std::size_t>(s.query_length);
@@ -406,6 +415,10 @@ inline AttentionProblem problem_of(const AttentionShape& s, const Storage& stora
     p.query_segments = reinterpret_cast<const std::int32_t*>(in[next++]);
     p.key_segments = reinterpret_cast<const std::int32_t*>(in[next++]);
   }
+  if (s.codes) {
+    p.key_scales = reinterpret_cast<const float*>(in[next++]);
+    p.value_scales = reinterpret_cast<const float*>(in[next++]);
+  }
   p.out = out[0];
   p.residual = reinterpret_cast<float*>(out[1]);
   p.scale = 0.25f;
@@ -425,9 +438,12 @@ inline HandlerCall attention_call(const AttentionShape& s, const Storage& storag
   } else if (s.packed_axis == 3) {
     call.operands = {normal_operand(storage, {s.batch, s.query_length, s.heads, 3, s.head_size}, random)};
   } else {
-    call.operands = {normal_operand(storage, {s.batch, s.query_length, s.heads, s.head_size}, random),
-                     normal_operand(storage, {s.batch, s.key_length, s.kv_heads, s.head_size}, random),
-                     normal_operand(storage, {s.batch, s.key_length, s.kv_heads, s.value_size}, random)};
+    call.operands = {normal_operand(storage, {s.batch, s.query_length, s.heads, s.head_size}, random)};
+    for (const std::int64_t size : {s.head_size, s.value_size}) {
+      const Dims dims = {s.batch, s.key_length, s.kv_heads, size};
+      call.operands.push_back(s.codes ? codes_operand(dims, random)
+                                      : normal_operand(s.stored ? *s.stored : storage, dims, random));
+    }
   }
   if (s.bias) {
     call.operands.push_back(normal_operand(*s.bias_storage, broadcast_dims(s, s.bias_broadcast), random));
@@ -439,8 +455,11 @@ inline HandlerCall attention_call(const AttentionShape& s, const Storage& storag
     call.operands.push_back(segments_operand(s.batch, s.query_length, random));
     call.operands.push_back(segments_operand(s.batch, s.key_length, random));
   }
-  const std::int32_t present =
-      s.bias + 2 * s.mask + 4 * s.query_lengths + 8 * s.key_lengths + (16 + 32) * s.segments;
+  for (int i = 0; i < 2 * s.codes; ++i) {
+    call.operands.push_back(normal_operand(kStorage[0], {s.batch, s.kv_heads, s.key_length}, random));
+  }
+  const std::int32_t present = s.bias + 2 * s.mask + 4 * s.query_lengths + 8 * s.key_lengths +
+                               (16 + 32) * s.segments + (64 + 128) * s.codes;
   call.attributes = {{"order", order},
                      {"scale", 0.25f},
                      {"soft_cap", s.soft_cap},

@@ -128,6 +128,21 @@ std::vector<HandlerCall> valid_calls(bool large) {
          .head_size = 24,
          .value_size = 8,
          .key_lengths = true});
+    // Keys and values of another type.
+    for (const std::int64_t queries : {std::int64_t{1}, time}) {
+      AttentionShape cached = {.batch = 2,
+                               .query_length = queries,
+                               .key_length = large ? 3000 : 30,
+                               .heads = 4,
+                               .kv_heads = 2,
+                               .head_size = 24,
+                               .value_size = 8,
+                               .key_lengths = true,
+                               .stored = &kStorage[1]};
+      add(cached);
+      cached.codes = true;
+      add(cached);
+    }
     for (DenseShape& shape : dense_shapes(storage)) {
       shape.rows = large ? 61 : 5;
       if (large) shape.columns[0] = 400;
@@ -465,6 +480,21 @@ void test_wrong_attention() {
         {with_result(call, 1, kF32, dims), "expected a float32 residual of shape (batch, queries, heads)"});
   }
   wrong.push_back({with_result(call, 1, kF16, {2, 3, 4}), "expected a float32 residual"});
+
+  AttentionShape codes = shape;
+  codes.codes = true;
+  const HandlerCall of_codes = attention_call(codes, kStorage[0], 3, random);
+  add_common(of_codes, wrong);
+  wrong.push_back({with_operand(of_codes, 2, kF32, {2, 5, 2, 7}), "expected the same type"});
+  const std::string both = "scales of keys and values belong to int8 alone, which need both";
+  wrong.push_back({with_operand(with_operand(of_codes, 1, kF32, {2, 5, 2, 6}), 2, kF32, {2, 5, 2, 7}), both});
+  wrong.push_back({with_operand(with_operand(call, 1, kS8, {2, 5, 2, 6}), 2, kS8, {2, 5, 2, 7}), both});
+  for (const std::size_t i : {std::size_t{9}, std::size_t{10}}) {
+    for (const Dims& dims : {Dims{2, 5, 2}, Dims{2, 2}, Dims{}, Dims{2, 2, 5, 1}, Dims{1, 2, 5}}) {
+      wrong.push_back({with_operand(of_codes, i, kF32, dims), "expected float32[2,2,5]"});
+    }
+    wrong.push_back({with_operand(of_codes, i, kF16, {2, 2, 5}), "scales F16[2,2,5], expected float32[2,2,5]"});
+  }
 
   AttentionShape uneven = shape;
   uneven.heads = 3;
