@@ -12,7 +12,6 @@ using std::size_t;
 
 constexpr size_t kScoreStride = AttentionKernels::kScoreStride;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr size_t kChunk = 2 * kPiece;
 
 }  // namespace
 
@@ -22,20 +21,21 @@ AttentionOfFewRows::AttentionOfFewRows(AttentionCall& call)
       kernels_(call.kernels),
       plan_(call.plan),
       query_stride_(round_up(std::max<size_t>(p_.head_size, 1), kernels_.lanes)),
-      heads_at_a_time_(std::min({p_.kv_heads, kMostRows / plan_.rows, kMostHeads})) {}
+      heads_at_a_time_(std::min({p_.kv_heads, kMostRows / plan_.rows, kMostHeads})),
+      chunk_(kPiece * (2 * sizeof(float) / element_size(p_.kv_dtype))) {}
 
 void AttentionOfFewRows::run(size_t task) const {
   const size_t split = task % plan_.splits;
   Heads all;
   if (!begin(task / plan_.splits, split, all)) return;
   const size_t first = split * plan_.split_keys, last = std::min(p_.key_length, first + plan_.split_keys);
-  for (size_t key = first; key < last; key += kChunk) {
+  for (size_t key = first; key < last; key += chunk_) {
     for (size_t kv_head = 0; kv_head < p_.kv_heads; kv_head += heads_at_a_time_) {
       Heads heads = all;
       heads.first = kv_head;
       heads.count = std::min(heads_at_a_time_, p_.kv_heads - kv_head);
       heads.queries += kv_head * plan_.rows * query_stride_;
-      attend(heads, key, std::min(kChunk, last - key));
+      attend(heads, key, std::min(chunk_, last - key));
     }
   }
 }
@@ -66,7 +66,7 @@ bool AttentionOfFewRows::begin(size_t batch, size_t split, Heads& heads) const {
   return true;
 }
 
-// The keys [key, key + keys), at most kChunk. Heads that have the same pieces to compute go together.
+// The keys [key, key + keys), at most a chunk. Heads that have the same pieces to compute go together.
 void AttentionOfFewRows::attend(Heads heads, size_t key, size_t keys) const {
   Row rows[AttentionKernels::kFewRows];
   PieceBits bits[kMostHeads];

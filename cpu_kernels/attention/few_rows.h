@@ -40,6 +40,7 @@ class AttentionOfFewRows {
   const Plan& plan_;
   const std::size_t query_stride_;  // of a row's query, in floats
   const std::size_t heads_at_a_time_;
+  const std::size_t chunk_;  // keys that are scored, then weighed: of the same memory, whatever their type
 };
 
 }  // namespace quake
