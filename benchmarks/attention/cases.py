@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 # "causal array" is the causal mask as an array of booleans.
 MASKS = ("none", "causal", "padding", "bias", "causal array")
+# One query against a cache of `quake_jax.kv_cache`, in the place of a mask: the cache's dtype.
+CACHES = {f"{dtype} cache": dtype for dtype in ("float32", "bfloat16", "int8")}
 # No float16: jax.nn.dot_product_attention refuses it on CPU.
 DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
@@ -125,11 +127,16 @@ class Case:
 
     @property
     def bytes_read(self) -> float:
-        """Bytes of the keys and values."""
+        """Bytes of the keys and values, and of the scales of int8."""
         shape = self.shape
-        size = 4 if self.dtype == "float32" else 2
+        size = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / shape.head_size}[self.stored]
         rows = sum(self.key_lengths) if self.mask == "padding" else shape.batch * shape.keys
         return 2.0 * size * rows * shape.kv_heads * shape.head_size
+
+    @property
+    def stored(self) -> str:
+        """The dtype of keys and values."""
+        return CACHES.get(self.mask, self.dtype)
 
     @property
     def references(self) -> dict[str, Case]:
@@ -145,7 +152,7 @@ class Case:
 def masks(shape: Shape) -> tuple[str, ...]:
     """The masks measured by default: with one query, causal would leave it the first key alone."""
     if shape.decodes:
-        return tuple(mask for mask in MASKS if not mask.startswith("causal"))
+        return *(mask for mask in MASKS if not mask.startswith("causal")), *CACHES
     # What an array costs over is_causal is asked of the long ones.
     return MASKS if shape in (GPT, LONG) else MASKS[:-1]
 
@@ -154,7 +161,12 @@ def choose(shape: Shape, dtypes: list[str], wanted: list[str] | None) -> list[Ca
     """The cases of one shape, which are measured in the same rounds."""
     chosen = wanted or masks(shape)
     dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
-    return [Case(shape, mask, d) for d in dtypes for mask in MASKS if mask in chosen]
+    return [
+        Case(shape, mask, dtype)
+        for dtype in dtypes
+        for mask in (*MASKS, *CACHES)
+        if mask in chosen and (mask in MASKS or dtype == "float32")
+    ]
 
 
 def rounds(shape: Shape) -> int:

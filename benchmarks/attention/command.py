@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B,T,N,H",
         help="repeatable; T-S for T queries and S keys, N/K for K key/value heads",
     )
-    frame.add_repeatable(parser, "--mask", cases.MASKS, "all that make sense")
+    masks = (*cases.MASKS, *cases.CACHES)
+    frame.add_repeatable(parser, "--mask", masks, "all that make sense")
     orders = " and ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, orders)
     frame.add_rounds(parser, cases.ROUNDS, f"{cases.HUGE_ROUNDS} for the largest, 3 with --quick")

@@ -54,7 +54,7 @@ BARS = (
         _bar(TORCH, shape, 1.0, mask=mask)
         for shape in cases.SHAPES
         for mask in cases.masks(shape)
-        if mask != "causal array"  # the same as causal, to torch
+        if mask not in ("causal array", *cases.CACHES)  # the same as causal, to torch
     ),
     *(_bar(PEAK, shape, 86) for shape in (GPT, LONG)),
     _bar(PEAK, GROUPED, 82),
@@ -66,7 +66,7 @@ BARS = (
     *(_bar(FLOAT32, s, 1.5, dtype="bfloat16", isa="avx512bf16") for s in (VIT_BATCH, SMALL)),
     *(_bar(PRODUCTS, s, 1.8, isa="avx512bf16") for s in (GPT, LONG, GROUPED)),
     *(_bar(PRODUCTS, s, 1.5, isa="avx512bf16") for s in (VIT_BATCH, SMALL)),
-    _bar(READ, DECODE, 80),
+    *(_bar(READ, DECODE, 80, mask=mask) for mask in ("none", *cases.CACHES)),
     *(_bar(XLA, shape, 2.0, isa="avx2") for shape in (BERT, GPT, LONG, GROUPED)),
 )
 

@@ -81,11 +81,10 @@ class Run:
                 if case.flops > all_cases.LONG_FLOPS * self.settings.threads:
                     contestant.calls = 1
                 rounds.add(case, contestant, buffers.error_of(contestant), SANE_ERROR)
-            reading = f"{case.dtype} {READ}"
+            reading = f"{case.stored} {READ}"
             if case.shape.decodes and not self.ceilings.left_out and reading not in bytes_read:
-                arrays = buffers.sources[1:3]
-                bytes_read[reading] = sum(array.nbytes for array in arrays)
-                rounds.contestants.append(self.ceilings.read(reading, arrays))
+                bytes_read[reading] = sum(array.nbytes for array in buffers.read)
+                rounds.contestants.append(self.ceilings.read(reading, buffers.read))
         if not self.ceilings.left_out:
             rounds.add_peak(self.ceilings, FMA)
         fastest = 1e9 * all_cases.MOST_GFLOPS * self.settings.threads
@@ -98,6 +97,8 @@ class Run:
         return [self._entry(case, rounds, bytes_read) for case in cases]
 
     def _of(self, case: Case, buffers: systems.Buffers) -> list[Contestant]:
+        if case.mask in all_cases.CACHES:
+            return [systems.cached(buffers, order) for order in self.orders]
         made = [systems.quake(buffers, order) for order in self.orders]
         if case.dtype == "float32":
             made.append(systems.quake(buffers, SUBJECT_ORDER, bfloat16_products=True))
@@ -111,7 +112,7 @@ class Run:
     def _entry(self, case: Case, rounds: Rounds, bytes_read: dict[str, int]) -> dict:
         """The entry of a case in the result."""
         names, ours = rounds.names(case), [f"order {order}" for order in self.orders]
-        peak, reading = rounds.series.get(FMA), f"{case.dtype} {READ}"
+        peak, reading = rounds.series.get(FMA), f"{case.stored} {READ}"
         contestants = {name: rounds.figures(case, name, case.flops) for name in names}
         for name, figures in contestants.items():
             if peak:

@@ -41,6 +41,7 @@ class Buffers(buffers.Buffers):
             )
         operands = (*shared[case.dtype], *map(jnp.array, _mask_operand(case)))
         super().__init__(operands, case.shape.query_shape, case.dtype)
+        self.read = self.sources[1:3]  # what decoding reads
 
     def error_of(self, contestant: Contestant) -> float:
         """Run a contestant once: the largest error of some rows of its result, relative to their
@@ -107,6 +108,20 @@ def quake(buffers: Buffers, order: int, bfloat16_products: bool = False) -> Cont
     function = quake_jax("dot_product_attention").dot_product_attention
     function = partial(function, order=order, compute_dtype=compute_dtype)
     return Contestant(name, buffers.runner(_in_jax(function, buffers.case.mask)))
+
+
+def cached(buffers: Buffers, order: int) -> Contestant:
+    """quake_jax at one order, of a full cache."""
+    kv_cache, shape = quake_jax("kv_cache").kv_cache, buffers.case.shape
+    sizes = shape.batch, shape.keys, shape.kv_heads, shape.head_size
+    cache = kv_cache.init(*sizes, dtype=buffers.case.stored)
+    cache = kv_cache.append(cache, *buffers.sources[1:3])
+    buffers.read = [np.asarray(x) for x in jax.tree.leaves(cache) if x.ndim]
+
+    def step(i, operands, cache):
+        return kv_cache.attend(operands[0], cache, order=order)
+
+    return Contestant(f"order {order}", buffers.looped(step, cache))
 
 
 def xla(buffers: Buffers) -> Contestant:
