@@ -165,7 +165,7 @@ def choose(shape: Shape, dtypes: list[str], wanted: list[str] | None) -> list[Ca
         Case(shape, mask, dtype)
         for dtype in dtypes
         for mask in (*MASKS, *CACHES)
-        if mask in chosen and (mask in MASKS or dtype == "float32")
+        if mask in chosen and (mask in MASKS or (shape.decodes and dtype == "float32"))
     ]
 
 
