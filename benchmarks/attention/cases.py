@@ -161,12 +161,14 @@ def choose(shape: Shape, dtypes: list[str], wanted: list[str] | None) -> list[Ca
     """The cases of one shape, which are measured in the same rounds."""
     chosen = wanted or masks(shape)
     dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
-    return [
-        Case(shape, mask, dtype)
-        for dtype in dtypes
-        for mask in (*MASKS, *CACHES)
-        if mask in chosen and (mask in MASKS or (shape.decodes and dtype == "float32"))
-    ]
+    return [Case(shape, mask, d) for d in dtypes for mask in chosen if _makes_sense(shape, mask, d)]
+
+
+def _makes_sense(shape: Shape, mask: str, dtype: str) -> bool:
+    """Whether a case is one: a cache is decoded from, and has queries of float32 here."""
+    if shape.decodes:
+        return dtype == "float32" if mask in CACHES else not mask.startswith("causal")
+    return mask not in CACHES
 
 
 def rounds(shape: Shape) -> int:
