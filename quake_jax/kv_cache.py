@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from quake_jax._attention import call
 from quake_jax._attention.arguments import check_arrays, four_axes, static_arguments
 from quake_jax._attention.masks import in_window
-from quake_jax._attention.operands import Operands
+from quake_jax._attention.operands import LONGEST, Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array, kind_of, optional_array, refusal
@@ -32,7 +32,7 @@ _LARGEST_CODE = 127
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
     """Keys and values of the positions 0 to `length` - 1, with room for `max_length`.
 
@@ -267,6 +267,11 @@ def attend(
     static, traced_scale = static_arguments(
         function, scale, False, local_window_size, None, False, logits_soft_cap, None, order
     )
+    window = static["window"]
+    if window is not None and min(window) < 0:
+        raise refusal(
+            function, "local_window_size", "None or not negative", repr(local_window_size)
+        )
     if query.ndim != 4:
         raise refusal(function, "query", "of shape (B, T, N, H)", f"shape {query.shape}")
     if not isinstance(cache.length, jax_names.Tracer):
@@ -304,7 +309,7 @@ def _attend(query, cache, bias, mask, traced_scale, *, window, **static):
         s = jnp.arange(cache.max_length)[None, None, None, :]
         kept = s <= t
         if window is not None:
-            kept &= in_window(t, s, window[0], None)
+            kept &= in_window(t, s, min(window[0], LONGEST), None)
         mask = kept if mask is None else mask & kept
     y = call.attend(
         query,
@@ -335,6 +340,9 @@ def _check_cache(cache, function: str) -> None:
     if cache.keys.ndim != 4:
         expected = "of one kind of sequences, with keys of 4 axes, inside jax.vmap or jax.lax.scan"
         raise refusal(function, "cache", expected, f"keys of shape {cache.keys.shape}")
+    if jnp.ndim(cache.length) != 0:
+        expected = "of one length, a scalar: jax.vmap gives each sequence its own"
+        raise refusal(function, "cache", expected, f"a length of shape {jnp.shape(cache.length)}")
 
 
 def _known_length(cache: KVCache) -> int:

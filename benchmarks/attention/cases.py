@@ -159,7 +159,7 @@ def masks(shape: Shape) -> tuple[str, ...]:
 
 def choose(shape: Shape, dtypes: list[str], wanted: list[str] | None) -> list[Case]:
     """The cases of one shape, which are measured in the same rounds."""
-    chosen = wanted or masks(shape)
+    chosen = [mask for mask in (*MASKS, *CACHES) if mask in (wanted or masks(shape))]
     dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
     return [Case(shape, mask, d) for d in dtypes for mask in chosen if _makes_sense(shape, mask, d)]
 

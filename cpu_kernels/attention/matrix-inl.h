@@ -30,10 +30,17 @@ template <>
 constexpr std::size_t kWeightStride<SplitFloats> =
     AttentionKernels::kKeyTile / kSplitElements* kSplitWords + kMatrixLines;
 
-// Whether all values seen have parts: infinities have none, nor what rounds to one. NaN, which has, is skipped.
-struct Splittable {
+// The largest of all values seen, NaN apart: parts have the range of bfloat16, and no subnormals.
+struct Largest {
   QUAKE_INLINE_MEMBER void see(vf v) { largest = max_skip_nan(largest, abs(v)); }
-  QUAKE_INLINE_MEMBER bool all() const { return reduce_max(largest) < 0x1.fep127f; }
+  // Of queries and keys: no product of theirs, nor a sum of those of their parts, overflows, and what parts below
+  // 2^-126 lose is too small for a logit.
+  QUAKE_INLINE_MEMBER bool has_parts() const { return reduce_max(largest) < 0x1p58f; }
+  // Of values, which weights of at most 1 multiply: none rounds to infinity, and some are large beside 2^-126.
+  QUAKE_INLINE_MEMBER bool values_have_parts() const {
+    const float most = reduce_max(largest);
+    return most == 0 || (most >= 0x1p-90f && most < 0x1.fep127f);
+  }
   vf largest = {};
 };
 
@@ -49,7 +56,7 @@ template <class T>
 bool pack_split_lines(const void* const* rows, std::size_t count, std::size_t size, float scale,
                       PackedWord* out) {
   constexpr std::size_t kPart = kMatrixRows * kMatrixLines;
-  Splittable values;
+  Largest values;
   for (std::size_t j = 0; j < size; j += kSplitElements, out += 3 * kPart) {
     for (std::size_t r = 0; r < kMatrixRows; ++r) {
       vf a = {}, b = {};
@@ -64,7 +71,7 @@ bool pack_split_lines(const void* const* rows, std::size_t count, std::size_t si
       }
     }
   }
-  return values.all();
+  return values.has_parts();
 }
 
 // Keys in panels: [elements / kSplitElements][3][kMatrixLines][kPanel].
@@ -73,7 +80,7 @@ bool pack_split_keys(const void* in, std::ptrdiff_t stride, std::size_t count, s
                      std::size_t capacity, PackedWord* out) {
   constexpr std::size_t kPart = kMatrixLines * kPanel;
   alignas(kCacheLine) PackedWord parts[3][kMatrixLines][kMatrixLines];
-  Splittable values;
+  Largest values;
   for (std::size_t i = 0; i < count; i += kMatrixLines) {
     const T* const from = static_cast<const T*>(in) + static_cast<std::ptrdiff_t>(i) * stride;
     for (std::size_t r = kMatrixLines; r < 2 * kMatrixLines; ++r) {
@@ -94,7 +101,7 @@ bool pack_split_keys(const void* in, std::ptrdiff_t stride, std::size_t count, s
       }
     }
   }
-  return values.all();
+  return values.has_parts();
 }
 
 // Values in panels: [keys / kSplitElements][3][kMatrixLines][kPanel].
@@ -103,7 +110,7 @@ bool pack_split_values(const void* in, std::ptrdiff_t stride, std::size_t depth,
                        std::size_t capacity, PackedWord* out) {
   constexpr std::size_t kPart = kMatrixLines * kPanel;
   const T* from = static_cast<const T*>(in);
-  Splittable values;
+  Largest values;
   for (std::size_t i = 0; i < depth; i += 2, from += 2 * stride) {
     prefetch_row(from + kRowsAhead * stride, columns);
     prefetch_row(from + (kRowsAhead + 1) * stride, columns);
@@ -119,7 +126,7 @@ bool pack_split_values(const void* in, std::ptrdiff_t stride, std::size_t depth,
       for (int part = 2; part >= 0; --part) store(as_floats(panel + part * kPart), take_parts(even, odd));
     }
   }
-  return values.all();
+  return values.values_have_parts();
 }
 
 // What is cut off the lowest parts is below 2^-24 of a weight.

@@ -174,17 +174,18 @@ bool pack_panels(const void* in, std::ptrdiff_t stride, std::size_t depth, std::
 }
 
 // The pairs of two rows, a vector for each half of a panel; the second row may be missing.
-QUAKE_INLINE void load_row_pairs(const bfloat16* a, const bfloat16* b, std::size_t n, vi (&pairs)[2]) {
-  const vi even = load_bfloats(&a->bits, n), odd = b ? load_bfloats(&b->bits, n) : vi{};
-  pairs[0] = interleave_low(even, odd);
-  pairs[1] = interleave_high(even, odd);
-}
 template <class T>
 QUAKE_INLINE void load_row_pairs(const T* a, const T* b, std::size_t n, vi (&pairs)[2]) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const vi even = load_bfloats(&a->bits, n), odd = b ? load_bfloats(&b->bits, n) : vi{};
+    pairs[0] = interleave_low(even, odd);
+    pairs[1] = interleave_high(even, odd);
+  } else {
 #pragma GCC unroll 2
-  for (std::size_t half = 0; half < 2; ++half, a += kLanes, b += b ? kLanes : 0) {
-    const std::size_t left = n > half * kLanes ? n - half * kLanes : 0, m = left < kLanes ? left : kLanes;
-    pairs[half] = m == 0 ? vi{} : join_bfloats(load_up_to(a, m), b ? load_up_to(b, m) : vf{});
+    for (std::size_t half = 0; half < 2; ++half, a += kLanes, b += b ? kLanes : 0) {
+      const std::size_t left = n > half * kLanes ? n - half * kLanes : 0, m = left < kLanes ? left : kLanes;
+      pairs[half] = m == 0 ? vi{} : join_bfloats(load_up_to(a, m), b ? load_up_to(b, m) : vf{});
+    }
   }
 }
 

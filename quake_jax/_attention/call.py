@@ -90,7 +90,10 @@ def attend(
             "scale": scale,
             "soft_cap": 0.0 if soft_cap is None else soft_cap,
             "is_causal": int(is_causal),
-            "format": format_of(compute_dtype, query.dtype),
+            # A traced scale multiplies the query in float32.
+            "format": format_of(
+                compute_dtype, query.dtype if traced_scale is None else jnp.float32
+            ),
             **_limits(window),
         }
         out, lse = _with_kernel(arrays, packed, packed_axis, traced_scale, parameters, masking)

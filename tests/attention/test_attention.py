@@ -178,6 +178,33 @@ def test_what_is_multiplied_by_default():
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=bound, rtol=rtol)
 
 
+def test_a_traced_scale_does_not_round():
+    x = operands(t=40, s=60, dtype="bfloat16", h=64)
+    for given, number in ((None, 0), ("bfloat16", 1)):
+
+        def scaled(q, k, v, scale, given=given):
+            return quake(q, k, v, scale=scale, compute_dtype=given)
+
+        assert f"format={number}" in str(jax.make_jaxpr(scaled)(*x, 0.3))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e30])
+def test_sizes_beyond_those_of_parts(size):
+    # Queries and keys of opposite sizes, one logit of -inf or nearly, and values of that size.
+    random = np.random.default_rng(0)
+    q = (random.uniform(1, 2, (1, 16, 1, 32)) * size).astype(np.float32)
+    k = (random.standard_normal((1, 40, 1, 32)) * 1e-2 / size).astype(np.float32)
+    k[0, 3] = -1e3 * np.abs(k[0, 3])
+    v = (random.standard_normal((1, 40, 1, 32)) * min(size, 1e30)).astype(np.float32)
+    out = np.asarray(quake(q, k, v, scale=1.0), np.float64)
+    expected, _ = in_double(q, k, v, scale=1.0)
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(v).max())
+    if size == 1e20:
+        k[0, 3] = -size * random.uniform(1, 2, 32)  # overflows
+        out = quake(q, k, v, scale=1.0)
+        assert np.isfinite(out).all()
+
+
 def test_derivatives_do_not_depend_on_what_is_multiplied():
     x = operands()
 

@@ -1,5 +1,6 @@
 """The cache of keys and values: what it stores, against double precision; how it is used."""
 
+import dataclasses
 import functools
 import math
 
@@ -49,6 +50,21 @@ def visible(queries, length, window=None):
     """Which of the positions the last queries see, and may see through a window."""
     t, s = length - queries + np.arange(queries)[:, None], np.arange(length)
     return (s <= t) & (s >= t - (length if window is None else window))
+
+
+def test_windows_and_lengths_that_are_none():
+    cache, *_ = filled("float32")
+    query = normal(2, 1, 4, 16)
+    whole = kv_cache.attend(query, cache)
+    for size in (70, 2**31 - 1, 2**31, (2**40, 0)):
+        np.testing.assert_array_equal(kv_cache.attend(query, cache, local_window_size=size), whole)
+    for size in (-1, (5, -3)):
+        with pytest.raises(ValueError, match="local_window_size must be None or not negative"):
+            kv_cache.attend(query, cache, local_window_size=size)
+    several = dataclasses.replace(cache, length=jnp.array([70, 5]))
+    with pytest.raises(ValueError, match=r"jax.vmap gives each sequence its own; got a length of"):
+        kv_cache.attend(query, several)
+    assert cache == cache and cache != filled("float32")[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

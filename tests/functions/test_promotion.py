@@ -43,8 +43,16 @@ def attention(operands=(QUERY, KEY, KEY), **given):
     )
 
 
-# Public function and form: what is called, the function that it replaces, and the arrays of both.
+def cached(key, value):
+    """A full cache."""
+    batch, length, heads, size = key.shape
+    return quake_jax.kv_cache.append(
+        quake_jax.kv_cache.init(batch, length, heads, size), key, value
+    )
 
+
+QKV = floats(QUERY, KEY, KEY)
+# Public function and form: what is called, the function that it replaces, and the arrays of both.
 CALLS = {
     **{f.name: (f.quake, None if f in BIASED else f.exact, f.inputs((8, 8, T))) for f in FUNCTIONS},
     # `accelerate` leaves short rows alone.
@@ -121,6 +129,8 @@ CALLS = {
         is_causal=True,
         key_value_seq_lengths=LENGTHS,
     ),
+    "kv_cache.attend": (lambda q, k, v: quake_jax.kv_cache.attend(q, cached(k, v)), None, QKV),
+    "kv_cache.append": (lambda k, v: cached(k, v).values, None, QKV[1:]),
     **{
         f"{name}.attention_fn {form}": keywords(module.attention_fn, exact, [QUERY] * 3, **given)
         for name, module, flax_attention in (
