@@ -33,8 +33,8 @@ constexpr std::size_t kWeightStride<SplitFloats> =
 // The largest of all values seen, NaN apart: parts have the range of bfloat16, and no subnormals.
 struct Largest {
   QUAKE_INLINE_MEMBER void see(vf v) { largest = max_skip_nan(largest, abs(v)); }
-  // Of queries and keys: no product of theirs, nor a sum of those of their parts, overflows, and what parts below
-  // 2^-126 lose is too small for a logit.
+  // Of queries and keys: no product of theirs, nor a sum of those of their parts, overflows, and what parts
+  // below 2^-126 lose is too small for a logit.
   QUAKE_INLINE_MEMBER bool has_parts() const { return reduce_max(largest) < 0x1p58f; }
   // Of values, which weights of at most 1 multiply: none rounds to infinity, and some are large beside 2^-126.
   QUAKE_INLINE_MEMBER bool values_have_parts() const {
