@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from quake_jax._attention import call
-from quake_jax._attention.arguments import check_arrays, four_axes, static_arguments
+from quake_jax._attention.arguments import STATIC, check_arrays, four_axes, static_arguments
 from quake_jax._attention.masks import in_window
 from quake_jax._attention.operands import LONGEST, Operands
 from quake_jax._core import jax_names
@@ -284,17 +284,7 @@ def attend(
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "function",
-        "scale",
-        "is_causal",
-        "window",
-        "implementation",
-        "return_residual",
-        "soft_cap",
-        "compute_dtype",
-        "order",
-    ),
+    static_argnames=STATIC,
     inline=jax_names.INLINE,
 )
 def _attend(query, cache, bias, mask, traced_scale, *, window, **static):

@@ -11,7 +11,7 @@ import operator
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from quake_jax._attention.arguments import OPTIONAL, static_arguments
+from quake_jax._attention.arguments import OPTIONAL, STATIC, static_arguments
 from quake_jax._attention.call import attend
 from quake_jax._core import jax_names
 from quake_jax._core.config import DEFAULT_ORDERS, Order
@@ -23,18 +23,7 @@ DEFAULT_ORDERS["dot_product_attention"] = 5
 
 _attend_call = jax.jit(
     attend,
-    static_argnames=(
-        "function",
-        "scale",
-        "is_causal",
-        "window",
-        "implementation",
-        "return_residual",
-        "soft_cap",
-        "compute_dtype",
-        "packed_axis",
-        "order",
-    ),
+    static_argnames=(*STATIC, "packed_axis"),
     inline=jax_names.INLINE,
 )
 

@@ -14,6 +14,18 @@ from quake_jax._core import jax_names
 from quake_jax._core.config import resolved_order
 from quake_jax._core.drop_in import is_numeric, refusal, refuse_complex, static_bool, unwrapped
 
+# What `static_arguments` returns.
+STATIC = (
+    "function",
+    "scale",
+    "is_causal",
+    "window",
+    "implementation",
+    "return_residual",
+    "soft_cap",
+    "compute_dtype",
+    "order",
+)
 # The optional arrays, as the public functions name them.
 OPTIONAL = (
     "bias",
