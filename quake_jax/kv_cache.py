@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from quake_jax._attention import call
+from quake_jax._attention import call, masks
 from quake_jax._attention.arguments import STATIC, check_arrays, four_axes, static_arguments
-from quake_jax._attention.masks import in_window
-from quake_jax._attention.operands import LONGEST, Operands
+from quake_jax._attention.operands import NO_LIMIT, Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array, kind_of, optional_array, refusal
@@ -295,12 +294,11 @@ def _attend(query, cache, bias, mask, traced_scale, *, window, **static):
     batch, count = query.shape[:2]
     length = cache.length
     if count > 1 or window is not None:
-        t = (length - count + jnp.arange(count))[None, None, :, None]
-        s = jnp.arange(cache.max_length)[None, None, None, :]
-        kept = s <= t
-        if window is not None:
-            kept &= in_window(t, s, min(window[0], LONGEST), None)
-        mask = kept if mask is None else mask & kept
+        positions = length - count + jnp.arange(count)
+        limits = call.limits(window) | {"window_right": NO_LIMIT}
+        mask = masks.kept_keys(
+            positions, cache.max_length, mask, None, None, is_causal=True, **limits
+        )
     y = call.attend(
         query,
         cache.keys,

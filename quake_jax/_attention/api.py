@@ -11,11 +11,11 @@ import operator
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from quake_jax._attention.arguments import OPTIONAL, STATIC, static_arguments
+from quake_jax._attention.arguments import STATIC, optional_arrays, static_arguments
 from quake_jax._attention.call import attend
 from quake_jax._core import jax_names
 from quake_jax._core.config import DEFAULT_ORDERS, Order
-from quake_jax._core.drop_in import as_array, optional_array
+from quake_jax._core.drop_in import as_array
 from quake_jax._core.exports import defined_in
 
 # Its exponential is a small part of its time: float32-accurate.
@@ -113,7 +113,8 @@ def dot_product_attention(
     )
     arrays = {"query": query, "key": key, "value": value}
     arrays = [as_array(x, function, name) for name, x in arrays.items()]
-    optional = (
+    optional = optional_arrays(
+        function,
         bias,
         mask,
         query_seq_lengths,
@@ -121,8 +122,7 @@ def dot_product_attention(
         query_segment_ids,
         key_value_segment_ids,
     )
-    arrays += [optional_array(x, function, n) for n, x in zip(OPTIONAL, optional, strict=True)]
-    return _attend_call(*arrays, traced_scale, packed_axis=0, **static)
+    return _attend_call(*arrays, *optional, traced_scale, packed_axis=0, **static)
 
 
 def packed_dot_product_attention(
@@ -200,7 +200,8 @@ def packed_dot_product_attention(
             f"got {qkv_axis} and shape {qkv.shape}"
         )
     has_batch = qkv.ndim == 5
-    optional = (
+    optional = optional_arrays(
+        function,
         bias,
         mask,
         query_seq_lengths,
@@ -208,12 +209,11 @@ def packed_dot_product_attention(
         query_segment_ids,
         key_value_segment_ids,
     )
-    arrays = [optional_array(x, function, n) for n, x in zip(OPTIONAL, optional, strict=True)]
     result = _attend_call(
         qkv if has_batch else qkv[None],
         None,
         None,
-        *arrays,
+        *optional,
         traced_scale,
         packed_axis=axis + 5,
         **static,

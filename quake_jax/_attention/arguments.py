@@ -12,7 +12,14 @@ import numpy as np
 from quake_jax._attention.operands import FORMATS, Operands
 from quake_jax._core import jax_names
 from quake_jax._core.config import resolved_order
-from quake_jax._core.drop_in import is_numeric, refusal, refuse_complex, static_bool, unwrapped
+from quake_jax._core.drop_in import (
+    is_numeric,
+    optional_array,
+    refusal,
+    refuse_complex,
+    static_bool,
+    unwrapped,
+)
 
 # What `static_arguments` returns.
 STATIC = (
@@ -96,6 +103,11 @@ def check_arrays(function: str, operands: Operands, is_cache: bool) -> None:
     for name, other in (names, names[::-1]):
         if arrays[name] is not None and arrays[other] is None:
             refuse(name, f"{other} beside it, with {query.shape[1]} queries and {keys} keys")
+
+
+def optional_arrays(function: str, *arrays) -> list[jax.Array | None]:
+    """Those of `OPTIONAL`, as they are given; raise TypeError for what is no array."""
+    return [optional_array(x, function, name) for name, x in zip(OPTIONAL, arrays, strict=True)]
 
 
 def four_axes(x):

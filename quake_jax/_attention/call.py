@@ -94,7 +94,7 @@ def attend(
             "format": format_of(
                 compute_dtype, query.dtype if traced_scale is None else jnp.float32
             ),
-            **_limits(window),
+            **limits(window),
         }
         out, lse = _with_kernel(arrays, packed, packed_axis, traced_scale, parameters, masking)
     else:
@@ -113,7 +113,7 @@ def attend(
     return out, jax.lax.stop_gradient(lse.astype(arrays.key.dtype).reshape(shape[:-1]))
 
 
-def _limits(window: tuple[int, int] | None) -> dict[str, int]:
+def limits(window: tuple[int, int] | None) -> dict[str, int]:
     """A window as the primitive's parameters."""
     left, right = (NO_LIMIT, NO_LIMIT) if window is None else window
     # Longer than any array all the same, and int32 even when a position is added.
@@ -256,5 +256,5 @@ def _without_kernel(function, arrays, *, scale, soft_cap, is_causal, window, imp
         scale=scale,
         soft_cap=soft_cap or 0.0,
         is_causal=is_causal,
-        **_limits(window),
+        **limits(window),
     )

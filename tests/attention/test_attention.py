@@ -149,15 +149,14 @@ def test_products_of_bfloat16(case, dtype):
     # Query and key are rounded or not, by the CPU. A logit moves by 2 u of its products and a
     # weight by twice that, values and weights are rounded themselves, and so is what is stored.
     u = half_unit(jnp.bfloat16)
-    size, magnitudes = q.shape[3], [np.abs(np.asarray(a, np.float64)) for a in x]
-    q, k, largest = magnitudes[0].max(), magnitudes[1].max(), magnitudes[2].max()
-    scale = abs(CASES[case].get("scale", size**-0.5))
-    moved = (2 * u + u * u) * scale * size * q * k
+    q, k, v = (np.abs(np.asarray(a, np.float64)) for a in x)
+    products = np.einsum("btnh,bsnh->btns", q, np.repeat(k, q.shape[2] // k.shape[2], 2))
+    scale = abs(CASES[case].get("scale", q.shape[3] ** -0.5))
+    moved = (2 * u + u * u) * scale * products.max(-1, keepdims=True)
+    largest = v.max()
     exact_out, _ = in_double(*x, **CASES[case])
     bound = (np.expm1(2 * moved) + 3 * u + half_unit(dtype)) * largest
-    np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, atol=bound)
-    rows = np.sqrt(np.mean((np.asarray(out, np.float64) - exact_out) ** 2))
-    assert rows <= 8 * u * largest  # far less than that on the whole
+    assert (np.abs(np.asarray(out, np.float64) - exact_out) <= bound).all()
 
 
 def test_what_is_multiplied_by_default():
@@ -198,7 +197,7 @@ def test_sizes_beyond_those_of_parts(size):
     v = (random.standard_normal((1, 40, 1, 32)) * min(size, 1e30)).astype(np.float32)
     out = np.asarray(quake(q, k, v, scale=1.0), np.float64)
     expected, _ = in_double(q, k, v, scale=1.0)
-    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(v).max())
+    np.testing.assert_allclose(out, expected, atol=3e-6 * np.abs(v).max())
     if size == 1e20:
         k[0, 3] = -size * random.uniform(1, 2, 32)  # overflows
         out = quake(q, k, v, scale=1.0)
