@@ -471,13 +471,14 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     return static_cast<double>(
         flushed(static_cast<float>(type.get(static_cast<const char*>(data), static_cast<std::size_t>(i)))));
   };
-  // Of keys and values.
+  // Of keys and values: float32 numbers, so a code times its scale may be infinite.
   const auto stored = [&](const void* data, const float* scales, std::ptrdiff_t head, std::ptrdiff_t s,
                           std::ptrdiff_t i) {
     if (!scales) return at(kStorage[static_cast<int>(p.kv_dtype)], data, i);
     const auto scale =
         (b * static_cast<std::ptrdiff_t>(p.kv_heads) + head) * static_cast<std::ptrdiff_t>(p.key_length) + s;
-    return static_cast<const signed char*>(data)[i] * at(kStorage[0], scales, scale);
+    const auto code = static_cast<float>(static_cast<const signed char*>(data)[i]);
+    return static_cast<double>(code * static_cast<float>(at(kStorage[0], scales, scale)));
   };
   const auto keys = static_cast<std::ptrdiff_t>(p.key_length),
              values = static_cast<std::ptrdiff_t>(p.value_size);
