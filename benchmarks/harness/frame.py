@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from benchmarks.harness import bars, environment, timing
-from benchmarks.harness.errors import BenchmarkError, check_files
+from benchmarks.harness.errors import check_files
 from benchmarks.harness.timing import Contestant, Series
 
 T = TypeVar("T")
@@ -26,22 +24,13 @@ T = TypeVar("T")
 # --- Options
 
 
-class _OneOrSeveral(argparse.Action):
-    """Keep a single value as itself, several as their list."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
-
-
 # What several subcommands understand.
 OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {
         "type": int,
-        "nargs": "+",
         "choices": (1, 2),
         "default": 1,
-        "action": _OneOrSeveral,
-        "help": "cores and threads of each library; two numbers make two runs, one after the other",
+        "help": "cores and threads of each library",
     },
     "peers": {
         "action": argparse.BooleanOptionalAction,
@@ -61,10 +50,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quick": {"action": "store_true", "help": "small and short: a try, no result"},
     "json": {"type": Path, "metavar": "PATH", "help": "write the result as JSON"},
-    "resume": {
-        "action": "store_true",
-        "help": "keep what the file of --json has, and measure the rest of what is asked for",
-    },
     "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
     "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
 }
@@ -76,19 +61,6 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Declare options of `OPTIONS`."""
     for name in names:
         parser.add_argument(f"--{name}", **OPTIONS[name])
-
-
-def earlier(args: argparse.Namespace, benchmark: str) -> dict:
-    """The result that `--resume` goes on with; empty without one. BenchmarkError if it is another
-    benchmark's.
-    """
-    if not (args.resume and args.json and args.json.exists()):
-        return {}
-    found = json.loads(args.json.read_text())
-    if found["benchmark"] != benchmark:
-        other = f"{args.json} has results of {found['benchmark']!r}, not of {benchmark!r}"
-        raise BenchmarkError(f"--resume: {other}")
-    return found
 
 
 def add_repeatable(
@@ -137,10 +109,6 @@ def run(args: argparse.Namespace, package: str) -> None:
     command = importlib.import_module(f"{package}.command")
     check_files(args.json, args.markdown)
     getattr(command, "check", lambda args: None)(args)
-    if isinstance(several := getattr(args, "threads", 1), list):
-        for threads in several:
-            _run_alone(args, package, threads)
-        return
     if getattr(command, "PINNED", True):
         keep_pages = getattr(args, "allocator", "keep") == "keep"
         environment.prepare(getattr(args, "threads", 1), keep_pages)
@@ -160,23 +128,6 @@ def run(args: argparse.Namespace, package: str) -> None:
 
         for path in plots.draw(result, importlib.import_module(f"{package}.plots"), args.plot):
             print(path)
-
-
-def _run_alone(args: argparse.Namespace, package: str, threads: int) -> None:
-    """Run in a process of its own: JAX takes its threads when it starts. The file of --json has
-    their number in its name then; BenchmarkError if the process fails.
-    """
-    path = args.json and args.json.with_stem(f"{args.json.stem}_t{threads}")
-    if _start(argparse.Namespace(**vars(args) | {"threads": threads, "json": path}), package):
-        raise BenchmarkError(f"--threads {threads}: the run failed")
-
-
-def _start(args: argparse.Namespace, package: str) -> int | None:
-    """Run in a new process: its exit status."""
-    process = multiprocessing.get_context("spawn").Process(target=run, args=(args, package))
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 @dataclass(frozen=True)

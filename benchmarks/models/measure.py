@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import frame, peers, timing
+from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
@@ -28,17 +28,11 @@ def measure(args: argparse.Namespace) -> dict:
     quake_jax("accelerate")  # is it there?
     asked = cases.systems(args.system, args.weights)
     benchmark = f"models, {args.dtype}"
-    earlier = frame.earlier(args, benchmark)
     left_out = {name: reason for name in asked if (reason := cannot_run(name, args.dtype))}
     wanted = [name for name in asked if name not in left_out]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
     settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
-    measured = earlier.get("cases", [])
-    done = {entry["model"] for entry in measured}
-    chosen = cases.choose(
-        [model for model in args.model or CASES if model not in done], args.dtype, args.quick
-    )
-    left_out |= earlier.get("left_out", {})
+    chosen, measured = cases.choose(args.model or CASES, args.dtype, args.quick), []
     with progress(len(chosen)) as bar:
         bar.show("warm-up")
         systems.warm_up(wanted, args.dtype)
@@ -47,7 +41,6 @@ def measure(args: argparse.Namespace) -> dict:
             measured.append(entry)
             gc.collect()  # the weights of one model at a time
     described = {"systems": wanted, "dtype": args.dtype}
-    measured.sort(key=lambda entry: [*CASES].index(entry["model"]))
     parts = {"left_out": left_out, "cases": measured}
     return settings.result(benchmark, described, goals, args.dtype == goals.DTYPE, **parts)
 

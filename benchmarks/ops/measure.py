@@ -28,22 +28,21 @@ def measure(args: argparse.Namespace) -> dict:
     dtypes = args.dtype or (DTYPES[:1] if args.quick else DTYPES)
     chosen = cases.choose(args.function or FUNCTIONS, dtypes, shapes)
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    if not args.self_check:
-        quake_jax("softmax")  # is it there?
+    quake_jax("softmax")  # is it there?
     peers = Peers(args.threads, PEERS if args.peers else ())
-    run = Run(settings, peers, args.order, args.self_check)
-    if args.threads == 1 and not (args.quick or args.self_check):
+    run = Run(settings, peers, args.order)
+    if args.threads == 1 and not args.quick:
         run.count_cycles()
-    compared = [] if args.self_check or args.threads == 1 else scaled(chosen)
+    compared = [] if args.threads == 1 else scaled(chosen)
     with progress(len(chosen) + len(compared)) as bar:
         measured = [run.measure(case, bar.advance) for case in bar.over(chosen, str)]
         speedups = measure_scaling(compared, settings, bar)
         bar.show("call overhead")
-        call_overhead = None if args.self_check else overhead.measure(settings)
+        call_overhead = overhead.measure(settings)
     orders = None if args.order is None else sorted(set(args.order))
     return settings.result(
         "ops",
-        {"orders": orders, "self_check": args.self_check},
+        {"orders": orders},
         goals,
         judged=args.allocator == "keep",
         left_out=peers.left_out | run.left_out,
@@ -62,7 +61,6 @@ class Run:
     settings: Settings
     peers: Peers
     orders: list[int] | None = None  # ours, or None for those that a case has by default
-    self_check: bool = False  # jax.nn takes the place of ours
     clock: Contestant | None = None
     bounds: Bounds | None = None
     left_out: dict[str, str] = field(default_factory=dict)
@@ -89,9 +87,7 @@ class Run:
         """
         buffers, rounds = systems.Buffers(case), Rounds(self.settings)
         orders = sorted(set(self.orders or cases.orders(case)))
-        ours = [systems.jax_nn(buffers, "jax.nn again")]
-        if not self.self_check:
-            ours = [systems.quake(buffers, order) for order in orders]
+        ours = [systems.quake(buffers, order) for order in orders]
         target = self.settings.reading_seconds
         others = [systems.jax_nn(buffers), *self.peers.contestants(buffers, target)]
         copied = systems.for_copies(buffers)

@@ -12,7 +12,7 @@ from benchmarks.ops import goals
 
 _OURS = ("#08306b", "#08519c", "#2171b5", "#4292c6", "#9ecae1")
 COLOURS = {f"order {order}": colour for order, colour in enumerate(_OURS, 1)}
-COLOURS |= {"jax.nn": "#d95f0e", "jax.nn again": "#fe9929"}
+COLOURS |= {"jax.nn": "#d95f0e"}
 COLOURS |= {"torch": "#a63603", "onnxruntime": "#636363"}
 COLUMNS = 6
 # A bar this many times as long as the shortest other one would hide the rest: it is cut, and

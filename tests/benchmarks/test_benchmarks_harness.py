@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks.harness import frame, hardware, pages, timing
-from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness import hardware, pages, timing
 from benchmarks.harness.timing import Contestant, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,20 +175,3 @@ def test_workers_with_one_and_two_threads_take_turns():
     for entry in measured:
         assert [len(times) for times in entry["seconds"].values()] == [3, 3]
         assert entry["speedup"]["low"] <= entry["speedup"]["median"] <= entry["speedup"]["high"]
-
-
-# --- Several numbers of threads
-
-
-def test_each_number_of_threads_has_a_run_and_a_file_of_its_own(monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(frame, "_start", lambda args, package: started.append(args) or 0)
-    options = ["attention", "--threads", "1", "2", "--json", str(tmp_path / "made.json")]
-    args = command.parse(options)
-    args.run(args)
-    assert [one.threads for one in started] == [1, 2]
-    assert [one.json.name for one in started] == ["made_t1.json", "made_t2.json"]
-    assert command.parse(options[:3]).threads == 1 and command.parse(options[:1]).threads == 1
-    monkeypatch.setattr(frame, "_start", lambda args, package: 2)
-    with pytest.raises(BenchmarkError, match="--threads 1: the run failed"):
-        args.run(args)

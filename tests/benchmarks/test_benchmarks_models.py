@@ -18,7 +18,6 @@ import pytest
 
 import quake_jax
 import quake_jax.linen
-from benchmarks import __main__ as command
 from benchmarks.harness import bars, errors, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
@@ -281,28 +280,6 @@ def test_systems_are_measured_together():
         if system in (PARTS, ACCELERATE, INTERCEPTOR):
             assert 0 < one["difference"] <= one["tolerance"] < 1e-3
     assert json.dumps(entry)
-
-
-def test_a_run_is_resumed(monkeypatch, tmp_path):
-    path, measured = tmp_path / "models.json", []
-
-    def measure_case(case, *others):
-        measured.append(case.name)
-        return {"model": case.name}
-
-    monkeypatch.setattr(measure, "measure_case", measure_case)
-    monkeypatch.setattr(systems, "warm_up", lambda wanted, dtype: None)
-    names = ["vit-ti16-1", "bert-1x128"]
-    models = [word for name in names for word in ("--model", name)]
-    args = command.parse(["models", "--quick", *models, "--resume", "--json", str(path)])
-    found = {"benchmark": "models, float32", "cases": [{"model": names[0]}], "left_out": {"a": "b"}}
-    path.write_text(json.dumps(found))
-    result = measure.measure(args)
-    assert measured == names[1:] and result["left_out"]["a"] == "b"
-    assert result["cases"] == [{"model": name} for name in reversed(names)]
-    path.write_text(json.dumps(found | {"benchmark": "models, bfloat16"}))
-    with pytest.raises(BenchmarkError, match="bfloat16', not of 'models, float32'"):
-        measure.measure(args)
 
 
 def test_wrong_results_end_the_run():
