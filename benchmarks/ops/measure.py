@@ -46,7 +46,6 @@ def measure(args: argparse.Namespace) -> dict:
         goals,
         judged=args.allocator == "keep",
         left_out=peers.left_out | run.left_out,
-        lacking=peers.lacking,
         cases=measured,
         scaling=speedups,
         call_overhead=call_overhead,
@@ -110,7 +109,7 @@ class Run:
             "traffic": case.traffic,
             "rounds": self.settings.rounds or cases.rounds(case),
             "gigahertz": 1e-9 * CYCLES_PER_CALL / clock.median if clock else None,
-            "copy": min(copying, key=lambda name: contestants[name]["ns_per_element"]),
+            "copy": min(copying, key=lambda name: contestants[name]["ns"]["median"]),
             "contestants": contestants,
             "ratios": rounds.ratios(case, own, compared),
             "relative_times": {
@@ -120,11 +119,8 @@ class Run:
 
     def _entry(self, case: Case, name: str, rounds: Rounds) -> dict:
         series, error = rounds.series[case, name], rounds.errors[case, name]
-        per_element = series.quartiles(1e9 / case.elements)
         entry = {
-            "ns_per_element": per_element["median"],
-            "ns_per_element_low": per_element["low"],
-            "ns_per_element_high": per_element["high"],
+            "ns": series.quartiles(1e9 / case.elements),  # per element
             "subtracted_us_per_call": 1e6 * series.overhead,
             **series.conditions(),
         }
