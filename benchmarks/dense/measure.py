@@ -69,11 +69,10 @@ def measure(args: argparse.Namespace) -> dict:
             norms, packing = _norms(settings), _packing(settings)
             bar.advance()
     result = settings.result(
-        "dense",
         {"walked_bytes": run.walked},
         goals,
         left_out=left_out,
-        cases=sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
+        cases=measured,
         scaling=scaling,
         norms=norms,
         packing=packing,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from benchmarks.harness import bars, environment, timing
-from benchmarks.harness.errors import check_files
+from benchmarks.harness.errors import BenchmarkError, check_files
 from benchmarks.harness.timing import Contestant, Series
 
 T = TypeVar("T")
@@ -50,11 +51,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quick": {"action": "store_true", "help": "small and short: a try, no result"},
     "json": {"type": Path, "metavar": "PATH", "help": "write the result as JSON"},
+    "resume": {
+        "action": "store_true",
+        "help": "add to what the file of --json has, of an earlier run of other cases",
+    },
     "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
     "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
 }
 # Of all subjects whose speed is compared.
-TIMED = ("threads", "peers", "allocator", "quick", "json", "markdown")
+TIMED = ("threads", "peers", "allocator", "quick", "json", "resume", "markdown")
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -139,29 +144,41 @@ class Settings:
     allocator: str = "keep"  # or "system" where page faults are part of the times
     quick: bool = False  # a try
     threads: int = 1  # in use
+    benchmark: str = ""  # runs of other kinds (a dtype, an allocator) have names of their own
+    earlier: dict = field(default_factory=dict)  # the result that is added to
 
     @classmethod
     def of(
         cls, args: argparse.Namespace, reading_seconds: tuple[float, float], quick_rounds: int = 3
     ) -> Settings:
-        """Those that the options ask for; readings have two lengths, without and with --quick."""
-        rounds = args.rounds or (quick_rounds if args.quick else None)
-        return cls(rounds, reading_seconds[args.quick], args.allocator, args.quick, args.threads)
-
-    def as_dict(self) -> dict:
-        """What the result of a run says of them; threads stand in the environment."""
-        return {name: value for name, value in asdict(self).items() if name != "threads"}
-
-    def result(
-        self, name: str, settings: dict, goals: ModuleType, judged: bool = True, **parts
-    ) -> dict:
-        """A result, judged by the subject's goals unless it is a try; either allocator has a name,
-        and so a section of a Markdown file, of its own.
+        """Those that the options ask for; readings have two lengths, without and with --quick.
+        BenchmarkError if the result to be added to is another benchmark's.
         """
+        rounds = args.rounds or (quick_rounds if args.quick else None)
+        kinds = [args.dtype] if isinstance(getattr(args, "dtype", None), str) else []
+        kinds += ["system allocator"] if args.allocator == "system" else []
+        benchmark, earlier = ", ".join([args.subcommand, *kinds]), {}
+        if args.resume and args.json and args.json.exists():
+            earlier = json.loads(args.json.read_text())
+            if earlier["benchmark"] != benchmark:
+                found = f"{args.json} has results of {earlier['benchmark']!r}"
+                raise BenchmarkError(f"--resume: {found}, not of {benchmark!r}")
+        options = args.allocator, args.quick, args.threads, benchmark, earlier
+        return cls(rounds, reading_seconds[args.quick], *options)
+
+    def result(self, settings: dict, goals: ModuleType, judged: bool = True, **parts) -> dict:
+        """A result, judged by the subject's goals unless it is a try, with the parts, which are
+        lists and dictionaries, of the earlier one.
+        """
+        names = ("rounds", "reading_seconds", "allocator", "quick")
+        for name, found in self.earlier.items():
+            if name in parts:
+                new = parts[name]
+                parts[name] = [*found, *new] if isinstance(new, list) else found | new
         result = {
-            "benchmark": name if self.allocator == "keep" else f"{name}, system allocator",
+            "benchmark": self.benchmark,
             "environment": environment.describe(self.threads),
-            "settings": {**settings, **self.as_dict()},
+            "settings": {**settings, **{name: getattr(self, name) for name in names}},
             **parts,
         }
         judged = judged and not self.quick

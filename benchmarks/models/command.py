@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares = "also say where the time of packed models goes: dense layers, attention, XLA, …"
     parser.add_argument("--profile", action="store_true", help=shares)
     frame.add_rounds(parser, ROUNDS, "2 with --quick")
-    frame.add_options(parser, "threads", "allocator", "quick", "json", "markdown", "plot")
+    frame.add_options(parser, "threads", "allocator", "quick", "json", "resume", "markdown", "plot")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -27,7 +27,6 @@ def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
     asked = cases.systems(args.system, args.weights)
-    benchmark = f"models, {args.dtype}"
     left_out = {name: reason for name in asked if (reason := cannot_run(name, args.dtype))}
     wanted = [name for name in asked if name not in left_out]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
@@ -42,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict:
             gc.collect()  # the weights of one model at a time
     described = {"systems": wanted, "dtype": args.dtype}
     parts = {"left_out": left_out, "cases": measured}
-    return settings.result(benchmark, described, goals, args.dtype == goals.DTYPE, **parts)
+    return settings.result(described, goals, args.dtype == goals.DTYPE, **parts)
 
 
 def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:

@@ -41,7 +41,6 @@ def measure(args: argparse.Namespace) -> dict:
         call_overhead = overhead.measure(settings)
     orders = None if args.order is None else sorted(set(args.order))
     return settings.result(
-        "ops",
         {"orders": orders},
         goals,
         judged=args.allocator == "keep",

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks.harness import hardware, pages, timing
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frame import Settings
 from benchmarks.harness.timing import Contestant, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,3 +178,24 @@ def test_workers_with_one_and_two_threads_take_turns():
     for entry in measured:
         assert [len(times) for times in entry["seconds"].values()] == [3, 3]
         assert entry["speedup"]["low"] <= entry["speedup"]["median"] <= entry["speedup"]["high"]
+
+
+# --- A run that adds to another
+
+
+def test_a_run_adds_to_an_earlier_one(tmp_path):
+    path = tmp_path / "models.json"
+    words = ["models", "--quick", "--resume", "--json", str(path)]
+    found = {"benchmark": "models, float32", "cases": [1], "left_out": {"a": "b"}, "bars": [3]}
+
+    def result():
+        settings = Settings.of(command.parse(words), (0.1, 0.1))
+        return settings.result({}, None, cases=[2], left_out={"c": "d"})
+
+    assert result()["cases"] == [2]  # there is no file yet
+    path.write_text(json.dumps(found))
+    assert result()["cases"] == [1, 2] and result()["left_out"] == {"a": "b", "c": "d"}
+    assert result()["benchmark"] == "models, float32" and result()["bars"] == []
+    words += ["--allocator", "system"]
+    with pytest.raises(BenchmarkError, match="'models, float32', not of 'models, float32, system"):
+        result()
