@@ -102,7 +102,7 @@ def _norms(settings: Settings) -> list[dict]:
                     "case": goals.norm_case(name),
                     "subject": dtype,
                     "us": ours.quartiles(1e6),
-                    "speed": paired_ratio(xla.times, ours.times).as_dict(),
+                    "speed": paired_ratio(xla.times, ours.times),
                 }
             )
     return entries

@@ -14,7 +14,7 @@ from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
-from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
+from benchmarks.harness.timing import Contestant, paired_ratio, quartiles
 from benchmarks.models import cases, goals, profile, systems
 from benchmarks.models.cases import CASES, CEILING, FLAX, PACKED, PEERS, ROUNDS, SUBJECT, Case
 from benchmarks.models.systems import Setting, System
@@ -195,15 +195,15 @@ def compare(seconds: dict[str, list[float]]) -> dict:
     share = None
     if ours and ceiling and all(a > b for a, b in zip(flax, ceiling, strict=True)):
         rounds = zip(flax, ours, ceiling, strict=True)
-        share = Quartiles.of([(a - b) / (a - c) for a, b, c in rounds]).as_dict()
-    speed = {name: paired_ratio(flax, times).as_dict() for name, times in seconds.items()}
-    over = {name: paired_ratio(times, ours).as_dict() for name, times in seconds.items() if ours}
+        share = quartiles([(a - b) / (a - c) for a, b, c in rounds])
+    speed = {name: paired_ratio(flax, times) for name, times in seconds.items()}
+    over = {name: paired_ratio(times, ours) for name, times in seconds.items() if ours}
     return {
         "speed": {name: ratio for name, ratio in speed.items() if name != FLAX},
         "over_ours": {name: ratio for name, ratio in over.items() if name != SUBJECT},
         "ratios": {
             ours: {
-                name: paired_ratio(times, seconds[ours]).as_dict()
+                name: paired_ratio(times, seconds[ours])
                 for name, times in seconds.items()
                 if PEERS.get(name) == PACKED[ours]
             }
