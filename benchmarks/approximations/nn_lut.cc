@@ -1,9 +1,9 @@
 // exp, softmax and GELU from piecewise linear tables of 16 or 32 entries, which fit into one or two AVX-512
 // registers, where a permutation looks them up; in the loops of cpu_kernels/, and beside the project's own
 // kernels. `nn_lut.py` compiles this with a header of its own, which has
-//   Table<Code>   slopes and intercepts, of the argument up to `end`, and 0 beyond it, where the segment is read
-//                 off the bits of the float scale x + offset; or by levels the `thresholds` of a search. A code
-//                 is more than the largest order.
+//   Table<Code>   slopes and intercepts, of the argument up to `end`, and 0 beyond it, where the segment is
+//                 read off the bits of the float scale x + offset; or by levels the `thresholds` of a search.
+//                 A code is more than the largest order.
 //   KERNELS       KERNEL(a name to export, a loop<a functor, a code or an order>) of each.
 
 #include <immintrin.h>
