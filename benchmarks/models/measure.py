@@ -10,6 +10,8 @@ import gc
 import math
 from collections.abc import Callable, Collection
 
+import numpy as np
+
 from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
@@ -84,7 +86,6 @@ def measure_case(
     for name in wanted:
         if reason := cases.not_for(name, case) or _add(built, setting, name, settings.threads):
             left_out[f"{name} at {case.name}"] = reason
-    differences = checked(case, built)
     contestants, shortest = _contestants(built.values(), settings)
     attempts = LONG_ATTEMPTS if shortest > LONG_SECONDS else timing.MAX_ATTEMPTS
     series = settings.read(contestants, ROUNDS, advance, shortest, attempts)
@@ -104,7 +105,7 @@ def measure_case(
                 "compile_seconds": system.compile_seconds,
                 "memory_bytes": system.memory,
                 **series[name].conditions(),
-                **differences[name],
+                **system.difference,
             }
             for name, system in built.items()
         },
@@ -118,18 +119,21 @@ def measure_case(
 
 
 def _add(built: dict[str, System], setting: Setting, name: str, threads: int) -> str | None:
-    """Build a system; a peer that fails or is wrong is not added, and the reason returned."""
-    if name not in PEERS:
-        built[name] = _build(setting, name, threads)
-        return None
+    """Build a system; a peer that fails or is wrong is not added, and the reason returned. The
+    ceiling is no model: its result has nothing to agree with.
+    """
     try:
         system = _build(setting, name, threads)
-    except Exception as error:  # their classes are not public
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    wrong = _wrong(setting.case, built | {name: system}, name)
-    if not wrong:
-        built[name] = system
-    return wrong
+        if name not in (FLAX, CEILING):
+            system.difference = checked(setting.case, name, system.result, built[FLAX].result)
+    except Exception as error:  # the classes of others are not public
+        if name not in PEERS:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        ours = isinstance(error, BenchmarkError)
+        return reason if ours else f"{type(error).__name__}: {reason}"
+    built[name] = system
+    return None
 
 
 def _build(setting: Setting, name: str, threads: int) -> System:
@@ -146,29 +150,13 @@ def _build(setting: Setting, name: str, threads: int) -> System:
     return build(setting, name, threads)
 
 
-def checked(case: Case, built: dict[str, System]) -> dict[str, dict[str, float]]:
-    """By name, how far a result is from Flax's, and may be; raise BenchmarkError if further.
-
-    The ceiling is no model: its result has nothing to agree with.
-    """
-    found = {name: {} for name in built}
-    for name in [name for name in built if name not in (FLAX, CEILING)]:
-        if wrong := _wrong(case, built, name):
-            raise BenchmarkError(f"{name} is wrong at {case.label}: {wrong}")
-        found[name] = _difference(case, built, name)
-    return found
-
-
-def _difference(case: Case, built: dict[str, System], name: str) -> dict[str, float]:
-    difference = systems.difference(built[name].result, built[FLAX].result)
-    return {"difference": difference, "tolerance": systems.tolerance(case, name)}
-
-
-def _wrong(case: Case, built: dict[str, System], name: str) -> str | None:
-    """What is wrong with a result, if anything."""
-    difference, tolerance = _difference(case, built, name).values()
-    right = difference <= tolerance
-    return None if right else f"differs by {difference:.2g}, may by {tolerance:.2g}"
+def checked(case: Case, name: str, result: np.ndarray, flax: np.ndarray) -> dict[str, float]:
+    """How far a result is from Flax's, and may be; raise BenchmarkError if it is further."""
+    difference, tolerance = systems.difference(result, flax), systems.tolerance(case, name)
+    if not difference <= tolerance:
+        differs = f"differs by {difference:.2g}, may by {tolerance:.2g}"
+        raise BenchmarkError(f"{name} is wrong at {case.label}: {differs}")
+    return {"difference": difference, "tolerance": tolerance}
 
 
 def _contestants(built: Collection[System], settings: Settings) -> tuple[list[Contestant], float]:
