@@ -20,7 +20,6 @@ SUBCOMMANDS = (
     "models",
     "quality",
     "approximations",
-    "build",
     "devices",
 )
 
@@ -40,8 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command = importlib.import_module(f"benchmarks.{name}.command")
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
-        in_frame = partial(frame.run, package=f"benchmarks.{name}")
-        subparser.set_defaults(run=getattr(command, "run", in_frame))
+        subparser.set_defaults(run=partial(frame.run, package=f"benchmarks.{name}"))
     return parser.parse_args(argv)
 
 

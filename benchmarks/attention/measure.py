@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict:
             settings, compared, _quake, Case.described, all_cases.ROUNDS, bar
         )
     parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
-    return settings.result("attention", {"orders": run.orders}, goals, **parts)
+    return settings.result({"orders": run.orders}, goals, **parts)
 
 
 def _quake(case: Case) -> Callable[[int], None]:

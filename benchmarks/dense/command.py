@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frame.add_repeatable(parser, "--form", cases.FORMS, "all that make sense")
     few = f"down to {cases.FEWEST_ROUNDS} for the largest, 3 with --quick"
     frame.add_rounds(parser, cases.ROUNDS, few)
-    frame.add_options(parser, *frame.TIMED, "resume", "plot")
+    frame.add_options(parser, *frame.TIMED, "plot")
 
 
 def _layer(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from benchmarks.dense import goals, systems
 from benchmarks.dense.cases import FORMATS, LONG_FLOPS, ROUNDS, Case, Shape
 from benchmarks.dense.peers import Peers
 from benchmarks.dense.systems import Entry, Layer
-from benchmarks.harness import frame, hardware, processes
+from benchmarks.harness import hardware, processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import FMA, Ceilings
@@ -47,10 +47,6 @@ def measure(args: argparse.Namespace) -> dict:
     if args.layer or args.rows:
         layers, rows = args.layer or all_cases.LAYERS, args.rows or all_cases.ROWS
         shapes = [Shape(m, k, n) for k, n in layers for m in rows]
-    earlier = frame.earlier(args, "dense")
-    measured, norms, packing = (earlier.get(key, []) for key in ("cases", "norms", "packing"))
-    done = {goals.case_of(entry).shape for entry in measured}
-    shapes = [shape for shape in dict.fromkeys(shapes) if shape not in done]
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
     ceilings = Ceilings(quake_jax("pack_weight").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
@@ -62,20 +58,21 @@ def measure(args: argparse.Namespace) -> dict:
     compared = []
     if args.threads == 2 and not args.quick:
         compared = [(shape, name) for shape in all_cases.SCALED for name in ("float32", "int8")]
+    measured = []
     with progress(len(shapes) + len(compared) + everything) as bar:
-        for shape in bar.over(shapes, str):
+        for shape in bar.over(dict.fromkeys(shapes), str):
             measured += run.measure(all_cases.choose(shape, args.form), bar.advance)
         scaling = processes.two_threads(settings, compared, _quake, _described, ROUNDS, bar)
-        if everything and not packing:
+        norms, packing = [], []
+        if everything:
             bar.show("norms, and packing a model")
             norms, packing = _norms(settings), _packing(settings)
             bar.advance()
     result = settings.result(
-        "dense",
         {"walked_bytes": run.walked},
         goals,
         left_out=left_out,
-        cases=sorted(measured, key=lambda entry: (entry["k"], entry["n"], entry["m"])),
+        cases=measured,
         scaling=scaling,
         norms=norms,
         packing=packing,
@@ -105,7 +102,7 @@ def _norms(settings: Settings) -> list[dict]:
                     "case": goals.norm_case(name),
                     "subject": dtype,
                     "us": ours.quartiles(1e6),
-                    "speed": paired_ratio(xla.times, ours.times).as_dict(),
+                    "speed": paired_ratio(xla.times, ours.times),
                 }
             )
     return entries

@@ -89,7 +89,6 @@ def describe(threads: int) -> dict:
         "isa_forced": "QUAKE_JAX_ISA" in os.environ,
         "threads": threads,
         "cores": allowed_cores() or None,
-        "xla_pool_threads": _xla_pool_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -114,12 +113,6 @@ def _cpuinfo(field: str) -> str | None:
     path = Path("/proc/cpuinfo")
     found = re.search(rf"^{field}\s*:(.*)$", path.read_text(), re.M) if path.exists() else None
     return found[1].strip() if found else None
-
-
-def _xla_pool_threads() -> int | None:
-    """Count XLA's intra-op threads by their name (Linux only), to check what `prepare` asked."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum("XLAEigen" in name for name in names) if names else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -10,9 +10,8 @@ import argparse
 import contextlib
 import importlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -26,22 +25,13 @@ T = TypeVar("T")
 # --- Options
 
 
-class _OneOrSeveral(argparse.Action):
-    """Keep a single value as itself, several as their list."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
-
-
 # What several subcommands understand.
 OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {
         "type": int,
-        "nargs": "+",
         "choices": (1, 2),
         "default": 1,
-        "action": _OneOrSeveral,
-        "help": "cores and threads of each library; two numbers make two runs, one after the other",
+        "help": "cores and threads of each library",
     },
     "peers": {
         "action": argparse.BooleanOptionalAction,
@@ -63,32 +53,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "json": {"type": Path, "metavar": "PATH", "help": "write the result as JSON"},
     "resume": {
         "action": "store_true",
-        "help": "keep what the file of --json has, and measure the rest of what is asked for",
+        "help": "add to what the file of --json has, of an earlier run of other cases",
     },
     "markdown": {"type": Path, "metavar": "PATH", "help": "write or replace this run's section"},
     "plot": {"type": Path, "metavar": "DIR", "help": "write plots as PNG files"},
 }
 # Of all subjects whose speed is compared.
-TIMED = ("threads", "peers", "allocator", "quick", "json", "markdown")
+TIMED = ("threads", "peers", "allocator", "quick", "json", "resume", "markdown")
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Declare options of `OPTIONS`."""
     for name in names:
         parser.add_argument(f"--{name}", **OPTIONS[name])
-
-
-def earlier(args: argparse.Namespace, benchmark: str) -> dict:
-    """The result that `--resume` goes on with; empty without one. BenchmarkError if it is another
-    benchmark's.
-    """
-    if not (args.resume and args.json and args.json.exists()):
-        return {}
-    found = json.loads(args.json.read_text())
-    if found["benchmark"] != benchmark:
-        other = f"{args.json} has results of {found['benchmark']!r}, not of {benchmark!r}"
-        raise BenchmarkError(f"--resume: {other}")
-    return found
 
 
 def add_repeatable(
@@ -137,10 +114,6 @@ def run(args: argparse.Namespace, package: str) -> None:
     command = importlib.import_module(f"{package}.command")
     check_files(args.json, args.markdown)
     getattr(command, "check", lambda args: None)(args)
-    if isinstance(several := getattr(args, "threads", 1), list):
-        for threads in several:
-            _run_alone(args, package, threads)
-        return
     if getattr(command, "PINNED", True):
         keep_pages = getattr(args, "allocator", "keep") == "keep"
         environment.prepare(getattr(args, "threads", 1), keep_pages)
@@ -162,23 +135,6 @@ def run(args: argparse.Namespace, package: str) -> None:
             print(path)
 
 
-def _run_alone(args: argparse.Namespace, package: str, threads: int) -> None:
-    """Run in a process of its own: JAX takes its threads when it starts. The file of --json has
-    their number in its name then; BenchmarkError if the process fails.
-    """
-    path = args.json and args.json.with_stem(f"{args.json.stem}_t{threads}")
-    if _start(argparse.Namespace(**vars(args) | {"threads": threads, "json": path}), package):
-        raise BenchmarkError(f"--threads {threads}: the run failed")
-
-
-def _start(args: argparse.Namespace, package: str) -> int | None:
-    """Run in a new process: its exit status."""
-    process = multiprocessing.get_context("spawn").Process(target=run, args=(args, package))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 @dataclass(frozen=True)
 class Settings:
     """How the readings of a run are taken."""
@@ -188,29 +144,41 @@ class Settings:
     allocator: str = "keep"  # or "system" where page faults are part of the times
     quick: bool = False  # a try
     threads: int = 1  # in use
+    benchmark: str = ""  # runs of other kinds (a dtype, an allocator) have names of their own
+    earlier: dict = field(default_factory=dict)  # the result that is added to
 
     @classmethod
     def of(
         cls, args: argparse.Namespace, reading_seconds: tuple[float, float], quick_rounds: int = 3
     ) -> Settings:
-        """Those that the options ask for; readings have two lengths, without and with --quick."""
-        rounds = args.rounds or (quick_rounds if args.quick else None)
-        return cls(rounds, reading_seconds[args.quick], args.allocator, args.quick, args.threads)
-
-    def as_dict(self) -> dict:
-        """What the result of a run says of them; threads stand in the environment."""
-        return {name: value for name, value in asdict(self).items() if name != "threads"}
-
-    def result(
-        self, name: str, settings: dict, goals: ModuleType, judged: bool = True, **parts
-    ) -> dict:
-        """A result, judged by the subject's goals unless it is a try; either allocator has a name,
-        and so a section of a Markdown file, of its own.
+        """Those that the options ask for; readings have two lengths, without and with --quick.
+        BenchmarkError if the result to be added to is another benchmark's.
         """
+        rounds = args.rounds or (quick_rounds if args.quick else None)
+        kinds = [args.dtype] if isinstance(getattr(args, "dtype", None), str) else []
+        kinds += ["system allocator"] if args.allocator == "system" else []
+        benchmark, earlier = ", ".join([args.subcommand, *kinds]), {}
+        if args.resume and args.json and args.json.exists():
+            earlier = json.loads(args.json.read_text())
+            if earlier["benchmark"] != benchmark:
+                found = f"{args.json} has results of {earlier['benchmark']!r}"
+                raise BenchmarkError(f"--resume: {found}, not of {benchmark!r}")
+        options = args.allocator, args.quick, args.threads, benchmark, earlier
+        return cls(rounds, reading_seconds[args.quick], *options)
+
+    def result(self, settings: dict, goals: ModuleType, judged: bool = True, **parts) -> dict:
+        """A result, judged by the subject's goals unless it is a try, with the parts, which are
+        lists and dictionaries, of the earlier one.
+        """
+        names = ("rounds", "reading_seconds", "allocator", "quick")
+        for name, found in self.earlier.items():
+            if name in parts:
+                new = parts[name]
+                parts[name] = [*found, *new] if isinstance(new, list) else found | new
         result = {
-            "benchmark": name if self.allocator == "keep" else f"{name}, system allocator",
+            "benchmark": self.benchmark,
             "environment": environment.describe(self.threads),
-            "settings": {**settings, **self.as_dict()},
+            "settings": {**settings, **{name: getattr(self, name) for name in names}},
             **parts,
         }
         judged = judged and not self.quick

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.harness import environment
 from benchmarks.harness.timing import Contestant
 
+LOOPS = Path(__file__).with_name("loops.cc")
 CLOCK, FMA, READ = "clock", "fma peak", "read"
 BFLOAT16, INT8 = "vdpbf16ps peak", "vpdpbusd peak"
 MATRIX_BFLOAT16, MATRIX_INT8 = "tdpbf16ps peak", "tdpbssd peak"
@@ -47,7 +48,7 @@ _READS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 40
 
 def clock() -> Contestant | None:
     """Make the contestant, one call of which takes `CYCLES_PER_CALL`; None without a compiler."""
-    library = _compiled()
+    library = compiled(LOOPS)
     return library and Contestant(CLOCK, _typed(library.clock_chain, ctypes.c_long))
 
 
@@ -80,7 +81,7 @@ class Ceilings:
                     self._loops[name] = loop
                     self.peaks[name] = 1.0 * operations * _MATRIX_REPEATS * threads
             has = [f"-D{loop.upper()}" for loop in self._loops.values()]
-            self._library = _compiled(f"-DVECTOR={size}", *has, *flags)
+            self._library = compiled(LOOPS, f"-DVECTOR={size}", *has, *flags)
         if self._library is None:
             self.left_out, self.peaks = "needs a C++ compiler, and AVX2 or AVX-512", {}
         self.flops_per_call = self.peaks.get(FMA)
@@ -135,14 +136,13 @@ def _typed(function: Any, *arguments: type) -> Any:
     return function
 
 
-def _compiled(*flags: str) -> ctypes.CDLL | None:
-    """Compile and load `loops.cc`; None where that is not possible."""
+def compiled(source: Path, *flags: str) -> ctypes.CDLL | None:
+    """Compile and load a file of C++ for x86-64; None where that is not possible."""
     compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
-    source = Path(__file__).with_name("loops.cc")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "loops.so"
+        library = Path(folder) / "library.so"
         command = [compiler, "-O2", *flags, "-shared", "-fPIC", str(source), "-o", str(library)]
         if subprocess.run(command, capture_output=True).returncode:
             return None

@@ -1,7 +1,8 @@
 """Pictures of results: panels with one legend, in files that say under which conditions."""
 
 import io
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,10 +49,9 @@ def grid(
     columns: int,
     size: tuple[float, float],
     margin: float = 0.6,
-    legend: Iterable[str] = (),
 ) -> plt.Figure:
     """A figure of panels by their titles, in rows, each of a size in inches and filled by a
-    function of its axes and its entry; in the margin the legend, as `add_legend` makes it.
+    function of its axes and its entry; in the margin the legend.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -62,8 +62,31 @@ def grid(
     for axis, (title, entry) in zip(axes.flat, panels.items(), strict=False):
         axis.set_title(title)
         fill(axis, entry)
-    add_legend(figure, legend)
+    add_legend(figure)
     return figure
+
+
+def bars(
+    axis: plt.Axes,
+    times: dict[str, dict[str, float]],
+    colours: dict[str, str],
+    longest: float = math.inf,
+) -> None:
+    """A bar for each name, of the median with the quartiles. Bars of more than `longest` times the
+    shortest one, which would hide the rest, are cut, and say their length.
+    """
+    medians = [quartiles["median"] for quartiles in times.values()]
+    spread = [[abs(q[end] - q["median"]) for q in times.values()] for end in ("low", "high")]
+    style = {"color": [colours[name] for name in times], "error_kw": {"linewidth": 0.8}}
+    axis.barh(list(times), medians, xerr=spread, **style)
+    axis.invert_yaxis()
+    limit = longest * min(medians)
+    if max(medians) > limit:
+        axis.set_xlim(0, limit)
+        style = {"color": "white", "fontsize": 7, "ha": "right", "va": "center"}
+        for place, time in enumerate(medians):
+            if time > limit:
+                axis.text(limit, place, f"{time:.3g} ", **style)
 
 
 def titled(figure: plt.Figure, what: str, environment: dict) -> plt.Figure:
@@ -73,17 +96,13 @@ def titled(figure: plt.Figure, what: str, environment: dict) -> plt.Figure:
     return figure
 
 
-def add_legend(figure: plt.Figure, first: Iterable[str] = ()) -> None:
-    """One legend for all panels, if they have labels: those of `first` in that order, then the
-    others; in lines of four under narrow figures.
-    """
+def add_legend(figure: plt.Figure) -> None:
+    """One legend for all panels, if they have labels; in lines of four under narrow figures."""
     unique = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             unique.setdefault(label, handle)
-    order = {name: place for place, name in enumerate(first)}
-    labels = sorted(unique, key=lambda label: order.get(label, len(order)))
-    if labels:
-        columns = 4 if figure.get_figwidth() < 8 else len(labels)
-        handles = [unique[label] for label in labels]
-        figure.legend(handles, labels, ncols=columns, loc="outside lower center")
+    if unique:
+        columns = 4 if figure.get_figwidth() < 8 else len(unique)
+        handles = list(unique.values())
+        figure.legend(handles, list(unique), ncols=columns, loc="outside lower center")

@@ -73,7 +73,7 @@ def compare(
                 seconds[team.way.name].append(reading)
                 doubtful += disturbed
         base = seconds[teams[0].way.name]
-        speed = {name: timing.paired_ratio(base, own).as_dict() for name, own in seconds.items()}
+        speed = {name: timing.paired_ratio(base, own) for name, own in seconds.items()}
         result.append({"calls": calls, "seconds": seconds, "doubtful": doubtful, "speed": speed})
         advance()
     return result

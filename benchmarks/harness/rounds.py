@@ -7,7 +7,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
 from benchmarks.harness.hardware import Ceilings
-from benchmarks.harness.timing import Contestant, Quartiles, Series, paired_ratio
+from benchmarks.harness.timing import Contestant, Series, paired_ratio
 
 
 @dataclass
@@ -44,8 +44,7 @@ class Rounds:
 
     def ratio(self, other: Hashable, subject: Hashable, scale: float = 1.0) -> dict[str, float]:
         """The time of one over another's, round by round: median and quartiles."""
-        ratio = paired_ratio(self.series[other].times, self.series[subject].times)
-        return ratio.scaled(scale).as_dict()
+        return paired_ratio(self.series[other].times, self.series[subject].times, scale)
 
     def ratios(self, case: Hashable, subjects: list[str], others: list[str]) -> dict[str, dict]:
         """The time of the other contestants of a case over that of each subject."""
@@ -59,10 +58,10 @@ class Rounds:
     def figures(self, case: Hashable, name: str, flops: float) -> dict:
         """The time of a contestant, and how its readings were taken."""
         series = self.series[case, name]
-        milliseconds = Quartiles.of(series.times).scaled(1e3)
+        milliseconds = series.quartiles(1e3)
         return {
-            "ms": milliseconds.as_dict(),
-            "gflops": 1e-6 * flops / milliseconds.median,
+            "ms": milliseconds,
+            "gflops": 1e-6 * flops / milliseconds["median"],
             "error": self.errors[case, name],
             **series.conditions(),
         }

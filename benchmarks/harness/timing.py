@@ -7,7 +7,6 @@ and repeated; contestants are compared only within a round, so that slow drifts 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import random
 import resource
@@ -72,7 +71,7 @@ class Series:
 
     def quartiles(self, scale: float = 1.0) -> dict[str, float]:
         """Of the seconds per call in another unit, for JSON."""
-        return Quartiles.of(self.times).scaled(scale).as_dict()
+        return quartiles(self.times, scale)
 
     def add(self, reading: Reading, seconds: float) -> None:
         """Add the reading of a round, `seconds` long."""
@@ -93,35 +92,21 @@ class Series:
         }
 
 
-@dataclass(frozen=True)
-class Quartiles:
-    """The median of a sample and its quartiles."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, sample: Sequence[float]) -> Quartiles:
-        if len(sample) == 1:
-            return cls(sample[0], sample[0], sample[0])
-        low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
-        return cls(low, median, high)
-
-    def as_dict(self) -> dict[str, float]:
-        """The three by name, for JSON."""
-        return dataclasses.asdict(self)
-
-    def scaled(self, factor: float) -> Quartiles:
-        """Those of the sample multiplied by a positive factor."""
-        return Quartiles(factor * self.low, factor * self.median, factor * self.high)
+def quartiles(sample: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """Of a sample times a positive factor the quartiles: "low", "median", "high"."""
+    found = sample * 3
+    if len(sample) > 1:
+        found = statistics.quantiles(sample, n=4, method="inclusive")
+    return dict(zip(("low", "median", "high"), (scale * x for x in found), strict=True))
 
 
-def paired_ratio(other: Sequence[float], subject: Sequence[float]) -> Quartiles:
+def paired_ratio(
+    other: Sequence[float], subject: Sequence[float], scale: float = 1.0
+) -> dict[str, float]:
     """How many times as long `other` took as `subject`, in seconds of the same rounds: median and
-    quartiles of the rounds' ratios. Above 1 the subject is faster.
+    quartiles of the rounds' ratios, times a factor. Above 1 the subject is faster.
     """
-    return Quartiles.of([a / b for a, b in zip(other, subject, strict=True)])
+    return quartiles([a / b for a, b in zip(other, subject, strict=True)], scale)
 
 
 def read(run: Callable[[int], None], calls: int) -> Reading:

@@ -135,7 +135,8 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
     key = jax.random.key(1)
     if case.family == "vit":
         shape = (case.batch, case.sizes.image, case.sizes.image, 3)
-        return (jax.random.normal(key, shape, case.dtype),)
+        # Drawn in float32: of another dtype they would be other numbers.
+        return (jax.random.normal(key, shape).astype(case.dtype),)
     tokens = jax.random.randint(key, (case.batch, case.length), 0, case.sizes.vocabulary)
     places = jnp.arange(case.length)[None]
     if case.family == "bert":

@@ -113,13 +113,6 @@ def case_of(entry: dict) -> Case:
     return CASES[entry["model"]]
 
 
-def wanted(kind: Kind, case: dict, subject: str) -> float | None:
-    """The goal of a figure, if it has one."""
-    judged = (*BARS, *_AGAINST_STATIC)
-    same = (b for b in judged if (b.kind, b.case.name, b.subject) == (kind, case["model"], subject))
-    return max((bar.threshold for bar in same), default=None)
-
-
 def judge(result: dict) -> list[dict]:
     """Compare a run in float32 with the bars: verdicts on those that it measured."""
     means = [(f"{name}, geometric mean", *of) for name, of in MEANS.items()]

@@ -10,11 +10,13 @@ import gc
 import math
 from collections.abc import Callable, Collection
 
-from benchmarks.harness import frame, peers, timing
+import numpy as np
+
+from benchmarks.harness import peers, timing
 from benchmarks.harness.errors import BenchmarkError, missing, quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.peers import ONNXRUNTIME, OPENVINO, TORCH
-from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
+from benchmarks.harness.timing import Contestant, paired_ratio, quartiles
 from benchmarks.models import cases, goals, profile, systems
 from benchmarks.models.cases import CASES, CEILING, FLAX, PACKED, PEERS, ROUNDS, SUBJECT, Case
 from benchmarks.models.systems import Setting, System
@@ -27,18 +29,11 @@ def measure(args: argparse.Namespace) -> dict:
     """Run all cases that the options ask for."""
     quake_jax("accelerate")  # is it there?
     asked = cases.systems(args.system, args.weights)
-    benchmark = f"models, {args.dtype}"
-    earlier = frame.earlier(args, benchmark)
     left_out = {name: reason for name in asked if (reason := cannot_run(name, args.dtype))}
     wanted = [name for name in asked if name not in left_out]
     settings = Settings.of(args, reading_seconds=(0.1, 1e-3), quick_rounds=2)
     settings = dataclasses.replace(settings, rounds=settings.rounds or ROUNDS)
-    measured = earlier.get("cases", [])
-    done = {entry["model"] for entry in measured}
-    chosen = cases.choose(
-        [model for model in args.model or CASES if model not in done], args.dtype, args.quick
-    )
-    left_out |= earlier.get("left_out", {})
+    chosen, measured = cases.choose(args.model or CASES, args.dtype, args.quick), []
     with progress(len(chosen)) as bar:
         bar.show("warm-up")
         systems.warm_up(wanted, args.dtype)
@@ -47,9 +42,8 @@ def measure(args: argparse.Namespace) -> dict:
             measured.append(entry)
             gc.collect()  # the weights of one model at a time
     described = {"systems": wanted, "dtype": args.dtype}
-    measured.sort(key=lambda entry: [*CASES].index(entry["model"]))
     parts = {"left_out": left_out, "cases": measured}
-    return settings.result(benchmark, described, goals, args.dtype == goals.DTYPE, **parts)
+    return settings.result(described, goals, args.dtype == goals.DTYPE, **parts)
 
 
 def cannot_run(name: str, dtype: str = goals.DTYPE) -> str | None:
@@ -92,7 +86,6 @@ def measure_case(
     for name in wanted:
         if reason := cases.not_for(name, case) or _add(built, setting, name, settings.threads):
             left_out[f"{name} at {case.name}"] = reason
-    differences = checked(case, built)
     contestants, shortest = _contestants(built.values(), settings)
     attempts = LONG_ATTEMPTS if shortest > LONG_SECONDS else timing.MAX_ATTEMPTS
     series = settings.read(contestants, ROUNDS, advance, shortest, attempts)
@@ -112,7 +105,7 @@ def measure_case(
                 "compile_seconds": system.compile_seconds,
                 "memory_bytes": system.memory,
                 **series[name].conditions(),
-                **differences[name],
+                **system.difference,
             }
             for name, system in built.items()
         },
@@ -126,18 +119,21 @@ def measure_case(
 
 
 def _add(built: dict[str, System], setting: Setting, name: str, threads: int) -> str | None:
-    """Build a system; a peer that fails or is wrong is not added, and the reason returned."""
-    if name not in PEERS:
-        built[name] = _build(setting, name, threads)
-        return None
+    """Build a system; a peer that fails or is wrong is not added, and the reason returned. The
+    ceiling is no model: its result has nothing to agree with.
+    """
     try:
         system = _build(setting, name, threads)
-    except Exception as error:  # their classes are not public
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    wrong = _wrong(setting.case, built | {name: system}, name)
-    if not wrong:
-        built[name] = system
-    return wrong
+        if name not in (FLAX, CEILING):
+            system.difference = checked(setting.case, name, system.result, built[FLAX].result)
+    except Exception as error:  # the classes of others are not public
+        if name not in PEERS:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        ours = isinstance(error, BenchmarkError)
+        return reason if ours else f"{type(error).__name__}: {reason}"
+    built[name] = system
+    return None
 
 
 def _build(setting: Setting, name: str, threads: int) -> System:
@@ -154,29 +150,13 @@ def _build(setting: Setting, name: str, threads: int) -> System:
     return build(setting, name, threads)
 
 
-def checked(case: Case, built: dict[str, System]) -> dict[str, dict[str, float]]:
-    """By name, how far a result is from Flax's, and may be; raise BenchmarkError if further.
-
-    The ceiling is no model: its result has nothing to agree with.
-    """
-    found = {name: {} for name in built}
-    for name in [name for name in built if name not in (FLAX, CEILING)]:
-        if wrong := _wrong(case, built, name):
-            raise BenchmarkError(f"{name} is wrong at {case.label}: {wrong}")
-        found[name] = _difference(case, built, name)
-    return found
-
-
-def _difference(case: Case, built: dict[str, System], name: str) -> dict[str, float]:
-    difference = systems.difference(built[name].result, built[FLAX].result)
-    return {"difference": difference, "tolerance": systems.tolerance(case, name)}
-
-
-def _wrong(case: Case, built: dict[str, System], name: str) -> str | None:
-    """What is wrong with a result, if anything."""
-    difference, tolerance = _difference(case, built, name).values()
-    right = difference <= tolerance
-    return None if right else f"differs by {difference:.2g}, may by {tolerance:.2g}"
+def checked(case: Case, name: str, result: np.ndarray, flax: np.ndarray) -> dict[str, float]:
+    """How far a result is from Flax's, and may be; raise BenchmarkError if it is further."""
+    difference, tolerance = systems.difference(result, flax), systems.tolerance(case, name)
+    if not difference <= tolerance:
+        differs = f"differs by {difference:.2g}, may by {tolerance:.2g}"
+        raise BenchmarkError(f"{name} is wrong at {case.label}: {differs}")
+    return {"difference": difference, "tolerance": tolerance}
 
 
 def _contestants(built: Collection[System], settings: Settings) -> tuple[list[Contestant], float]:
@@ -203,15 +183,15 @@ def compare(seconds: dict[str, list[float]]) -> dict:
     share = None
     if ours and ceiling and all(a > b for a, b in zip(flax, ceiling, strict=True)):
         rounds = zip(flax, ours, ceiling, strict=True)
-        share = Quartiles.of([(a - b) / (a - c) for a, b, c in rounds]).as_dict()
-    speed = {name: paired_ratio(flax, times).as_dict() for name, times in seconds.items()}
-    over = {name: paired_ratio(times, ours).as_dict() for name, times in seconds.items() if ours}
+        share = quartiles([(a - b) / (a - c) for a, b, c in rounds])
+    speed = {name: paired_ratio(flax, times) for name, times in seconds.items()}
+    over = {name: paired_ratio(times, ours) for name, times in seconds.items() if ours}
     return {
         "speed": {name: ratio for name, ratio in speed.items() if name != FLAX},
         "over_ours": {name: ratio for name, ratio in over.items() if name != SUBJECT},
         "ratios": {
             ours: {
-                name: paired_ratio(times, seconds[ours]).as_dict()
+                name: paired_ratio(times, seconds[ours])
                 for name, times in seconds.items()
                 if PEERS.get(name) == PACKED[ours]
             }

@@ -35,10 +35,7 @@ def figures(result: dict) -> Iterator[tuple[str, plt.Figure]]:
 
 
 def _bars(axis: plt.Axes, contestants: dict[str, dict]) -> None:
-    """Milliseconds of every system, with quartiles."""
-    shown = {name: contestants[name]["ms"] for name in MEANING if name in contestants}
-    medians = [q["median"] for q in shown.values()]
-    spread = [[abs(q[end] - q["median"]) for q in shown.values()] for end in ("low", "high")]
-    style = {"color": [COLOURS[name] for name in shown], "error_kw": {"linewidth": 0.8}}
-    axis.barh([label(name) for name in shown], medians, xerr=spread, **style)
-    axis.invert_yaxis()
+    """Milliseconds of every system."""
+    shown = [name for name in MEANING if name in contestants]
+    colours = {label(name): COLOURS[name] for name in shown}
+    plots.bars(axis, {label(name): contestants[name]["ms"] for name in shown}, colours)

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.harness import bars, pages
-from benchmarks.harness.bars import Kind
-from benchmarks.harness.pages import NONE, Column, Rows, Table, median, number
+from benchmarks.harness.pages import NONE, Rows, Table, median, number
 from benchmarks.harness.peers import TORCH
 from benchmarks.models import goals
 from benchmarks.models.cases import FLAX, FLAX_BFLOAT16, MEANING, PEERS, STATIC, SUBJECT, label
@@ -84,15 +83,8 @@ def _speeds(cases: list[dict]) -> Rows:
 
 
 def _packed(cases: list[dict]) -> Rows:
-    """Of each model and packed format what its time is compared with, and the goals."""
+    """Of each model and packed format what its time is compared with."""
     pairs = [(case, name) for case in cases for name in case["ratios"]]
-
-    def goal(kind: Kind) -> Column:
-        def text(pair: tuple[dict, str]) -> str:
-            least = goals.wanted(kind, *pair)
-            return NONE if least is None else f"≥ {least:.2f}"
-
-        return "goal", text
 
     def fastest(pair: tuple[dict, str]) -> str:
         found = goals.fastest(*pair)
@@ -102,9 +94,7 @@ def _packed(cases: list[dict]) -> Rows:
         pairs,
         *_OF_PAIRS,
         ("flax / ours", lambda pair: number(median(pair[0]["speed"].get(pair[1])))),
-        goal(goals.PACKED_FLAX),
         ("fastest peer of the same precision / ours", fastest),
-        goal(goals.PEER),
         (f"{STATIC} / ours", lambda p: number(median(p[0]["ratios"][p[1]].get(STATIC)))),
     )
 

@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -145,6 +145,7 @@ class System:
     trace_seconds: float | None = None  # of the CPU, in JAX
     compile_seconds: float | None = None
     program: Any = None  # JAX's compiled one
+    difference: dict[str, float] = field(default_factory=dict)  # from Flax's, as of `checked`
 
 
 def warm_up(names: list[str], dtype: str) -> None:

@@ -18,11 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     few = ", ".join(map(str, cases.DEFAULT_ORDERS))
     frame.add_repeatable(parser, "--order", cases.ORDERS, f"{few}, and 4 on float32 in L2,")
     frame.add_rounds(parser, cases.ROUNDS, f"{cases.DRAM_ROUNDS} in DRAM, 3 with --quick")
-    parser.add_argument(
-        "--self-check",
-        action="store_true",
-        help="time jax.nn against itself instead: shows the noise of the method",
-    )
     frame.add_options(parser, *frame.TIMED, "plot")
 
 

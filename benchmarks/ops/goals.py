@@ -37,8 +37,8 @@ def fastest(ratios: dict[str, dict]) -> tuple[str, dict] | None:
 def share_of_copy(case: dict, name: str) -> float:
     """Bytes moved per second, relative to the fastest copy."""
     entries = case["contestants"]
-    copied = entries[case["copy"]]["ns_per_element"]
-    return case["traffic"] * copied / entries[name]["ns_per_element"]
+    copied, ours = (entries[of]["ns"]["median"] for of in (case["copy"], name))
+    return case["traffic"] * copied / ours
 
 
 def _over_bound(case: dict, name: str) -> float | None:

@@ -28,26 +28,23 @@ def measure(args: argparse.Namespace) -> dict:
     dtypes = args.dtype or (DTYPES[:1] if args.quick else DTYPES)
     chosen = cases.choose(args.function or FUNCTIONS, dtypes, shapes)
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
-    if not args.self_check:
-        quake_jax("softmax")  # is it there?
+    quake_jax("softmax")  # is it there?
     peers = Peers(args.threads, PEERS if args.peers else ())
-    run = Run(settings, peers, args.order, args.self_check)
-    if args.threads == 1 and not (args.quick or args.self_check):
+    run = Run(settings, peers, args.order)
+    if args.threads == 1 and not args.quick:
         run.count_cycles()
-    compared = [] if args.self_check or args.threads == 1 else scaled(chosen)
+    compared = [] if args.threads == 1 else scaled(chosen)
     with progress(len(chosen) + len(compared)) as bar:
         measured = [run.measure(case, bar.advance) for case in bar.over(chosen, str)]
         speedups = measure_scaling(compared, settings, bar)
         bar.show("call overhead")
-        call_overhead = None if args.self_check else overhead.measure(settings)
+        call_overhead = overhead.measure(settings)
     orders = None if args.order is None else sorted(set(args.order))
     return settings.result(
-        "ops",
-        {"orders": orders, "self_check": args.self_check},
+        {"orders": orders},
         goals,
         judged=args.allocator == "keep",
         left_out=peers.left_out | run.left_out,
-        lacking=peers.lacking,
         cases=measured,
         scaling=speedups,
         call_overhead=call_overhead,
@@ -62,7 +59,6 @@ class Run:
     settings: Settings
     peers: Peers
     orders: list[int] | None = None  # ours, or None for those that a case has by default
-    self_check: bool = False  # jax.nn takes the place of ours
     clock: Contestant | None = None
     bounds: Bounds | None = None
     left_out: dict[str, str] = field(default_factory=dict)
@@ -89,9 +85,7 @@ class Run:
         """
         buffers, rounds = systems.Buffers(case), Rounds(self.settings)
         orders = sorted(set(self.orders or cases.orders(case)))
-        ours = [systems.jax_nn(buffers, "jax.nn again")]
-        if not self.self_check:
-            ours = [systems.quake(buffers, order) for order in orders]
+        ours = [systems.quake(buffers, order) for order in orders]
         target = self.settings.reading_seconds
         others = [systems.jax_nn(buffers), *self.peers.contestants(buffers, target)]
         copied = systems.for_copies(buffers)
@@ -114,7 +108,7 @@ class Run:
             "traffic": case.traffic,
             "rounds": self.settings.rounds or cases.rounds(case),
             "gigahertz": 1e-9 * CYCLES_PER_CALL / clock.median if clock else None,
-            "copy": min(copying, key=lambda name: contestants[name]["ns_per_element"]),
+            "copy": min(copying, key=lambda name: contestants[name]["ns"]["median"]),
             "contestants": contestants,
             "ratios": rounds.ratios(case, own, compared),
             "relative_times": {
@@ -124,11 +118,8 @@ class Run:
 
     def _entry(self, case: Case, name: str, rounds: Rounds) -> dict:
         series, error = rounds.series[case, name], rounds.errors[case, name]
-        per_element = series.quartiles(1e9 / case.elements)
         entry = {
-            "ns_per_element": per_element["median"],
-            "ns_per_element_low": per_element["low"],
-            "ns_per_element_high": per_element["high"],
+            "ns": series.quartiles(1e9 / case.elements),  # per element
             "subtracted_us_per_call": 1e6 * series.overhead,
             **series.conditions(),
         }

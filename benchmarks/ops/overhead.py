@@ -15,7 +15,7 @@ from jax import lax
 from benchmarks.harness import peers
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings
-from benchmarks.harness.timing import Contestant, Quartiles, paired_ratio
+from benchmarks.harness.timing import Contestant, paired_ratio, quartiles
 from benchmarks.ops.cases import ROUNDS, SUBJECT_ORDER
 from benchmarks.ops.goals import JUDGED_CALLS
 from benchmarks.ops.operators import OPERATORS, REDUCTION, UNARY
@@ -54,8 +54,8 @@ def _measured(name: str, size: int, settings: Settings) -> dict[str, dict]:
     ours, theirs = ([1e6 * t / length for t in one.times] for one in series.values())
     difference = [a - b for a, b in zip(ours, theirs, strict=True)]
     found = {"quake_jax": ours, "jax.nn": theirs, "difference": difference}
-    found = {key: Quartiles.of(values).as_dict() for key, values in found.items()}
-    return found | {"speed": paired_ratio(theirs, ours).as_dict()}
+    found = {key: quartiles(values) for key, values in found.items()}
+    return found | {"speed": paired_ratio(theirs, ours)}
 
 
 def _both(name: str, size: int) -> tuple[Sequence[Callable], Sequence[jax.Array]]:

@@ -17,13 +17,10 @@ OVERHEAD_SHAPE = (1, 16)
 
 
 class Peers(peers.Libraries):
-    """Makes the contestants of the libraries that are installed; `lacking` has by their names the
-    labels `function dtype` of what they do not have.
-    """
+    """Makes the contestants of the libraries that are installed."""
 
     def __init__(self, threads: int, wanted: Sequence[str] = PEERS):
         super().__init__(threads, wanted)
-        self.lacking: dict[str, list[str]] = {}
         of = {TORCH: _torch, ONNXRUNTIME: _onnxruntime}
         self._makers = {name: partial(of[name], threads) for name in self.names}
 
@@ -51,14 +48,9 @@ class Peers(peers.Libraries):
         return [self._contestant("copy (torch)", run, library=TORCH)]
 
     def _runner(self, name: str, buffers: Buffers) -> Callable[[int], None] | None:
+        """None if the library has no such operator."""
         call = self._makers[name](buffers)
-        if call is not None:
-            return peers.repeat(call, buffers)
-        lacking = self.lacking.setdefault(name, [])
-        label = f"{buffers.case.function} {buffers.case.dtype}"
-        if label not in lacking:
-            lacking.append(label)
-        return None
+        return call and peers.repeat(call, buffers)
 
 
 def _torch(threads: int, buffers: Buffers) -> Callable[[], object] | None:

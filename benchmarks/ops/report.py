@@ -45,7 +45,7 @@ def _times(cases: list[dict]) -> Rows:
 
 
 def _nanoseconds(entry: dict) -> str:
-    return f"{entry['ns_per_element']:.3f}{pages.doubt(entry)}"
+    return f"{entry['ns']['median']:.3f}{pages.doubt(entry)}"
 
 
 def _speeds(cases: list[dict]) -> Rows:
@@ -104,11 +104,4 @@ def remarks(result: dict) -> list[str]:
         least_clock=min(clocks, default=0),
         most_clock=max(clocks, default=0),
     )
-    lines += pages.run_remarks(result)
-    for name, labels in result["lacking"].items():
-        functions: dict[str, list[str]] = {}  # by dtype
-        for function, dtype in map(str.split, labels):
-            functions.setdefault(dtype, []).append(function)
-        lacking = (f"{' '.join(of)} in {dtype}" for dtype, of in functions.items())
-        lines.append(f"Not implemented in {name}: {', '.join(lacking)}.")
-    return lines
+    return lines + pages.run_remarks(result)

@@ -48,7 +48,6 @@ BAD = {
     ],
     "approximations": [(("--kind", "tanh"), "'tanh'")],
     "devices": [(("--rounds", "0"), "'0'")],
-    "build": [],
 }
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import quake_jax
-from benchmarks import __main__ as command
 from benchmarks.dense import cases, goals, measure, peers, report, systems
 from benchmarks.dense.cases import FORMATS, FORMS, PEERS, XLA, Case, Shape
 from benchmarks.harness import bars, hardware, pages, timing
@@ -330,24 +329,3 @@ def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
     pages.to_markdown(result, made, page)
     assert page.read_text() == once
     assert [file.name.startswith("dense_roofline") for file in folder.iterdir()] == [True]
-
-
-@pytest.mark.parametrize(("resume", "kept"), [(True, True), (False, False)])
-def test_a_run_is_resumed(monkeypatch, tmp_path, resume, kept):
-    path, measured = tmp_path / "dense.json", []
-    old = {"m": 4, "k": 128, "n": 40, "form": "bias"}
-    new = old | {"m": 3}
-    path.write_text(json.dumps({"benchmark": "dense", "cases": [old], "norms": [], "packing": []}))
-    monkeypatch.setattr(goals, "judge", lambda result: [])
-    monkeypatch.setattr(goals, "not_measured", lambda result: {})
-    words = ["dense", "--rows", "3", "--rows", "4", "--layer", "128,40", "--no-peers"]
-    options = [*words, "--json", str(path), *(["--resume"] if resume else [])]
-
-    def record(run, cases, advance):
-        measured.extend(cases)
-        return [new | {"m": cases[0].shape.m}]
-
-    monkeypatch.setattr(measure.Run, "measure", record)
-    result = measure.measure(command.parse(options))
-    assert [case.shape.m for case in measured] == ([3] if kept else [3, 4])
-    assert result["cases"] == [new, old]

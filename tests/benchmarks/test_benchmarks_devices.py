@@ -78,7 +78,7 @@ def test_processes_answer_together_until_one_fails():
         seconds, _ = team.read(2)
         assert seconds > 0
         described = team.describe()
-        assert described["threads"] == 1 and described["xla_pool_threads"] in (1, None)
+        assert described["threads"] == 1
         worker = team._workers[0]
         worker.kill()
         worker.join()

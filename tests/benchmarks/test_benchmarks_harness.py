@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks.harness import frame, hardware, pages, timing
+from benchmarks.harness import hardware, pages, timing
 from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frame import Settings
 from benchmarks.harness.timing import Contestant, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,11 +48,11 @@ def test_prose_has_its_values_and_leaves_out_what_does_not_hold(monkeypatch, tmp
 def test_ratios_are_paired_by_round():
     # The second round was three times as slow for both: the ratio does not see it.
     ratio = timing.paired_ratio([4.0, 12.0, 4.0], [2.0, 6.0, 1.0])
-    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 3.0)
+    assert ratio == {"low": 2.0, "median": 2.0, "high": 3.0}
 
 
 def test_quartiles_of_one_reading_are_that_reading():
-    assert timing.Quartiles.of([3.0]) == timing.Quartiles(3.0, 3.0, 3.0)
+    assert timing.quartiles([3.0], 2.0) == dict.fromkeys(("low", "median", "high"), 6.0)
 
 
 def test_ratio_of_unequal_series_is_refused():
@@ -179,18 +180,22 @@ def test_workers_with_one_and_two_threads_take_turns():
         assert entry["speedup"]["low"] <= entry["speedup"]["median"] <= entry["speedup"]["high"]
 
 
-# --- Several numbers of threads
+# --- A run that adds to another
 
 
-def test_each_number_of_threads_has_a_run_and_a_file_of_its_own(monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(frame, "_start", lambda args, package: started.append(args) or 0)
-    options = ["attention", "--threads", "1", "2", "--json", str(tmp_path / "made.json")]
-    args = command.parse(options)
-    args.run(args)
-    assert [one.threads for one in started] == [1, 2]
-    assert [one.json.name for one in started] == ["made_t1.json", "made_t2.json"]
-    assert command.parse(options[:3]).threads == 1 and command.parse(options[:1]).threads == 1
-    monkeypatch.setattr(frame, "_start", lambda args, package: 2)
-    with pytest.raises(BenchmarkError, match="--threads 1: the run failed"):
-        args.run(args)
+def test_a_run_adds_to_an_earlier_one(tmp_path):
+    path = tmp_path / "models.json"
+    words = ["models", "--quick", "--resume", "--json", str(path)]
+    found = {"benchmark": "models, float32", "cases": [1], "left_out": {"a": "b"}, "bars": [3]}
+
+    def result():
+        settings = Settings.of(command.parse(words), (0.1, 0.1))
+        return settings.result({}, None, cases=[2], left_out={"c": "d"})
+
+    assert result()["cases"] == [2]  # there is no file yet
+    path.write_text(json.dumps(found))
+    assert result()["cases"] == [1, 2] and result()["left_out"] == {"a": "b", "c": "d"}
+    assert result()["benchmark"] == "models, float32" and result()["bars"] == []
+    words += ["--allocator", "system"]
+    with pytest.raises(BenchmarkError, match="'models, float32', not of 'models, float32, system"):
+        result()

@@ -18,7 +18,6 @@ import pytest
 
 import quake_jax
 import quake_jax.linen
-from benchmarks import __main__ as command
 from benchmarks.harness import bars, errors, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
@@ -212,7 +211,7 @@ def test_other_libraries_compute_the_same(name, model):
         measure._add(built, setting, one, 1)
     assert name == STATIC or name in built  # calibrated, so small a model is further off
     if name in built:
-        assert 0 < measure.checked(case, built)[name]["difference"]
+        assert 0 < built[name].difference["difference"]
         for calls in (40, 1, 2):  # a decoding one starts over
             built[name].run(calls)
 
@@ -257,7 +256,7 @@ def test_a_peer_that_fails_or_is_wrong_is_left_out(monkeypatch):
     entry = measure.measure_case(case, wanted, settings, lambda share: None, left_out)
     assert list(entry["contestants"]) == [FLAX, ACCELERATE, "onnxruntime"]
     at = "at vit-ti16-1"
-    assert left_out.pop(f"torch {at}").startswith("differs by 0.001, may by")
+    assert "differs by 0.001, may by" in left_out.pop(f"torch {at}")
     assert left_out == {
         f"openvino {at}": "RuntimeError: no such operator",
         f"onnxruntime-int4 {at}": "its fused attention has no 4 bits",
@@ -283,40 +282,15 @@ def test_systems_are_measured_together():
     assert json.dumps(entry)
 
 
-def test_a_run_is_resumed(monkeypatch, tmp_path):
-    path, measured = tmp_path / "models.json", []
-
-    def measure_case(case, *others):
-        measured.append(case.name)
-        return {"model": case.name}
-
-    monkeypatch.setattr(measure, "measure_case", measure_case)
-    monkeypatch.setattr(systems, "warm_up", lambda wanted, dtype: None)
-    names = ["vit-ti16-1", "bert-1x128"]
-    models = [word for name in names for word in ("--model", name)]
-    args = command.parse(["models", "--quick", *models, "--resume", "--json", str(path)])
-    found = {"benchmark": "models, float32", "cases": [{"model": names[0]}], "left_out": {"a": "b"}}
-    path.write_text(json.dumps(found))
-    result = measure.measure(args)
-    assert measured == names[1:] and result["left_out"]["a"] == "b"
-    assert result["cases"] == [{"model": name} for name in reversed(names)]
-    path.write_text(json.dumps(found | {"benchmark": "models, bfloat16"}))
-    with pytest.raises(BenchmarkError, match="bfloat16', not of 'models, float32'"):
-        measure.measure(args)
-
-
 def test_wrong_results_end_the_run():
     case, right = small("vit-ti16-1"), np.linspace(-1, 1, 50, dtype=np.float32)
 
-    def checked(result, name=ACCELERATE):
-        results = {FLAX: right, name: result}
-        built = {n: systems.System(n, run=None, result=r) for n, r in results.items()}
-        return measure.checked(case, built)[name]
+    def checked(result):
+        return measure.checked(case, ACCELERATE, result, right)
 
     tolerance = systems.tolerance(case, ACCELERATE)
     near = checked(right * (1 + 0.9 * tolerance))
     assert near == {"difference": pytest.approx(0.9 * tolerance, rel=1e-2), "tolerance": tolerance}
-    assert checked(right[::-1], CEILING) == {}
     for wrong in (right * (1 + 1.1 * tolerance), np.full_like(right, np.nan)):
         with pytest.raises(BenchmarkError, match="accelerate is wrong at vit-ti16-1 float3"):
             checked(wrong)
@@ -524,9 +498,6 @@ def test_what_was_not_measured_is_not_judged():
         assert goals.judge(result) == []
 
 
-PACKED_TABLE = "Packed weights against flax and peers, float32"
-
-
 def test_tables_show_what_was_measured():
     result = result_of(goals.BARS[0], 1.5)
     result["bars"] = goals.judge(result)
@@ -542,10 +513,6 @@ def test_tables_show_what_was_measured():
     assert packed["fastest peer of the same precision / ours"][2] == "1.50 onnxruntime-int8"
     assert packed["fastest peer of the same precision / ours"][4] == f"1.50 {STATIC}"
     assert packed[f"{STATIC} / ours"] == ["–", "–", "1.50", "–", "1.50"]
-    # The goals: of the prefill against flax, and against its peers.
-    goal_columns = [rows for name, rows in _columns(dict(report.tables(result))[PACKED_TABLE])]
-    assert goal_columns[3] == ["–", "≥ 2.30", "≥ 3.50", "–", "–"]
-    assert goal_columns[5] == ["≥ 1.00", "≥ 1.00", "≥ 1.10", "–", "≥ 1.00"]
     assert speeds["accelerate (quartiles)"] == ["1.50 (1.50–1.50)"]
     assert speeds["torch / accelerate"] == ["1.50"] and speeds["share of the ceiling"] == ["2 %"]
     assert memory["accelerate"] == theirs["torch"] == ["2"]

@@ -68,13 +68,11 @@ def test_copies_of_functions_with_unlike_arrays_have_arrays_of_their_own():
     assert cases.Case("logsumexp", (3, 32), "float32").traffic == pytest.approx(0.5, rel=0.1)
 
 
-def test_missing_operators_are_named():
+def test_a_library_without_an_operator_takes_no_part():
     found = peers.Peers(threads=1, wanted=())
     found._makers["other"] = lambda buffers: None
     buffers = systems.Buffers(cases.Case("tanh", (2, 8), "float32"))
-    for _ in range(2):
-        assert found.contestants(buffers, target=1e-5) == []
-    assert found.lacking == {"other": ["tanh float32"]}
+    assert found.contestants(buffers, target=1e-5) == []
 
 
 def test_missing_peers_are_left_out_with_a_word(monkeypatch):
@@ -182,7 +180,7 @@ def entry_of(bar, figure, other=None):
     ratio = {"median": figure, "low": figure, "high": figure}
     slow = {"median": 2 * figure, "low": 2 * figure, "high": 2 * figure}
     ours = {
-        "ns_per_element": 1.0,
+        "ns": {"median": 1.0},
         "relative_error": 1e-4,
         "cycles_per_16": 2.0 * figure,
         "bound_cycles_per_16": 2.0,
@@ -195,7 +193,7 @@ def entry_of(bar, figure, other=None):
         "traffic": 2.0,
         "contestants": {
             bar.subject: ours,
-            "copy (XLA)": {"ns_per_element": figure / 200},
+            "copy (XLA)": {"ns": {"median": figure / 200}},
         },
         "ratios": {bar.subject: {other or "jax.nn": ratio, "torch": slow}},
         "speedup": ratio,
@@ -322,9 +320,8 @@ def test_a_quick_run_from_end_to_end(run_benchmarks, tmp_path):
         assert case["copy"] in case["contestants"]
         assert {"order 3", "jax.nn"} <= set(case["contestants"])
         for entry in case["contestants"].values():
-            assert {"ns_per_element", "rejected", "doubtful", "cpu_per_wall"} <= set(entry)
-            assert entry["ns_per_element_low"] <= entry["ns_per_element"]
-            assert entry["ns_per_element"] <= entry["ns_per_element_high"]
+            assert {"ns", "rejected", "doubtful", "cpu_per_wall"} <= set(entry)
+            assert entry["ns"]["low"] <= entry["ns"]["median"] <= entry["ns"]["high"]
         assert set(case["ratios"]["order 3"]["jax.nn"]) == {"low", "median", "high"}
     assert set(result["call_overhead"]) == {"tanh", "softmax"}
     assert result["bars"] == []  # a quick run proves nothing
@@ -346,9 +343,9 @@ def test_plots_are_small_files(tmp_path):
     from benchmarks.harness import plots
     from benchmarks.ops import plots as ops_plots
 
-    entry = {"ns_per_element": 0.2, "relative_error": 1e-4}
-    slow = {"ns_per_element": 20.0, "relative_error": 1e-7}  # its bar is cut
-    copy = {"ns_per_element": 0.1}
+    times = ({"low": 0.9 * ns, "median": ns, "high": 1.1 * ns} for ns in (0.2, 20.0, 0.1))
+    entry, slow, copy = ({"ns": ns, "relative_error": 1e-4} for ns in times)  # slow: a cut bar
+    del copy["relative_error"]
     result = {
         "environment": {"threads": 1, "isa": "avx512", "cpu": "a CPU"},
         "cases": [
@@ -364,5 +361,5 @@ def test_plots_are_small_files(tmp_path):
         ],
     }
     written = plots.draw(result, ops_plots, tmp_path / "plots")
-    assert [path.name.split("_")[1] for path in written] == ["time", "large", "error"]
+    assert [path.name.split("_")[1] for path in written] == ["time"]
     assert all(0 < path.stat().st_size < 200_000 for path in written)

@@ -139,7 +139,7 @@ def test_a_good_wheel_passes(wheel, check_wheel, capsys):
         ({"quake_jax/py.typed": None}, "quake_jax/py.typed"),
         ({"_quake_jax_cpu.abi3.so": b"\0/home/me/quake/cpu_kernels/a.cc\0"}, "paths of the build"),
         ({"_quake_jax_cpu.abi3.so": b"\0.debug_info\0"}, "debugging information"),
-        ({"_quake_jax_cpu.abi3.so": bytes(3_000_001)}, "more than 3,000,000"),
+        ({"_quake_jax_cpu.abi3.so": bytes(5_000_001)}, "more than 5,000,000"),
         ({f"{_INFO}METADATA": METADATA.replace("3.11", "3.8").encode()}, ">=3.8"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
