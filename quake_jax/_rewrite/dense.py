@@ -367,6 +367,30 @@ def chained(match: Match, matches: Sequence[Match]) -> Iterator[tuple[Match, tup
     )
 
 
+def rounds_rows(match: Match) -> bool:
+    """Whether a match is a layer that rounds its rows to bfloat16 before anything else."""
+    if match.function is not _call:
+        return False
+    static = dict(match.static)
+    dtypes = {dict(product.packing)["dtype"] for product in static["products"]}
+    return dtypes == {"bfloat16"} and static["norm"] is None
+
+
+def in_bfloat16(match: Match) -> Match | None:
+    """A layer that gives float32, giving the same rounded to bfloat16; None if there is none."""
+    if match.function is not _call:
+        return None
+    static = dict(match.static)
+    given = {product.dtype for product in static["products"]}
+    if given != {"float32"} or any("residual" in names for names in static["extras"]):
+        return None
+    static["products"] = tuple(
+        dataclasses.replace(product, dtype="bfloat16") for product in static["products"]
+    )
+    replacement = f"{match.replacement} → bfloat16"
+    return dataclasses.replace(match, replacement=replacement, static=tuple(static.items()))
+
+
 def rows(node: Node, matches: Sequence[Match]) -> Match | None:
     """The rows of a tied embedding, from the weight that a product packs of it.
 
