@@ -15,8 +15,9 @@ How it works, one file each: `graph` shows a jaxpr as values and nodes, with sma
 opened up; `views` looks through equations that only arrange elements; `expressions` brings
 element-wise equations into a normal form; `activations`, `softmax`, `logsumexp` and `attention`
 find the patterns (`labels`, `masks`, `packing`, `arrangement` and `attend` belong to the last);
-`engine` chooses among their matches, writes the new jaxpr, and goes into scan, cond and the
-like; `options` and `report` are what goes in and comes out.
+`narrow` makes bfloat16 what only bfloat16 is made of; `engine` chooses among the matches, writes
+the new jaxpr, and goes into scan, cond and the like; `options` and `report` are what goes in and
+comes out.
 """
 
 from quake_jax._rewrite import views

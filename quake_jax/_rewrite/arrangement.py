@@ -5,8 +5,10 @@ This decides which labels are batch, heads, groups and length, and plans the cal
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._attention.masks import Constant, Masking
@@ -107,6 +109,24 @@ def match(root: Node, nodes, operands, logits, weights, keys: int, shape) -> Mat
         attend,
         (("plan", plan),),
     )
+
+
+def operands(match: Match) -> tuple[Value, ...]:
+    """Query, key and value, or the one array that they are, of an attention."""
+    plan = dict(match.static)["plan"]
+    return match.inputs[: len(plan.operands) if plan.packed_axis is None else 1]
+
+
+def in_bfloat16(match: Match) -> Match | None:
+    """An attention in float32 with operands and a result in bfloat16; None if there is none."""
+    plan = dict(match.static)["plan"]
+    is_plain = not plan.late_biases and not plan.factors and plan.keyless is None
+    if not is_plain or {plan.dtype, plan.result_dtype} != {np.dtype(np.float32)}:
+        return None
+    dtype = np.dtype(jnp.bfloat16)
+    plan = dataclasses.replace(plan, dtype=dtype, result_dtype=dtype)
+    replacement = f"{match.replacement} → bfloat16"
+    return dataclasses.replace(match, replacement=replacement, static=(("plan", plan),))
 
 
 def _check_sums(logits, labels: Labels) -> None:

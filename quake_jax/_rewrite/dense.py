@@ -1,5 +1,7 @@
 """Dense layers: products of an activation with something that depends on parameters alone.
 
+A convolution whose windows lie side by side, as that of an image's patches, is one too.
+
 The graph knows what depends on parameters alone, and in which formats these are to be packed
 (`Value.origins`). A product is replaced by `dense` of a weight that the program packs itself;
 `quake_jax.pack` lifts the packing out. What stands behind a product is fused: a bias, an activation
@@ -111,6 +113,8 @@ class Product:
       dtype: of the result.
       in_call: whether the weight is packed in each call.
       range: of its rows: "" if each has its own, "known", or "measured" by calibration.
+      windows: the shape of x with each axis that a convolution goes over cut into windows, to which
+        x_order refers then; else ().
     """
 
     rows_first: bool
@@ -124,6 +128,7 @@ class Product:
     dtype: str
     in_call: bool
     range: str
+    windows: tuple[int, ...] = ()
 
     def packed(self, w):
         w = jnp.transpose(w, self.w_order)
@@ -135,6 +140,7 @@ class Product:
     def operand(self, x):
         """x as (stack, …, K)."""
         lead = (math.prod(self.stack),) if self.stack else ()
+        x = x.reshape(self.windows) if self.windows else x
         return jnp.transpose(x, self.x_order).reshape(*lead, *self.rows, self.k)
 
     def result(self, y):
@@ -158,7 +164,7 @@ class Product:
     def shared(self) -> tuple:
         """What the products that one call computes agree in, but for the rows."""
         call = {name: value for name, value in self.packing if name != "scale_method"}
-        return self.x_order, self.stack, self.k, tuple(call.items()), self.dtype
+        return self.windows, self.x_order, self.stack, self.k, tuple(call.items()), self.dtype
 
     @property
     def has_its_order(self) -> bool:
@@ -177,6 +183,8 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
     Raises:
       Reject: if it is one that must stay.
     """
+    if node.primitive == "conv_general_dilated":
+        return _find_windows(node)
     if node.primitive != "dot_general":
         return None
     left, right = node.inputs
@@ -184,14 +192,6 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
         return None
     rows_first = left.origins is None
     x, w = (left, right) if rows_first else (right, left)
-    if not w.origins:
-        return None  # it depends on constants alone
-    result = node.output
-    if not all(views.is_float(v) for v in (x, w, result)):
-        raise Reject(f"operands of dtype {x.dtype} and {w.dtype}", NAME)
-    for what, value in (("rows", x), ("a result", result)):
-        if value.dtype not in KERNEL_DTYPES:
-            raise Reject(f"{what} of dtype {value.dtype}", NAME)
     contracted, stacked = node.params["dimension_numbers"]
     if not rows_first:
         contracted, stacked = contracted[::-1], stacked[::-1]
@@ -201,12 +201,69 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
     w_rest = [d for d in range(w.ndim) if d not in (*w_contracted, *w_stacked)]
     # The rows of a weight stay in the order in which they lie.
     pairs = sorted(zip(w_contracted, x_contracted, strict=True))
-    w_order = (*w_stacked, *(a for a, _ in pairs), *w_rest)
-    x_order = (*x_stacked, *x_rest, *(a for _, a in pairs))
+    return _product(
+        node,
+        (x, w),
+        rows_first=rows_first,
+        x_order=(*x_stacked, *x_rest, *(a for _, a in pairs)),
+        w_axes=(w_stacked, [a for a, _ in pairs], w_rest),
+        rows=tuple(x.shape[a] for a in x_rest),
+    )
+
+
+def _find_windows(node: Node) -> tuple[Product, Value, Value] | None:
+    """As `find`, of a convolution whose windows neither overlap nor leave anything out."""
+    x, w = node.inputs
+    if x.origins is not None or w.origins is None:
+        return None
+    p = node.params
+    (batch, feature, *space), (out, into, *over), result = p["dimension_numbers"]
+    sizes = [w.shape[a] for a in over]
+    is_dense = (
+        all(isinstance(n, int) for n in x.shape)
+        and p["feature_group_count"] == p["batch_group_count"] == 1
+        and tuple(p["window_strides"]) == tuple(sizes)
+        and all(pair == (0, 0) for pair in p["padding"])
+        and {*p["lhs_dilation"], *p["rhs_dilation"]} <= {1}
+        and all(x.shape[a] % n == 0 for a, n in zip(space, sizes, strict=True))
+        and result == (0, x.ndim - 1, *range(1, x.ndim - 1))
+    )
+    if not is_dense:
+        return None
+    windows, places = [], {}
+    for a, n in enumerate(x.shape):
+        places[a] = len(windows)
+        size = sizes[space.index(a)] if a in space else 0
+        windows += [n // size, size] if size else [n]
+    inside = {over[i]: places[a] + 1 for i, a in enumerate(space)} | {into: places[feature]}
+    w_rows = sorted(inside)
+    x_rest = [places[a] for a in (batch, *space)]
+    return _product(
+        node,
+        (x, w),
+        rows_first=True,
+        x_order=(*x_rest, *(inside[a] for a in w_rows)),
+        w_axes=((), w_rows, [out]),
+        rows=tuple(windows[a] for a in x_rest),
+        windows=tuple(windows),
+    )
+
+
+def _product(node: Node, operands: tuple[Value, Value], *, w_axes, **arrangement):
+    """The product of x and a weight, (stack, K, N) of which are `w_axes`, as `find` gives it."""
+    x, w = operands
+    if not w.origins:
+        return None  # it depends on constants alone
+    result = node.output
+    if not all(views.is_float(v) for v in (x, w, result)):
+        raise Reject(f"operands of dtype {x.dtype} and {w.dtype}", NAME)
+    for what, value in (("rows", x), ("a result", result)):
+        if value.dtype not in KERNEL_DTYPES:
+            raise Reject(f"{what} of dtype {value.dtype}", NAME)
     if not all(isinstance(n, int) for n in w.shape):
         raise Reject("a weight of unknown shape", NAME)
-    k = math.prod(w.shape[a] for a in w_contracted)
-    n = math.prod(w.shape[a] for a in w_rest)
+    stack, contracted, columns = (tuple(w.shape[a] for a in axes) for axes in w_axes)
+    k, n = math.prod(contracted), math.prod(columns)
     if not k or not n or not math.prod(w.shape):
         raise Reject(f"an empty weight of shape {w.shape}", NAME)
     chosen = _format(w)
@@ -214,17 +271,15 @@ def find(node: Node) -> tuple[Product, Value, Value] | None:
         raise Reject("a rule leaves it alone", NAME)
     packing = chosen.packing(k, n)
     product = Product(
-        rows_first,
-        tuple(x_order),
-        tuple(w_order),
-        tuple(w.shape[a] for a in w_stacked),
-        tuple(x.shape[a] for a in x_rest),
-        tuple(w.shape[a] for a in w_rest),
-        k,
-        tuple(packing.items()),
-        result.dtype.name,
-        chosen.in_call,
-        ("measured" if chosen.measured else "known") if packing["calibrated"] else "",
+        w_order=tuple(a for axes in w_axes for a in axes),
+        stack=stack,
+        columns=columns,
+        k=k,
+        packing=tuple(packing.items()),
+        dtype=result.dtype.name,
+        in_call=chosen.in_call,
+        range=("measured" if chosen.measured else "known") if packing["calibrated"] else "",
+        **arrangement,
     )
     return product, x, w
 
@@ -365,6 +420,30 @@ def chained(match: Match, matches: Sequence[Match]) -> Iterator[tuple[Match, tup
         ),
         (before, match),
     )
+
+
+def rounds_rows(match: Match) -> bool:
+    """Whether a match is a layer that rounds its rows to bfloat16 before anything else."""
+    if match.function is not _call:
+        return False
+    static = dict(match.static)
+    dtypes = {dict(product.packing)["dtype"] for product in static["products"]}
+    return dtypes == {"bfloat16"} and static["norm"] is None
+
+
+def in_bfloat16(match: Match) -> Match | None:
+    """A layer that gives float32, giving the same rounded to bfloat16; None if there is none."""
+    if match.function is not _call:
+        return None
+    static = dict(match.static)
+    given = {product.dtype for product in static["products"]}
+    if given != {"float32"} or any("residual" in names for names in static["extras"]):
+        return None
+    static["products"] = tuple(
+        dataclasses.replace(product, dtype="bfloat16") for product in static["products"]
+    )
+    replacement = f"{match.replacement} → bfloat16"
+    return dataclasses.replace(match, replacement=replacement, static=tuple(static.items()))
 
 
 def rows(node: Node, matches: Sequence[Match]) -> Match | None:

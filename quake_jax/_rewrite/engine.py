@@ -23,6 +23,7 @@ from quake_jax._rewrite import (
     expressions,
     jaxprs,
     logsumexp,
+    narrow,
     norms,
     softmax,
     weights,
@@ -200,6 +201,9 @@ class _Level:
     def result(self) -> tuple[object, Report]:
         self._find()
         self._decide_calls()
+        if self._packs:
+            for old, new in narrow.narrowed(self._matches, self._options.attention).items():
+                self._replace(new, (old,))
         self._add_records()
         writer = Writer(self._graph, self._rewriter.trace, self._with_inner)
         equations = writer.equations()

@@ -262,7 +262,7 @@ def _is_concrete(const) -> bool:
     )
 
 
-def _closed_around(node: Node) -> Iterator[Group]:
+def closed_around(node: Node) -> Iterator[Group]:
     """The calls that a node is a part of in the rewritten program."""
     group = node.group
     while group is not None:
@@ -308,7 +308,7 @@ class Writer:
             roots = (node,) if node.match is None else node.match.roots
             used.update(root.index for root in roots)
             front += [v.node for v in node.needs]
-            front += [v.node for group in _closed_around(node) for v in group.inputs]
+            front += [v.node for group in closed_around(node) for v in group.inputs]
         return used
 
     def variable(self, value: Value):

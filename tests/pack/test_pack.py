@@ -92,6 +92,13 @@ def _weight_made_late(p, x):
     return jnp.sin(x @ late + p["b"][0]) * other
 
 
+def _windows(x, w, strides, kernel="HWIO", result="NHWC", **keywords):
+    dims = ("NHWC", kernel, result)
+    return lax.conv_general_dilated(
+        x, w, strides, "VALID", dimension_numbers=dims, **{"precision": "highest"} | keywords
+    )
+
+
 def _summed(*results):
     return sum(map(jnp.sin, results))
 
@@ -105,7 +112,39 @@ OF_HEADS = {name: (K, K) for name in "qkv"}
 TANH = ("dense(float32, tanh)",)
 TWO = ("dense(float32, 2 weights)",)
 THREE = ("dense(float32, 3 weights, bias)",)
+IMAGES, WINDOWS = normal(2, 8, 12, 5, seed=6), normal(4, 3, 5, N, seed=7)
 CASES = {
+    "patches": Case(
+        lambda p, x: jax.nn.tanh(_windows(x, p["w"], (4, 3)) + p["b"]),
+        {"w": WINDOWS, "b": normal(N)},
+        (IMAGES,),
+        {"w": (60, N)},
+        ("dense(float32, tanh, bias)",),
+        ("b",),
+    ),
+    "patches of a weight the other way round": Case(
+        lambda p, x: _windows(x, p, (4, 3), kernel="OIHW"),
+        WINDOWS.transpose(3, 2, 0, 1),
+        (IMAGES,),
+        {"": (60, N)},
+    ),
+    "pixels": Case(
+        lambda p, x: _windows(x, p, (1, 1)), normal(1, 1, 5, N), (IMAGES,), {"": (5, N)}
+    ),
+    # Other convolutions stay.
+    **{
+        f"convolution, {name}": Case(fun, WINDOWS, (IMAGES,), {}, (), ("",))
+        for name, fun in {
+            "overlapping": lambda p, x: _windows(x, p, (2, 3)),
+            "with a rest": lambda p, x: _windows(x[:, :7], p, (4, 3)),
+            "channels first": lambda p, x: _windows(x, p, (4, 3), result="NCHW"),
+            "padded": lambda p, x: lax.conv_general_dilated(
+                x, p, (4, 3), ((0, 0), (3, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ),
+            "dilated": lambda p, x: _windows(x, p, (4, 3), rhs_dilation=(1, 2)),
+            "in groups": lambda p, x: _windows(jnp.tile(x, 2), p, (4, 3), feature_group_count=2),
+        }.items()
+    },
     "plain": Case(lambda p, x: x @ p, SQUARE, (X,), {"": (K, K)}),
     "several axes": Case(
         lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["k"]) + p["b"],

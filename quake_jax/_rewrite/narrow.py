@@ -1,0 +1,83 @@
+"""Results that are rounded to bfloat16 wherever they are read, so that they may be given so.
+
+A dense layer in bfloat16 rounds its rows, attention in bfloat16 its operands. If nothing else reads
+what a layer or attention gives, it writes bfloat16: the same numbers in half of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+
+from quake_jax._rewrite import arrangement, dense
+from quake_jax._rewrite.graph import Node, Value, closed_around
+from quake_jax._rewrite.match import Match
+
+# What moves numbers, whatever their type.
+_MOVES = frozenset(("reshape", "transpose", "squeeze", "expand_dims"))
+
+
+def narrowed(matches: Sequence[Match], compute_dtype: str | None) -> dict[Match, Match]:
+    """The matches that may give bfloat16, and what then takes their place.
+
+    Also makes the values between them bfloat16. Attention multiplies in `compute_dtype`; its
+    operands and its result have one dtype, so it is among them with what gives its operands.
+    """
+    given = {m: dense.in_bfloat16(m) for m in matches}
+    if compute_dtype == "bfloat16":
+        given |= {m: arrangement.in_bfloat16(m) for m in matches if m.name == "attention"}
+    chosen = {m: new for m, new in given.items() if new is not None}
+    readers = {node: m for m in matches for node in m.nodes}
+    while True:
+        roots = {id(root.output): m for m in chosen for root in m.roots}
+        stay = {m: new for m, new in chosen.items() if _may_be(m, chosen, readers, roots)}
+        if len(stay) == len(chosen):
+            break
+        chosen = stay
+    for match in chosen:
+        for root in match.roots:
+            _make_bfloat16(root.output, readers)
+    return chosen
+
+
+def _may_be(match: Match, chosen, readers: Mapping[Node, Match], roots) -> bool:
+    if match.name == "attention":
+        operands = map(_moved_from, arrangement.operands(match))
+        if not all(roots.get(id(v)) is not None for v in operands):
+            return False
+    return all(_is_rounded(root.output, chosen, readers) for root in match.roots)
+
+
+def _moved_from(value: Value) -> Value:
+    while value.node is not None and value.node.match is None and value.primitive in _MOVES:
+        value = value.node.inputs[0]
+    return value
+
+
+def _is_rounded(value: Value, chosen, readers: Mapping[Node, Match]) -> bool:
+    """Whether all that reads a float32 value rounds it to bfloat16."""
+    if value.is_output or value.dtype != jnp.float32 or not value.uses:
+        return False
+    for use in value.uses:
+        match = readers.get(use)
+        if any(closed_around(use)):
+            return False
+        if match is None:
+            if use.primitive not in _MOVES or not _is_rounded(use.output, chosen, readers):
+                return False
+        elif match.name == "attention":
+            rest = match.inputs[len(arrangement.operands(match)) :]
+            if match not in chosen or any(v is value for v in rest):
+                return False
+        elif not dense.rounds_rows(match) or any(v is value for v in match.inputs[1:]):
+            return False
+    return True
+
+
+def _make_bfloat16(value: Value, readers: Mapping[Node, Match]) -> None:
+    value.aval = value.aval.update(dtype=jnp.dtype(jnp.bfloat16))
+    value.variable = None
+    for use in value.uses:
+        if use not in readers:
+            _make_bfloat16(use.output, readers)
