@@ -22,7 +22,7 @@ from quake_jax._dense.layout import LARGEST
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.sharding import with_split_columns
 from quake_jax._dense.trees import pytree
-from quake_jax._pack import codes
+from quake_jax._pack import codes, pages
 from quake_jax._pack.report import Kept, Layer, joined_paths
 from quake_jax._pack.rules import Rules
 from quake_jax._rewrite.dense import Format, origin
@@ -192,6 +192,7 @@ class Plan:
                 weights.setdefault(slot.leaf, []).append(made)
                 layers.append(self._layer(slot, error))
                 advance()
+        pages.gather(weights)
         entries = [self._entry(i, leaf, tuple(weights.get(i, ()))) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(self._tree, entries), layers
 
