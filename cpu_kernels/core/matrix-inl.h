@@ -12,27 +12,76 @@
 
 constexpr std::size_t kMatrixLines = 16;
 
-// R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on.
-template <class Matrix, int R, int V>
+// Registers I to the last one of the sums: action.run<I>(row, panel).
+template <int R, int V, int I = 0, class Action>
+QUAKE_INLINE void for_sums(const Action& action) {
+  if constexpr (I < R / 16 * V) {
+    action.template run<I>(std::size_t{I / V * 16}, std::size_t{I % V});
+    for_sums<R, V, I + 1>(action);
+  }
+}
+struct KeepSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t, std::size_t) const {}
+};
+struct ClearSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t, std::size_t) const {
+    clear_matrix<I>();
+  }
+};
+// To and from rows of floats, `stride` apart.
+struct LoadSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
+    load_matrix<I>(from + row * stride + panel * kMatrixLines, stride);
+  }
+  const float* from;
+  std::size_t stride;
+};
+struct StoreSums {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
+    store_matrix<I>(to + row * stride + panel * kMatrixLines, stride);
+  }
+  float* to;
+  std::size_t stride;
+};
+
+// R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on. What is done with a
+// sum before: an action of for_sums, beside the product of the sum before it.
+template <class Matrix, int R, int V, class Before = KeepSums>
 QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride,
-                                 const PackedWord* const (&panels)[V], std::size_t at,
-                                 std::size_t panel_stride) {
+                                 const PackedWord* const (&panels)[V], std::size_t at, std::size_t panel_stride,
+                                 const Before& before = {}) {
   static_assert((R == 32 && V <= 2) || (R == 16 && (V <= 2 || V == 4)));
+  constexpr std::size_t kLower = kMatrixLines;
   load_matrix<4>(rows, stride);
   load_matrix<6>(panels[0] + at, panel_stride);
   if constexpr (V > 1) load_matrix<7>(panels[1] + at, panel_stride);
+  before.template run<0>(0, 0);
   Matrix::template multiply_add<0, 4, 6>();
   if constexpr (V == 4) load_matrix<6>(panels[2] + at, panel_stride);
-  if constexpr (R == 32) load_matrix<5>(rows + kMatrixLines * stride, stride);
-  if constexpr (V > 1) Matrix::template multiply_add<1, 4, 7>();
+  if constexpr (R == 32) load_matrix<5>(rows + kLower * stride, stride);
+  if constexpr (V > 1) {
+    before.template run<1>(0, 1);
+    Matrix::template multiply_add<1, 4, 7>();
+  }
   if constexpr (V == 4) load_matrix<7>(panels[3] + at, panel_stride);
-  if constexpr (R == 32 && V == 1) Matrix::template multiply_add<1, 5, 6>();
+  if constexpr (R == 32 && V == 1) {
+    before.template run<1>(kLower, 0);
+    Matrix::template multiply_add<1, 5, 6>();
+  }
   if constexpr (R == 32 && V == 2) {
+    before.template run<2>(kLower, 0);
     Matrix::template multiply_add<2, 5, 6>();
+    before.template run<3>(kLower, 1);
     Matrix::template multiply_add<3, 5, 7>();
   }
   if constexpr (V == 4) {
+    before.template run<2>(0, 2);
     Matrix::template multiply_add<2, 4, 6>();
+    before.template run<3>(0, 3);
     Matrix::template multiply_add<3, 4, 7>();
   }
 }
@@ -98,35 +147,3 @@ QUAKE_INLINE vf take_nearest_parts(vf& a, vf& b) {
   b -= high_b;
   return as_float(append_halves(high_a, high_b));
 }
-
-// Registers I to the last one of the sums: action.run<I>(row, panel).
-template <int R, int V, int I = 0, class Action>
-QUAKE_INLINE void for_sums(const Action& action) {
-  if constexpr (I < R / 16 * V) {
-    action.template run<I>(std::size_t{I / V * 16}, std::size_t{I % V});
-    for_sums<R, V, I + 1>(action);
-  }
-}
-struct ClearSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t, std::size_t) const {
-    clear_matrix<I>();
-  }
-};
-// To and from rows of floats, `stride` apart.
-struct LoadSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
-    load_matrix<I>(from + row * stride + panel * kMatrixLines, stride);
-  }
-  const float* from;
-  std::size_t stride;
-};
-struct StoreSums {
-  template <int I>
-  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
-    store_matrix<I>(to + row * stride + panel * kMatrixLines, stride);
-  }
-  float* to;
-  std::size_t stride;
-};

@@ -117,10 +117,9 @@ class DenseCall {
     row_words_ = factors_of(depth_);
     quantized_ = p_.format == DenseFormat::kInt8Quantized || p_.format == DenseFormat::kInt4Quantized;
     groups_ = p_.group_size ? p_.size / p_.group_size : 1;
-    // A weight without columns has no offsets.
-    has_sums_ = quantized_ || std::ranges::any_of(p_.weights, [](const DenseWeight& weight) {
-                  return weight.panels.offsets != nullptr;
-                });
+    // A weight without columns has none.
+    has_offsets_ = std::ranges::any_of(
+        p_.weights, [](const DenseWeight& weight) { return weight.panels.offsets != nullptr; });
     if (p_.range) range_ = quantizer_of(p_.range);
     if (p_.out_range) out_range_ = quantizer_of(p_.out_range);
   }
@@ -150,7 +149,7 @@ class DenseCall {
     Tiling tiling;
     PackedWord* words = nullptr;
     size_t tile_words = 0;       // between tiles
-    PackedWord* sums = nullptr;  // [tiles][groups][rows of the shape]
+    PackedWord* sums = nullptr;  // [tiles][groups][rows of the shape], or null
     float* scales = nullptr;     // of all rows, and of those that the last tile lacks; and so the next
     std::int32_t* zeros = nullptr;
 
@@ -168,7 +167,9 @@ class DenseCall {
     part.tile_words = round_up(words * t.rows + kSlack, kCacheLine / sizeof(PackedWord));
     const auto carve = [&](Carver carver) {
       part.words = carver.take<PackedWord>(part.tile_words * t.tiles);
-      part.sums = has_sums_ ? carver.take<PackedWord>(t.tiles * groups_ * t.rows) : nullptr;
+      // Lines multiply signed bytes, so that nothing is to be taken off.
+      const bool sums = has_offsets_ || (quantized_ && !t.lines);
+      part.sums = sums ? carver.take<PackedWord>(t.tiles * groups_ * t.rows) : nullptr;
       part.scales = carver.take<float>(t.tiles * t.rows);
       part.zeros = carver.take<std::int32_t>(t.tiles * t.rows);
       return carver.used();
@@ -257,7 +258,7 @@ class DenseCall {
                       .out = part.words + tile * part.tile_words,
                       .scales = part.scales + row_in_part,
                       .zeros = part.zeros + row_in_part,
-                      .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr};
+                      .sums = part.sums ? part.sums + tile * groups_ * t.rows : nullptr};
     if (!p_.norm && !p_.permutation) return format_.encode[static_cast<int>(p_.dtype)](rows);
     char* const memory = workspace((count + 1) * p_.size * sizeof(float), WorkspaceOf::kTask);
     if (!memory) {
@@ -407,8 +408,8 @@ class DenseCall {
             b, {.count = count,
                 .rows = part.words + tile * part.tile_words + factors_of(k) * rows,
                 .row_words = part.tile_words,
-                .sums = has_sums_ ? part.sums + tile * groups_ * t.rows : nullptr,
-                .sum_words = has_sums_ ? groups_ * t.rows : 0,
+                .sums = part.sums ? part.sums + tile * groups_ * t.rows : nullptr,
+                .sum_words = part.sums ? groups_ * t.rows : 0,
                 .panels = panels.count,
                 .add = k > 0,
                 .tiles = out + (t.first_row(tile) - t.first_row(first_tile)) * t.panels * kPanelColumns});
@@ -463,7 +464,7 @@ class DenseCall {
   const DenseKernels::Format& format_;
   size_t depth_, padded_size_, groups_;
   size_t row_words_;  // of an encoded row
-  bool quantized_, has_sums_;
+  bool quantized_, has_offsets_;
   DenseQuantizer range_, out_range_;  // if the problem has them
   std::atomic<bool> failed_ = false;
 };

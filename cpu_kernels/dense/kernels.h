@@ -82,7 +82,7 @@ struct DenseRows {
   // infinite if the row has an infinity, or what rounds to one.
   float* scales;
   std::int32_t* zeros;  // [tile_rows], their zero points
-  PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32)
+  PackedWord* sums;     // [groups][tile_rows], of the quantised values (int32) or of x (float32), or null
 };
 
 // Tiles of rows · panels, for `panels` neighbouring panels of which at least one exists, one after the other:
@@ -91,11 +91,11 @@ struct DenseRows {
 struct DenseTiles {
   std::size_t count;
   const PackedWord* rows;
-  std::size_t row_words;  // between tiles
-  const PackedWord* sums;
-  std::size_t sum_words;  // likewise
-  std::size_t panels;     // that exist, up to the kernel's
-  bool add;               // to what is in the tiles
+  std::size_t row_words;   // between tiles
+  const PackedWord* sums;  // or null
+  std::size_t sum_words;   // likewise
+  std::size_t panels;      // that exist, up to the kernel's
+  bool add;                // to what is in the tiles
   float* tiles;
 };
 

@@ -85,6 +85,33 @@ void lines_product(const DensePanels& b, const DenseTiles& tiles) {
   }
 }
 
+// What is done with the registers before the products of a group: the sums of the last one are stored, and those
+// of the one before, which were, are added to the tile. So products, stores and additions overlap.
+template <int R, int V>
+struct NextGroup {
+  template <int I>
+  QUAKE_INLINE_MEMBER void run(std::size_t row, std::size_t panel) const {
+    float* const stored = sums_of_group + I * kMatrixWords;
+    float* const to = tile + (row * V + panel) * kPanelColumns;
+    if (group == 0) {
+#pragma GCC unroll 16
+      for (std::size_t r = 0; r < kMatrixLines; ++r) store(to + r * V * kPanelColumns, vf{});
+    } else if (group > 1) {
+      add_group<static_cast<int>(kMatrixLines), V>(
+          b, (panel_at<V>(tiles, panel) * groups + group - 2) * kPanelColumns,
+          b.offsets ? sums + (group - 2) * R + row : nullptr,
+          [&](int r) QUAKE_INLINE_LAMBDA { return (vi)load(stored + r * kPanelColumns); }, to);
+    }
+    if (group > 0) store_matrix<I>(stored, kPanelColumns);
+    clear_matrix<I>();
+  }
+  const DensePanels& b;
+  const DenseTiles& tiles;
+  const PackedWord* sums;  // of the tile, as the next
+  float *tile, *sums_of_group;
+  std::size_t groups, group;
+};
+
 // With a scale, and perhaps an offset, for every group, whose words are a multiple of `kWords`.
 template <class Matrix, int R, int V, std::size_t kWords>
 void grouped_lines_product_of(const DensePanels& b, const DenseTiles& tiles) {
@@ -93,25 +120,19 @@ void grouped_lines_product_of(const DensePanels& b, const DenseTiles& tiles) {
   for (int v = 0; v < V; ++v) panels[v] = b.words + panel_at<V>(tiles, v) * b.panel_words;
   alignas(kCacheLine) float sums_of_group[R * V * kPanelColumns];
   for (std::size_t i = 0; i < tiles.count; ++i) {
-    const PackedWord *const rows = tiles.rows + i * tiles.row_words, *sums = tiles.sums + i * tiles.sum_words;
+    const PackedWord* const rows = tiles.rows + i * tiles.row_words;
     float* const tile = tiles.tiles + i * R * V * kPanelColumns;
-    for (int j = 0; j < R * V; ++j) store(tile + j * kLanes, vf{});
-    std::size_t k = 0;
-    for (std::size_t group = 0; group < groups; ++group, sums += R) {
-      for_sums<R, V>(ClearSums{});
-      for (const std::size_t end = k + b.group_words; k < end; k += kWords) {
-        multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, kLineWords,
-                                     panels, k * kPanelColumns, kPanelColumns);
-      }
-      for_sums<R, V>(StoreSums{sums_of_group, V * kPanelColumns});
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        add_group<R, V>(
-            b, (panel_at<V>(tiles, v) * groups + group) * kPanelColumns, sums,
-            [&](int r) QUAKE_INLINE_LAMBDA { return (vi)load(sums_of_group + (r * V + v) * kPanelColumns); },
-            tile + v * kPanelColumns);
-      }
+    NextGroup<R, V> next = {b, tiles, tiles.sums + i * tiles.sum_words, tile, sums_of_group, groups, 0};
+    const auto multiply = [&](std::size_t k, const auto& before) QUAKE_INLINE_LAMBDA {
+      multiply_lines<Matrix, R, V>(rows + k / kLineWords * kLineWords * R + k % kLineWords, kLineWords, panels,
+                                   k * kPanelColumns, kPanelColumns, before);
+    };
+    for (std::size_t k = 0; next.group < groups; ++next.group) {
+      const std::size_t end = k + b.group_words;
+      multiply(k, next);
+      while ((k += kWords) < end) multiply(k, KeepSums{});
     }
+    for (int j = 0; j < 2; ++j, ++next.group) for_sums<R, V>(next);
   }
 }
 

@@ -227,9 +227,9 @@ void encode_quantized(const DenseRows& t) {
   clear_missing(t, chunk);
   DenseQuantizer quantizers[kMaxTileRows];
   vf poison[kMaxTileRows] = {};
-  const bool grouped = t.group_size < t.padded_size;
+  const bool grouped = t.sums != nullptr && t.group_size < t.padded_size;
   const std::size_t groups = grouped ? t.size / t.group_size : 1;
-  std::memset(t.sums, 0, groups * t.tile_rows * sizeof(PackedWord));
+  if (t.sums != nullptr) std::memset(t.sums, 0, groups * t.tile_rows * sizeof(PackedWord));
   for (std::size_t r = 0; r < t.tile_rows; ++r) {
     if (r < t.count) quantizers[r] = quantizer_of_row<T>(t, r);
     t.zeros[r] = quantizers[r].zero;
@@ -242,6 +242,7 @@ void encode_quantized(const DenseRows& t) {
       quantize_row(row_at<T>(t, r) + j, count, quantizers[r], grouped ? kBlock : kChunk,
                    reinterpret_cast<std::int8_t*>(&chunk[r][0]), poison[r],
                    [&](std::size_t first, std::int32_t sum) {
+                     if (t.sums == nullptr) return;
                      const std::size_t group = grouped ? (j + first) / t.group_size : 0;
                      t.sums[group * t.tile_rows + r].bits += static_cast<std::uint32_t>(sum);
                    });
