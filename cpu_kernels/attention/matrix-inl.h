@@ -24,6 +24,26 @@ bool pack_lines(const void* const* rows, std::size_t count, std::size_t size, fl
   return true;
 }
 
+// The same in bytes.
+template <class T>
+bool pack_byte_lines(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                     const float* centre, PackedWord* out) {
+  constexpr std::size_t kLine = kMatrixRows * kMatrixLines;
+  PackedWord* const behind = out + ceil_div(size, kVectorBytes) * kLine;
+  std::memset(out, 0, static_cast<std::size_t>(behind - out + 3 * kMatrixRows) * sizeof(PackedWord));
+  const QueryRows<kMatrixRows> described(behind);
+  vi largest = {};
+  for (std::size_t r = 0; r < count; ++r) {
+    const T* const row = static_cast<const T*>(rows[r]);
+    const vf inverse = describe_query(row, size, scale, centre, described, r, largest);
+    PackedWord* to = out + r * kMatrixLines;
+    for (std::size_t j = 0; j < size; j += kVectorBytes, to += kLine) {
+      store(as_floats(to), query_codes(row, j, size, scale, inverse, described, r));
+    }
+  }
+  return are_moderate(largest);
+}
+
 // The words of floats in three parts. 48 for 32 weights do not fit where the scores were.
 struct SplitFloats {};
 template <>
@@ -172,22 +192,26 @@ struct MatrixProducts<SplitFloats> {
     multiply_split<R, V>({rows, kWeightStride<SplitFloats>, kMatrixLines}, panels, at, kPanel);
   }
 };
+template <>
+struct MatrixProducts<Bytes8> {
+  static constexpr std::size_t kElements = 4 * kMatrixLines, kWords = kMatrixLines;
+  template <int R, int V>
+  QUAKE_INLINE void of_queries(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixBytes, R, V>(rows, kMatrixLines, panels, at, kPanel);
+  }
+  template <int R, int V>
+  QUAKE_INLINE void of_weights(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixUnsignedBytes, R, V>(rows, kWeightStride<Bytes8>, panels, at, kPanel);
+  }
+};
 template <class Words>
 constexpr std::size_t matrix_words(std::size_t elements) {
   return ceil_div(elements, MatrixProducts<Words>::kElements) * MatrixProducts<Words>::kWords;
 }
 
-// R rows times V halves of a panel; `words` of a column.
+// Scores that do not have the scale of the call yet; those of bytes have no scale at all.
 template <class Words, int R, int V>
-QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, std::size_t words, float scale,
-                              float* scores) {
-  const PackedWord* panels[V];
-  for (int v = 0; v < V; ++v) panels[v] = keys + v * kMatrixLines;
-  for_sums<R, V>(ClearSums{});
-  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
-    MatrixProducts<Words>::template of_queries<R, V>(queries + k * kMatrixRows, panels, k * kPanel);
-  }
-  for_sums<R, V>(StoreSums{scores, kScoreStride});
+QUAKE_INLINE void scale_scores(const PackedWord*, const float*, float scale, float* scores) {
   if (scale == 1) return;
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -197,17 +221,56 @@ QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys,
     }
   }
 }
+template <class Words, int R, int V>
+  requires std::is_same_v<Words, Bytes8>
+QUAKE_INLINE void scale_scores(const PackedWord* of_rows, const float* key_scales, float, float* scores) {
+  const QueryRows<kMatrixRows> rows(of_rows);
+  vf scales[V];
+  for (int v = 0; v < V; ++v) scales[v] = load(key_scales + v * kLanes);
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* const at = scores + r * kScoreStride + v * kLanes;
+      store(at, score_of(as_int(load(at)), scales[v], rows.scales[r], rows.offsets[r]));
+    }
+  }
+}
+
+// R rows times V halves of a panel; `words` of a column.
+template <class Words, int R, int V>
+QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, const float* key_scales,
+                              std::size_t words, float scale, float* scores) {
+  const PackedWord* panels[V];
+  for (int v = 0; v < V; ++v) panels[v] = keys + v * kMatrixLines;
+  for_sums<R, V>(ClearSums{});
+  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
+    MatrixProducts<Words>::template of_queries<R, V>(queries + k * kMatrixRows, panels, k * kPanel);
+  }
+  for_sums<R, V>(StoreSums{scores, kScoreStride});
+  scale_scores<Words, R, V>(queries + words * kMatrixRows, key_scales, scale, scores);
+}
 
 template <class Words, int R, int V>
-QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values, std::size_t words,
-                                   float* out, std::size_t stride) {
+QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values,
+                                   const float* value_scales, std::size_t words, float* out,
+                                   std::size_t stride) {
+  constexpr bool kIntegers = std::is_same_v<Words, Bytes8>;
   const PackedWord* panels[V];
   for (int v = 0; v < V; ++v) panels[v] = values + v * kMatrixLines;
-  for_sums<R, V>(LoadSums{out, stride});
+  kIntegers ? for_sums<R, V>(ClearSums{}) : for_sums<R, V>(LoadSums{out, stride});
   for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
     MatrixProducts<Words>::template of_weights<R, V>(weights + k, panels, k * kPanel);
   }
-  for_sums<R, V>(StoreSums{out, stride});
+  if constexpr (!kIntegers) return for_sums<R, V>(StoreSums{out, stride});
+  alignas(kCacheLine) float sums[R][V * kLanes];
+  for_sums<R, V>(StoreSums{sums[0], V * kLanes});
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* const to = out + r * stride + v * kLanes;
+      store(to, add_products(as_int(load(&sums[r][v * kLanes])), load(value_scales + v * kLanes), load(to)));
+    }
+  }
 }
 
 // Calls body<R, V>(first column) for the panels of `columns`: the last one may have half as many.
@@ -229,37 +292,41 @@ QUAKE_INLINE void for_row_panels(std::size_t rows, std::size_t columns, const Bo
 template <class Words>
 struct ScoreLines {
   const PackedWord *queries, *keys;
+  const float* key_scales;
   std::size_t words;
   float scale;
   float* scores;
   template <int R, int V>
   QUAKE_INLINE_MEMBER void run(std::size_t i) const {
-    score_lines<Words, R, V>(queries, keys + i * words, words, scale, scores + i);
+    score_lines<Words, R, V>(queries, keys + i * words, key_scales + i, words, scale, scores + i);
   }
 };
 template <class Words>
-void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
-                       std::size_t size, float scale, float* scores) {
-  for_row_panels(rows, count, ScoreLines<Words>{queries, keys, matrix_words<Words>(size), scale, scores});
+void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
+                       const float* key_scales, std::size_t count, std::size_t size, float scale,
+                       float* scores) {
+  for_row_panels(rows, count,
+                 ScoreLines<Words>{queries, keys, key_scales, matrix_words<Words>(size), scale, scores});
 }
 
 template <class Words>
 struct AccumulateLines {
   const PackedWord *weights, *values;
+  const float* value_scales;
   std::size_t words, capacity;
   float* out;
   std::size_t stride;
   template <int R, int V>
   QUAKE_INLINE_MEMBER void run(std::size_t i) const {
-    accumulate_lines<Words, R, V>(weights, values + i * capacity, words, out + i, stride);
+    accumulate_lines<Words, R, V>(weights, values + i * capacity, value_scales + i, words, out + i, stride);
   }
 };
 template <class Words>
 void accumulate_by_matrices(const PackedWord* weights, std::size_t rows, const PackedWord* values,
-                            std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
-                            std::size_t stride) {
+                            const float* value_scales, std::size_t count, std::size_t capacity,
+                            std::size_t size, float* accumulators, std::size_t stride) {
   for_row_panels(rows, size,
-                 AccumulateLines<Words>{weights, values, matrix_words<Words>(count),
+                 AccumulateLines<Words>{weights, values, value_scales, matrix_words<Words>(count),
                                         matrix_words<Words>(capacity), accumulators, stride});
 }
 
@@ -280,14 +347,18 @@ void fill_attention_products(AttentionKernels::Format& format) {
 template <class T>
 void fill_attention_lines_of(AttentionKernels& table) {
   constexpr int i = static_cast<int>(kDTypeOf<T>);
-  table.of(AttentionFormat::kBFloat16).pack_queries[i] = pack_lines<BFloatPairs<T>, T>;
+  table.of(AttentionFormat::kBFloat16).pack_queries[i] =
+      pack_queries_as_they_are<pack_lines<BFloatPairs<T>, T>>;
   AttentionKernels::Format& split = table.of(AttentionFormat::kFloat32Split);
-  split.pack_queries[i] = pack_split_lines<T>;
-  split.pack_keys[i] = pack_split_keys<T>;
-  split.pack_values[i] = pack_split_values<T>;
+  split.pack_queries[i] = pack_queries_as_they_are<pack_split_lines<T>>;
+  split.pack_keys[i] = pack_as_they_are<pack_split_keys<T>>;
+  split.pack_values[i] = pack_as_they_are<pack_split_values<T>>;
+  AttentionKernels::Format& bytes = table.of(AttentionFormat::kInt8);
+  bytes.pack_queries[i] = pack_byte_lines<T>;
+  bytes.pack_keys[i] = pack_byte_keys<T, kMatrixLines, 0>;
 }
 
-// Of bfloat16, the extended set's packing of keys and values and its weights stay.
+// Of bfloat16 and bytes, the extended set's packing of values and its weights stay, of bfloat16 that of keys too.
 template <class... T>
 void fill_attention_lines(AttentionKernels& table) {
   (fill_attention_lines_of<T>(table), ...);
@@ -298,4 +369,7 @@ void fill_attention_lines(AttentionKernels& table) {
   fill_attention_products<SplitFloats>(split);
   split.query_scale = AttentionKernels::QueryScale::kAny;
   fill_orders(split.weigh, []<int Order>() { return weigh<SplitFloats, Order>; });
+  AttentionKernels::Format& bytes = table.of(AttentionFormat::kInt8);
+  fill_attention_products<Bytes8>(bytes);
+  bytes.row_words = QueryRows<kMatrixRows>::kWords;
 }
