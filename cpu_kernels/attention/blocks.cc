@@ -221,11 +221,21 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
     const size_t first = first_piece * kPiece, n = std::min(last_piece * kPiece, keys) - first;
     const std::uint32_t mixed = bits.mixed >> first_piece & first_pieces(last_piece - first_piece);
     call_.prefetch_adjustments(block.batch, rows, count, key + first, n, mixed != 0);
-    format_.score(packed_queries(scratch, row), count, tile.keys.at_column(first), tile.keys.scales + first, n,
-                  p_.head_size, call_.score_scale, scratch.scores);
-    call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
-    format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row, accumulators,
-                               plan_.padded_value_size, p_.value_size, scratch.weights);
+    const PackedWord* const queries = packed_queries(scratch, row);
+    const AttentionKernels::ProductScales scales = {queries + format_.row_tile * layout_.words(p_.head_size),
+                                                    tile.keys.scales + first};
+    format_.score(queries, count, tile.keys.at_column(first), n, p_.head_size, call_.score_scale,
+                  scratch.scores);
+    if (format_.scale_scores && !call_.adjusts(mixed)) {
+      format_.weigh_products[call_.order](scratch.scores, count, n, scales, scratch.maxima + row,
+                                          scratch.sums + row, accumulators, plan_.padded_value_size,
+                                          p_.value_size, scratch.weights);
+    } else {
+      if (format_.scale_scores) format_.scale_scores(scratch.scores, count, n, scales);
+      call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
+      format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row,
+                                 accumulators, plan_.padded_value_size, p_.value_size, scratch.weights);
+    }
     format_.accumulate(scratch.weights, count, tile.values.at_depth(first), tile.values.scales, n,
                        tile.values.capacity, p_.value_size, accumulators, plan_.padded_value_size);
   });

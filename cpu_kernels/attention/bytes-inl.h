@@ -9,23 +9,24 @@ struct Bytes8 {};
 constexpr std::size_t kVectorBytes = 4 * kLanes;
 static_assert(kVectorBytes == AttentionKernels::kCentreStep);
 
-// The largest magnitude of what was seen, as the bits of a float: those of a NaN are larger than any other's.
-QUAKE_INLINE vi larger(vi largest, vi bits) { return bits > largest ? bits : largest; }
-QUAKE_INLINE vi see(vi largest, vf v) { return larger(largest, as_int(v) & 0x7fffffff); }
+// The larger magnitude, by the bits of a float: those of a NaN are larger than any other's.
+QUAKE_INLINE vf larger(vf largest, vf magnitude) {
+  return as_float(as_int(magnitude) > as_int(largest) ? as_int(magnitude) : as_int(largest));
+}
 
-QUAKE_INLINE vi bits_of(float limit) { return as_int(set1(limit)); }
 QUAKE_INLINE bool any(vi condition) { return reduce_add(as_float(condition & 0x3f800000)) != 0; }
+QUAKE_INLINE bool any_reaches(float limit, vf largest) { return any(as_int(largest) >= as_int(set1(limit))); }
 // Of queries and keys: as of those in three parts (matrix-inl.h).
-QUAKE_INLINE bool are_moderate(vi largest) { return !any(largest >= bits_of(0x1p58f)); }
+QUAKE_INLINE bool are_moderate(vf largest) { return !any_reaches(0x1p58f, largest); }
 // Of values: sums of them times 255 do not overflow, and some are large beside 2^-100.
-QUAKE_INLINE bool are_moderate_values(vi largest) {
-  return !any(largest >= bits_of(0x1p100f)) && (any(largest >= bits_of(0x1p-90f)) || !any(largest > 0));
+QUAKE_INLINE bool are_moderate_values(vf largest) {
+  return !any_reaches(0x1p100f, largest) && (any_reaches(0x1p-90f, largest) || !any(as_int(largest) > 0));
 }
 
 // Of codes, 127 of them the largest magnitude. What is smaller than the least scale has no effect on a logit.
 struct ByteScale {
-  explicit ByteScale(vi largest) {
-    const vf bounded = clamp_below(as_float(largest), 0x1p-100f);
+  explicit ByteScale(vf largest) {
+    const vf bounded = clamp_below(largest, 0x1p-100f);
     scale = bounded * (1.0f / 127);
     inverse = 127.0f / bounded;
   }
@@ -39,11 +40,12 @@ QUAKE_INLINE vf load_within(const T* row, std::size_t at, std::size_t size) {
   return at < size ? load_partial(row + at, size - at) : vf{};
 }
 
-// The codes of kVectorBytes elements; element(i) are those from the i-th on.
+// The codes of up to kVectorBytes elements, of which `left` are left; element(i) are those from the i-th on.
 template <class Element>
-QUAKE_INLINE vi codes_of(const Element& element, vf inverse) {
-  return signed_bytes(to_int(element(0) * inverse), to_int(element(kLanes) * inverse),
-                      to_int(element(2 * kLanes) * inverse), to_int(element(3 * kLanes) * inverse));
+QUAKE_INLINE vi codes_of(const Element& element, std::size_t left, vf inverse) {
+  const auto part = [&](std::size_t i) QUAKE_INLINE_LAMBDA { return to_int(element(i) * inverse); };
+  if (left <= 2 * kLanes) return signed_bytes(part(0), left > kLanes ? part(kLanes) : vi{}, vi{}, vi{});
+  return signed_bytes(part(0), part(kLanes), part(2 * kLanes), part(3 * kLanes));
 }
 
 template <class T>
@@ -65,42 +67,53 @@ void centre_of_keys(const void* in, std::ptrdiff_t stride, std::size_t count, st
 // ---- Queries ----
 
 // What lies behind the words of a tile of queries: of each row the scale of its codes, its product with the
-// centre of the keys, and the sum of its codes.
+// centre of the keys, and the sum of its codes, which vectors alone need.
 template <std::size_t kRows>
 struct QueryRows {
-  static constexpr std::size_t kWords = 3;
+  static constexpr std::size_t kPadded = round_up(kRows, kLanes), kWords = 3 * kPadded / kRows;
   QUAKE_INLINE_MEMBER explicit QueryRows(PackedWord* words)
-      : scales(as_floats(words)), offsets(scales + kRows), sums(reinterpret_cast<std::int32_t*>(words) + 2 * kRows) {}
+      : scales(as_floats(words)),
+        offsets(scales + kPadded),
+        sums(reinterpret_cast<std::int32_t*>(words) + 2 * kPadded) {}
   QUAKE_INLINE_MEMBER explicit QueryRows(const PackedWord* words) : QueryRows(const_cast<PackedWord*>(words)) {}
   float *scales, *offsets;
   std::int32_t* sums;
 };
 
-// Describes row r but for the sum of its codes; returns what multiplies it, its scale and that of the call.
-template <class T, class Rows>
-QUAKE_INLINE vf describe_query(const T* row, std::size_t size, float scale, const float* centre, const Rows& rows,
-                               std::size_t r, vi& largest) {
-  vi of_row = {};
-  vf product = {};
-  for (std::size_t j = 0; j < size; j += kLanes) {
-    const vf v = load_within(row, j, size) * scale;
-    of_row = see(of_row, v);
-    product = fma(v, load(centre + j), product);
-  }
-  largest = larger(largest, of_row);
-  const ByteScale s(as_int(set1(reduce_max(as_float(of_row)))));
-  rows.scales[r] = s.scale[0];
-  rows.offsets[r] = reduce_add(product);
-  return s.inverse;
+template <class T>
+QUAKE_INLINE vf scaled_query(const void* row, std::size_t at, std::size_t size, float scale) {
+  return load_within(static_cast<const T*>(row), at, size) * scale;
 }
-// The codes of the elements of row r from j on, whose sum is added.
+// The scales and products of kLanes rows from the first one on, of which `count` exist; what multiplies each, the
+// inverse of its scale, goes to `inverse`. Returns their largest magnitudes.
 template <class T, class Rows>
-QUAKE_INLINE vf query_codes(const T* row, std::size_t j, std::size_t size, float scale, vf inverse,
-                            const Rows& rows, std::size_t r) {
-  const auto element = [&](std::size_t i) QUAKE_INLINE_LAMBDA { return load_within(row, j + i, size) * scale; };
-  const vi codes = codes_of(element, inverse), sum = byte_products(vi{} + 0x01010101, codes, vi{});
-  rows.sums[r] += static_cast<std::int32_t>(reduce_add(__builtin_convertvector(sum, vf)));
-  return as_float(codes);
+QUAKE_INLINE vf describe_queries(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                                 const float* centre, const Rows& described, std::size_t first,
+                                 float* inverse) {
+  vf largest[kLanes] = {}, products[kLanes] = {};
+  for (std::size_t r = 0; r < count; ++r) {
+    vf m = {}, product = {};
+    for (std::size_t j = 0; j < size; j += kLanes) {
+      const vf v = scaled_query<T>(rows[first + r], j, size, scale);
+      m = larger(m, abs(v));
+      product = fma(v, load(centre + j), product);
+    }
+    largest[r] = m;
+    products[r] = product;
+  }
+  const vf of_rows = fold_lanes(largest, larger);
+  const ByteScale scales(of_rows);
+  store(inverse + first, scales.inverse);
+  store(described.scales + first, scales.scale);
+  store(described.offsets + first, fold_lanes(products, [](vf a, vf b) QUAKE_INLINE_LAMBDA { return a + b; }));
+  return of_rows;
+}
+// The codes of the elements of a row from j on.
+template <class T>
+QUAKE_INLINE vf query_codes(const void* row, std::size_t j, std::size_t size, float scale, float inverse) {
+  return as_float(codes_of([&](std::size_t i)
+                               QUAKE_INLINE_LAMBDA { return scaled_query<T>(row, j + i, size, scale); },
+                           size - j, set1(inverse)));
 }
 
 // In [words][kRowTile]. See pack_rows() for vectors that reach into the next column.
@@ -113,18 +126,18 @@ bool pack_byte_rows(const void* const* rows, std::size_t count, std::size_t size
   alignas(kCacheLine) PackedWord of_rows[QueryRows<kRowTile>::kWords * kRowTile] = {};
   const QueryRows<kRowTile> described(of_rows);
   if (count > kRowTile) count = kRowTile;
-  vf inverse[kRowTile];
-  vi largest = {};
-  for (std::size_t r = 0; r < count; ++r) {
-    inverse[r] = describe_query(static_cast<const T*>(rows[r]), size, scale, centre, described, r, largest);
-  }
+  alignas(kCacheLine) float inverse[kLanes];
+  const vf largest = describe_queries<T>(rows, count, size, scale, centre, described, 0, inverse);
   for (std::size_t j = 0; j < size; j += kChunk) {
     const std::size_t columns = size - j < kChunk ? size - j : kChunk;
     for (std::size_t r = 0; r < count; ++r) {
+      vi sum = {};
       for (std::size_t k = 0; k < columns; k += kVectorBytes) {
-        store(as_floats(&chunk[r][k / 4]),
-              query_codes(static_cast<const T*>(rows[r]), j + k, size, scale, inverse[r], described, r));
+        const vf codes = query_codes<T>(rows[r], j + k, size, scale, inverse[r]);
+        store(as_floats(&chunk[r][k / 4]), codes);
+        sum = byte_products(vi{} + 0x01010101, as_int(codes), sum);
       }
+      described.sums[r] += static_cast<std::int32_t>(reduce_add(__builtin_convertvector(sum, vf)));
     }
     transpose(chunk[0], kColumnChunk, ceil_div(columns, 4), out + j / 4 * kRowTile, kRowTile);
   }
@@ -140,7 +153,7 @@ bool pack_byte_keys(const void* in, std::ptrdiff_t stride, std::size_t count, st
                     std::size_t capacity, const float* centre, float* scales, PackedWord* out) {
   constexpr std::size_t kChunk = 4 * kColumnChunk;
   alignas(kCacheLine) PackedWord chunk[kLanes][kColumnChunk];
-  vi largest = {};
+  vf largest = {};
   for (std::size_t i = 0; i < count; i += kLanes) {
     const std::size_t rows = count - i < kLanes ? count - i : kLanes;
     const T* const from = static_cast<const T*>(in) + static_cast<std::ptrdiff_t>(i) * stride;
@@ -151,13 +164,13 @@ bool pack_byte_keys(const void* in, std::ptrdiff_t stride, std::size_t count, st
       const T* const row = from + static_cast<std::ptrdiff_t>(r) * stride;
       return load_within(row, j, size) - load(centre + j);
     };
-    vi of_row[kLanes] = {};
+    vf of_row[kLanes] = {};
     for (std::size_t r = 0; r < rows; ++r) {
-      vi m = {};
-      for (std::size_t j = 0; j < size; j += kLanes) m = see(m, element(r, j));
+      vf m = {};
+      for (std::size_t j = 0; j < size; j += kLanes) m = larger(m, abs(element(r, j)));
       of_row[r] = m;
     }
-    const vi of_rows = largest_lanes(of_row);
+    const vf of_rows = fold_lanes(of_row, larger);
     largest = larger(largest, of_rows);
     const ByteScale scale(of_rows);
     store(scales + i, scale.scale);
@@ -172,7 +185,7 @@ bool pack_byte_keys(const void* in, std::ptrdiff_t stride, std::size_t count, st
           vi codes = {};
           if (r < rows) {
             codes = codes_of([&](std::size_t l) QUAKE_INLINE_LAMBDA { return element(r, j + k + l); },
-                             set1(inverse[r]));
+                             columns - k, set1(inverse[r]));
           }
           store(as_floats(&chunk[r][k / 4]), as_float(codes ^ static_cast<std::int32_t>(kAdded * 0x01010101u)));
         }
@@ -183,54 +196,183 @@ bool pack_byte_keys(const void* in, std::ptrdiff_t stride, std::size_t count, st
   return are_moderate(largest);
 }
 
+// Up to four vectors of columns of values, of which the last has `last`.
+template <std::size_t V, class T>
+vf pack_byte_columns(const T* from, std::ptrdiff_t stride, std::size_t depth, std::size_t last,
+                     std::size_t capacity, float* scales, PackedWord* out) {
+  const auto element = [&](std::size_t i, std::size_t v) QUAKE_INLINE_LAMBDA {
+    const T* const at = from + static_cast<std::ptrdiff_t>(i) * stride + v * kLanes;
+    return v + 1 < V ? load(at) : load_up_to(at, last);
+  };
+  vf largest[V] = {}, inverse[V], most = {};
+  for (std::size_t i = 0; i < depth; ++i) {
+    prefetch_row(from + (static_cast<std::ptrdiff_t>(i) + kRowsAhead) * stride, V * kLanes);
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < V; ++v) largest[v] = larger(largest[v], abs(element(i, v)));
+  }
+#pragma GCC unroll 4
+  for (std::size_t v = 0; v < V; ++v) {
+    const ByteScale scale(largest[v]);
+    store(scales + v * kLanes, scale.scale);
+    inverse[v] = scale.inverse;
+    most = larger(most, largest[v]);
+  }
+  for (std::size_t i = 0; i < depth; i += 4, out += kPanel) {
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < V; ++v) {
+      vi codes[4] = {};
+#pragma GCC unroll 4
+      for (std::size_t k = 0; k < 4; ++k) {
+        if (i + k < depth) codes[k] = to_int(element(i + k, v) * inverse[v]);
+      }
+      store(as_floats(out + v * kLanes / kPanel * kPanel * capacity + v * kLanes % kPanel),
+            as_float(signed_fours(codes[0], codes[1], codes[2], codes[3])));
+    }
+  }
+  return most;
+}
+
 // Values in panels.
 template <class T>
 bool pack_byte_values(const void* in, std::ptrdiff_t stride, std::size_t depth, std::size_t columns,
                       std::size_t capacity, const float*, float* scales, PackedWord* out) {
-  vi largest = {};
-  for (std::size_t j = 0; j < columns; j += kLanes) {
-    const std::size_t n = columns - j < kLanes ? columns - j : kLanes;
-    const T* const from = static_cast<const T*>(in) + j;
-    const auto row = [&](std::size_t i) QUAKE_INLINE_LAMBDA {
-      return i < depth ? load_up_to(from + static_cast<std::ptrdiff_t>(i) * stride, n) : vf{};
-    };
-    vi of_columns = {};
-    for (std::size_t i = 0; i < depth; ++i) of_columns = see(of_columns, row(i));
-    largest = larger(largest, of_columns);
-    const ByteScale scale(of_columns);
-    store(scales + j, scale.scale);
-    PackedWord* const to = out + j / kPanel * kPanel * capacity + j % kPanel;
-    for (std::size_t i = 0; i < depth; i += 4) {
-      const auto codes = [&](std::size_t k) QUAKE_INLINE_LAMBDA { return to_int(row(i + k) * scale.inverse); };
-      store(as_floats(to + i / 4 * kPanel), as_float(signed_fours(codes(0), codes(1), codes(2), codes(3))));
-    }
+  static_assert(4 * kLanes % kPanel == 0);
+  vf largest = {};
+  for (std::size_t j = 0; j < columns; j += 4 * kLanes) {
+    const std::size_t n = columns - j < 4 * kLanes ? columns - j : 4 * kLanes, last = (n - 1) % kLanes + 1;
+    const auto pack = n <= kLanes       ? pack_byte_columns<1, T>
+                      : n <= 2 * kLanes ? pack_byte_columns<2, T>
+                      : n <= 3 * kLanes ? pack_byte_columns<3, T>
+                                        : pack_byte_columns<4, T>;
+    largest = larger(largest, pack(static_cast<const T*>(in) + j, stride, depth, last, capacity, scales + j,
+                                   out + j * capacity));
   }
   return are_moderate_values(largest);
 }
 
-// ---- Weights ----
+// ---- Scores and weights ----
 
-// In 255ths; what they add up to as well. Four vectors of them may overwrite the scores of one that has been
-// read. A row with a NaN is one.
-template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights, Bytes8) {
+// A vector of products times the scales of its keys.
+QUAKE_INLINE vf scaled_products(const float* products, const float* key_scales, std::size_t i) {
+  return __builtin_convertvector(as_int(load(products + i * kLanes)), vf) * load(key_scales + i * kLanes);
+}
+
+template <std::size_t kRows>
+void scale_scores(float* scores, std::size_t rows, std::size_t count, AttentionKernels::ProductScales scales) {
+  const QueryRows<kRows> of_rows(scales.rows);
+  for (std::size_t r = 0; r < rows; ++r, scores += kScoreStride) {
+    const vf scale = set1(of_rows.scales[r]), offset = set1(of_rows.offsets[r]);
+    for (std::size_t i = 0; i * kLanes < count; ++i) {
+      store(scores + i * kLanes, fma(scaled_products(scores, scales.keys, i), scale, offset));
+    }
+  }
+}
+
+// A weight in 255ths, of a power of two.
+template <int Order>
+QUAKE_INLINE vf byte_weight(vf t) {
+  constexpr float k255 = 255;
+  if constexpr (Order == 1) t -= constants::kSoftmaxShift;
+  const vf f = fraction(t);
+  vf p;
+  if constexpr (Order == 1) p = set1(k255);
+  if constexpr (Order == 2) p = polynomial(f, constants::kExp2Poly2, k255);
+  if constexpr (Order == 3) p = polynomial(f, constants::kExp2Poly3, k255);
+  if constexpr (Order == 4) p = polynomial(f, kWeightPoly4.c, k255);
+  if constexpr (Order == 5) p = polynomial(f, kWeightPoly5.c, k255);
+  return scalef(fma(p, f, set1(k255)), t);
+}
+
+// Four vectors of weights at a time become bytes, and may overwrite the scores of one that has been read. The
+// weights are used as they are rounded. A row with a NaN is one. weight(i) are those of a vector of scores.
+template <class Count, class Weight>
+QUAKE_INLINE WeightSum weigh_bytes(Count vectors, PackedWord* weights, const Weight& weight) {
   vi used = {};
   vf exact[4] = {};
-  for (std::size_t i = 0; i < vectors; i += 4) {
+  const auto step = [&](std::size_t at, std::size_t n) QUAKE_INLINE_LAMBDA {
     vi parts[4] = {};
 #pragma GCC unroll 4
-    for (std::size_t k = 0; k < 4; ++k) {
-      if (k > 0 && i + k >= vectors) break;
-      const vf e = attention_weight<Order>(load(scores + (i + k) * kLanes) - base);
+    for (std::size_t k = 0; k < n; ++k) {
+      const vf e = weight(at + k);
       exact[k] += e;
-      parts[k] = to_int(e * 255.0f);
+      parts[k] = to_int(e);
     }
     const vi bytes = unsigned_bytes(parts[0], parts[1], parts[2], parts[3]);
-    store(as_floats(weights + i / 4 * kLanes), as_float(bytes));
+    store(as_floats(weights + at / 4 * kLanes), as_float(bytes));
     used = byte_products(bytes, vi{} + 0x01010101, used);
+  };
+  const std::size_t whole = vectors / 4 * 4;
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < whole; i += 4) step(i, 4);
+  if constexpr (std::is_same_v<Count, std::size_t>) {
+    if (whole < vectors) step(whole, vectors - whole);
   }
   const float sum = reduce_add((exact[0] + exact[1]) + (exact[2] + exact[3]));
-  return {reduce_add(__builtin_convertvector(used, vf)) + sum * 0.0f, sum};
+  return {reduce_add(__builtin_convertvector(used, vf)) + sum * 0.0f, sum / 255};
+}
+
+template <int Order, class Count>
+QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights, Bytes8) {
+  return weigh_bytes(vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
+    return byte_weight<Order>((load(scores + i * kLanes) - base) * constants::kLog2e);
+  });
+}
+
+template <int Order, class Count>
+QUAKE_INLINE void weigh_product_rows(const float* products, std::size_t rows, Count vectors,
+                                     const float* factors, const float* addends, WeightSum* sums,
+                                     PackedWord* weights) {
+  for (std::size_t r = 0; r < rows; ++r, products += kScoreStride, weights += kWeightStride<Bytes8>) {
+    const vf factor = set1(factors[r]), addend = set1(addends[r]);
+    const WeightSum sum = weigh_bytes(vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
+      return byte_weight<Order>(fma(load(products + i * kLanes), factor, addend));
+    });
+    sums[r].used += sum.used;
+    sums[r].exact += sum.exact;
+  }
+}
+
+// Products of a row times the scales of the keys; returns the largest.
+QUAKE_INLINE float scale_by_keys(float* row, std::size_t vectors, std::size_t last, const float* key_scales) {
+  vf m[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
+  const auto step = [&](std::size_t i, vf& largest, std::size_t n) QUAKE_INLINE_LAMBDA {
+    const vf x = keep_up_to(scaled_products(row, key_scales, i), n, -kInfinity);
+    store(row + i * kLanes, x);
+    largest = max_skip_nan(largest, x);
+  };
+  std::size_t i = 0;
+  for (; i + 4 < vectors; i += 4) {
+#pragma GCC unroll 4
+    for (std::size_t k = 0; k < 4; ++k) step(i + k, m[k], kLanes);
+  }
+  for (; i + 1 < vectors; ++i) step(i, m[1], kLanes);
+  step(i, m[0], last);
+  return reduce_max(max_skip_nan(max_skip_nan(m[0], m[1]), max_skip_nan(m[2], m[3])));
+}
+
+template <int Order, std::size_t kRows>
+void weigh_products(float* products, std::size_t rows, std::size_t count,
+                    AttentionKernels::ProductScales scales, float* maxima, WeightSum* sums, float* accumulators,
+                    std::size_t accumulator_stride, std::size_t size, PackedWord* weights) {
+  const std::size_t vectors = ceil_div(count, kLanes), last = count - (vectors - 1) * kLanes;
+  const QueryRows<kRows> of_rows(scales.rows);
+  float factors[kRows], addends[kRows];
+  for (std::size_t r = 0; r < rows; ++r) {
+    float* const row = products + r * kScoreStride;
+    factors[r] = scale_by_keys(row, vectors, last, scales.keys);
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float scale = of_rows.scales[r], offset = of_rows.offsets[r];
+    raise_maximum(factors[r] * scale + offset, maxima[r], sums[r], accumulators + r * accumulator_stride, size);
+    factors[r] = scale * constants::kLog2e;
+    addends[r] = (offset - maxima[r]) * constants::kLog2e;
+  }
+  if (vectors == AttentionKernels::kKeyTile / kLanes) {
+    weigh_product_rows<Order>(products, rows, Whole<AttentionKernels::kKeyTile / kLanes>{}, factors, addends,
+                              sums, weights);
+  } else {
+    weigh_product_rows<Order>(products, rows, vectors, factors, addends, sums, weights);
+  }
 }
 
 // ---- The products of vectors ----
@@ -254,11 +396,6 @@ struct WeightBytes : ByteVectors {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return byte_products(a, b, c); }
 };
 
-// A vector of scores of a row.
-QUAKE_INLINE vf score_of(vi products, vf key_scales, float query_scale, float offset) {
-  return fma(__builtin_convertvector(products, vf) * key_scales, set1(query_scale), set1(offset));
-}
-
 // Accumulators with the products of weights and values.
 QUAKE_INLINE vf add_products(vi products, vf value_scales, vf accumulators) {
   return fma(__builtin_convertvector(products, vf), value_scales, accumulators);
@@ -266,9 +403,8 @@ QUAKE_INLINE vf add_products(vi products, vf value_scales, vf accumulators) {
 
 struct ScoreBytes {
   const PackedWord *queries, *keys;
-  const float* key_scales;
   std::size_t count, depth;
-  float* scores;
+  float* products;
 
   template <int R>
   QUAKE_INLINE_MEMBER void run() const {
@@ -290,16 +426,15 @@ struct ScoreBytes {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        store(scores + static_cast<std::size_t>(r) * kScoreStride + i + v * kLanes,
-              score_of(c[r][v], load(key_scales + i + v * kLanes), rows.scales[r], rows.offsets[r]));
+        store(products + static_cast<std::size_t>(r) * kScoreStride + i + v * kLanes, as_float(c[r][v]));
       }
     }
   }
 };
 
-inline void score_bytes(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
-                        const float* key_scales, std::size_t count, std::size_t size, float, float* scores) {
-  with_row_tile(rows, ScoreBytes{queries, keys, key_scales, count, ceil_div(size, 4), scores});
+inline void score_bytes(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
+                        std::size_t size, float, float* scores) {
+  with_row_tile(rows, ScoreBytes{queries, keys, count, ceil_div(size, 4), scores});
 }
 
 struct AccumulateBytes {
@@ -331,8 +466,8 @@ struct AccumulateBytes {
 };
 
 inline void accumulate_bytes(const PackedWord* weights, std::size_t rows, const PackedWord* values,
-                             const float* value_scales, std::size_t count, std::size_t capacity, std::size_t size,
-                             float* accumulators, std::size_t stride) {
+                             const float* value_scales, std::size_t count, std::size_t capacity,
+                             std::size_t size, float* accumulators, std::size_t stride) {
   with_row_tile(rows, AccumulateBytes{weights, values, value_scales, ceil_div(count, 4), ceil_div(capacity, 4),
                                       size, accumulators, stride});
 }
@@ -348,15 +483,23 @@ void fill_byte_packing(AttentionKernels::Format& format) {
   format.pack_values[i] = pack_byte_values<T>;
 }
 
+// What lies behind the queries of kRows rows.
+template <std::size_t kRows>
+void fill_byte_weights(AttentionKernels::Format& format) {
+  format.row_words = QueryRows<kRows>::kWords;
+  format.scale_scores = scale_scores<kRows>;
+  fill_orders(format.weigh, []<int Order>() { return weigh<Bytes8, Order>; });
+  fill_orders(format.weigh_products, []<int Order>() { return weigh_products<Order, kRows>; });
+}
+
 template <class... T>
 void fill_attention_bytes(AttentionKernels::Format& format) {
   format.row_tile = kRowTile;
   format.weight_stride = kScoreStride;
   format.layout = {4, 1, kPanel};
   format.query_scale = AttentionKernels::QueryScale::kAny;
-  format.row_words = QueryRows<kRowTile>::kWords;
+  fill_byte_weights<kRowTile>(format);
   (fill_byte_packing<T>(format), ...);
   format.score = score_bytes;
-  fill_orders(format.weigh, []<int Order>() { return weigh<Bytes8, Order>; });
   format.accumulate = accumulate_bytes;
 }

@@ -63,16 +63,25 @@ struct AttentionKernels {
   // Values have no centre. Of the type int8 there is none: see packed_dtype.
   using PackFn = bool (*)(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
                           std::size_t capacity, const float* centre, float* scales, PackedWord* out);
-  // scores = scale * queries · keys, of whole vectors of keys.
+  // scores = scale * queries · keys, of whole vectors of keys. Of integers they are products, as int32, which
+  // scale_scores() makes scores; or weigh_products() takes them, in the place of both it and weigh().
   using ScoreFn = void (*)(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
-                           const float* key_scales, std::size_t count, std::size_t size, float scale,
-                           float* scores);
+                           std::size_t count, std::size_t size, float scale, float* scores);
+  // What belongs to products: the words behind those of the queries, and the scales of the keys.
+  struct ProductScales {
+    const PackedWord* rows;
+    const float* keys;
+  };
+  using ScaleFn = void (*)(float* scores, std::size_t rows, std::size_t count, ProductScales scales);
   // One step of online softmax: raises the rows' maxima, writes the words of the weights e^(score - maximum),
   // adds them to the sums, and scales sums and accumulators of rows whose maximum has grown. Weights of scores
   // past `count` up to words(count) are 0. May write where it has read, if weight_stride is kScoreStride.
   using WeighFn = void (*)(float* scores, std::size_t rows, std::size_t count, float* maxima, WeightSum* sums,
                            float* accumulators, std::size_t accumulator_stride, std::size_t size,
                            PackedWord* weights);
+  using WeighProductsFn = void (*)(float* products, std::size_t rows, std::size_t count, ProductScales scales,
+                                   float* maxima, WeightSum* sums, float* accumulators,
+                                   std::size_t accumulator_stride, std::size_t size, PackedWord* weights);
   // accumulators += weights · values. Reads and writes whole vectors of accumulators and up to row_tile rows.
   using AccumulateFn = void (*)(const PackedWord* weights, std::size_t rows, const PackedWord* values,
                                 const float* value_scales, std::size_t count, std::size_t capacity,
@@ -92,7 +101,9 @@ struct AttentionKernels {
     PackQueriesFn pack_queries[kDTypes];
     PackFn pack_keys[kDTypes], pack_values[kDTypes];
     ScoreFn score;
+    ScaleFn scale_scores;  // null where there are no products of integers
     WeighFn weigh[kMaxOrder];
+    WeighProductsFn weigh_products[kMaxOrder];
     AccumulateFn accumulate;
     // Before and after a task, or null: the products have registers that have to be set up.
     void (*begin)();

@@ -29,16 +29,17 @@ template <class T>
 bool pack_byte_lines(const void* const* rows, std::size_t count, std::size_t size, float scale,
                      const float* centre, PackedWord* out) {
   constexpr std::size_t kLine = kMatrixRows * kMatrixLines;
-  PackedWord* const behind = out + ceil_div(size, kVectorBytes) * kLine;
-  std::memset(out, 0, static_cast<std::size_t>(behind - out + 3 * kMatrixRows) * sizeof(PackedWord));
-  const QueryRows<kMatrixRows> described(behind);
-  vi largest = {};
-  for (std::size_t r = 0; r < count; ++r) {
-    const T* const row = static_cast<const T*>(rows[r]);
-    const vf inverse = describe_query(row, size, scale, centre, described, r, largest);
-    PackedWord* to = out + r * kMatrixLines;
-    for (std::size_t j = 0; j < size; j += kVectorBytes, to += kLine) {
-      store(as_floats(to), query_codes(row, j, size, scale, inverse, described, r));
+  const QueryRows<kMatrixRows> described(out + ceil_div(size, kVectorBytes) * kLine);
+  alignas(kCacheLine) float inverse[kMatrixRows];
+  vf largest = {};
+  for (std::size_t first = 0; first < kMatrixRows; first += kLanes) {
+    const std::size_t n = count < first ? 0 : count - first < kLanes ? count - first : kLanes;
+    largest = larger(largest, describe_queries<T>(rows, n, size, scale, centre, described, first, inverse));
+  }
+  for (std::size_t j = 0; j < size; j += kVectorBytes, out += kLine) {
+    for (std::size_t r = 0; r < kMatrixRows; ++r) {
+      store(as_floats(out + r * kMatrixLines),
+            r < count ? query_codes<T>(rows[r], j, size, scale, inverse[r]) : vf{});
     }
   }
   return are_moderate(largest);
@@ -209,9 +210,17 @@ constexpr std::size_t matrix_words(std::size_t elements) {
   return ceil_div(elements, MatrixProducts<Words>::kElements) * MatrixProducts<Words>::kWords;
 }
 
-// Scores that do not have the scale of the call yet; those of bytes have no scale at all.
+// R rows times V halves of a panel; `words` of a column.
 template <class Words, int R, int V>
-QUAKE_INLINE void scale_scores(const PackedWord*, const float*, float scale, float* scores) {
+QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, std::size_t words, float scale,
+                              float* scores) {
+  const PackedWord* panels[V];
+  for (int v = 0; v < V; ++v) panels[v] = keys + v * kMatrixLines;
+  for_sums<R, V>(ClearSums{});
+  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
+    MatrixProducts<Words>::template of_queries<R, V>(queries + k * kMatrixRows, panels, k * kPanel);
+  }
+  for_sums<R, V>(StoreSums{scores, kScoreStride});
   if (scale == 1) return;
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -220,34 +229,6 @@ QUAKE_INLINE void scale_scores(const PackedWord*, const float*, float scale, flo
       store(at, load(at) * scale);
     }
   }
-}
-template <class Words, int R, int V>
-  requires std::is_same_v<Words, Bytes8>
-QUAKE_INLINE void scale_scores(const PackedWord* of_rows, const float* key_scales, float, float* scores) {
-  const QueryRows<kMatrixRows> rows(of_rows);
-  vf scales[V];
-  for (int v = 0; v < V; ++v) scales[v] = load(key_scales + v * kLanes);
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      float* const at = scores + r * kScoreStride + v * kLanes;
-      store(at, score_of(as_int(load(at)), scales[v], rows.scales[r], rows.offsets[r]));
-    }
-  }
-}
-
-// R rows times V halves of a panel; `words` of a column.
-template <class Words, int R, int V>
-QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys, const float* key_scales,
-                              std::size_t words, float scale, float* scores) {
-  const PackedWord* panels[V];
-  for (int v = 0; v < V; ++v) panels[v] = keys + v * kMatrixLines;
-  for_sums<R, V>(ClearSums{});
-  for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
-    MatrixProducts<Words>::template of_queries<R, V>(queries + k * kMatrixRows, panels, k * kPanel);
-  }
-  for_sums<R, V>(StoreSums{scores, kScoreStride});
-  scale_scores<Words, R, V>(queries + words * kMatrixRows, key_scales, scale, scores);
 }
 
 template <class Words, int R, int V>
@@ -292,21 +273,18 @@ QUAKE_INLINE void for_row_panels(std::size_t rows, std::size_t columns, const Bo
 template <class Words>
 struct ScoreLines {
   const PackedWord *queries, *keys;
-  const float* key_scales;
   std::size_t words;
   float scale;
   float* scores;
   template <int R, int V>
   QUAKE_INLINE_MEMBER void run(std::size_t i) const {
-    score_lines<Words, R, V>(queries, keys + i * words, key_scales + i, words, scale, scores + i);
+    score_lines<Words, R, V>(queries, keys + i * words, words, scale, scores + i);
   }
 };
 template <class Words>
-void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys,
-                       const float* key_scales, std::size_t count, std::size_t size, float scale,
-                       float* scores) {
-  for_row_panels(rows, count,
-                 ScoreLines<Words>{queries, keys, key_scales, matrix_words<Words>(size), scale, scores});
+void score_by_matrices(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
+                       std::size_t size, float scale, float* scores) {
+  for_row_panels(rows, count, ScoreLines<Words>{queries, keys, matrix_words<Words>(size), scale, scores});
 }
 
 template <class Words>
@@ -358,7 +336,7 @@ void fill_attention_lines_of(AttentionKernels& table) {
   bytes.pack_keys[i] = pack_byte_keys<T, kMatrixLines, 0>;
 }
 
-// Of bfloat16 and bytes, the extended set's packing of values and its weights stay, of bfloat16 that of keys too.
+// Of bfloat16, the extended set's packing of keys and values and its weights stay; of bytes that of values.
 template <class... T>
 void fill_attention_lines(AttentionKernels& table) {
   (fill_attention_lines_of<T>(table), ...);
@@ -371,5 +349,5 @@ void fill_attention_lines(AttentionKernels& table) {
   fill_orders(split.weigh, []<int Order>() { return weigh<SplitFloats, Order>; });
   AttentionKernels::Format& bytes = table.of(AttentionFormat::kInt8);
   fill_attention_products<Bytes8>(bytes);
-  bytes.row_words = QueryRows<kMatrixRows>::kWords;
+  fill_byte_weights<kMatrixRows>(bytes);
 }

@@ -55,7 +55,7 @@ struct ScorePanels {
 };
 
 template <class Words>
-void score(const PackedWord* queries, std::size_t rows, const PackedWord* keys, const float*, std::size_t count,
+void score(const PackedWord* queries, std::size_t rows, const PackedWord* keys, std::size_t count,
            std::size_t size, float scale, float* scores) {
   with_row_tile(rows, ScorePanels<Words>{queries, keys, count, words<Words>(size), scale, scores});
 }

@@ -23,20 +23,18 @@ QUAKE_INLINE vi signed_fours(vi a, vi b, vi c, vi d) {
   return (vi)_mm512_shuffle_epi8(_mm512_packs_epi16(signed_halves(a, b), signed_halves(c, d)), turn);
 }
 
-// The largest lane of each of 16 vectors of numbers that are not negative.
-QUAKE_INLINE vi largest_lanes(const vi (&v)[16]) {
-  const auto of_two = [](vi a, vi b) QUAKE_INLINE_LAMBDA {
-    return _mm512_max_epi32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b),
-                            _mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
-  };
-  __m512i four[4];
+// Of each of 16 vectors op over its lanes, in the lane of its number. Op takes two vectors.
+template <class Op>
+QUAKE_INLINE vf fold_lanes(const vf (&v)[16], const Op& op) {
+  vf four[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512i a = of_two(v[4 * i], v[4 * i + 1]), b = of_two(v[4 * i + 2], v[4 * i + 3]);
-    four[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const vf a = op(zip_low(v[4 * i], v[4 * i + 1]), zip_high(v[4 * i], v[4 * i + 1]));
+    const vf b = op(zip_low(v[4 * i + 2], v[4 * i + 3]), zip_high(v[4 * i + 2], v[4 * i + 3]));
+    four[i] = op(join_low(a, b), join_high(a, b));
   }
-  const auto of_quads = [](__m512i a, __m512i b) QUAKE_INLINE_LAMBDA {
-    return _mm512_max_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  const auto of_quads = [&](vf a, vf b) QUAKE_INLINE_LAMBDA {
+    return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return (vi)of_quads(of_quads(four[0], four[1]), of_quads(four[2], four[3]));
+  return of_quads(of_quads(four[0], four[1]), of_quads(four[2], four[3]));
 }

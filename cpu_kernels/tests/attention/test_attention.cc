@@ -35,9 +35,9 @@ constexpr int kCodes = static_cast<int>(DType::kInt8);
 struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
   int dtype = 0, order = 5;
-  int kv_dtype = -1;     // of keys and values: kCodes, or that of queries if -1
+  int kv_dtype = -1;                                   // of keys and values: kCodes, or that of queries if -1
   AttentionFormat format = AttentionFormat::kFloat32;  // that of the dtype, if that is bfloat16
-  bool packed = false;   // queries, keys and values are slices of one array
+  bool packed = false;                                 // queries, keys and values are slices of one array
   float soft_cap = 0;
   Bias bias = Bias::kNone;
   int bias_dtype = 0;
@@ -58,10 +58,11 @@ struct Case {
                   "%s %s kv %d format %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap "
                   "%g bias %d (%d, "
                   "%d) mask %d (%d) causal %d window %d %d lengths %d %d segments %d values %d",
-                  table.isa, kStorage[dtype].name, kv_dtype, static_cast<int>(format), order, batch, query_length, key_length,
-                  kv_heads, groups, head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype,
-                  bias_broadcast, static_cast<int>(mask), mask_broadcast, causal, window_left, window_right,
-                  query_lengths, key_lengths, static_cast<int>(segments), static_cast<int>(values));
+                  table.isa, kStorage[dtype].name, kv_dtype, static_cast<int>(format), order, batch,
+                  query_length, key_length, kv_heads, groups, head_size, value_size, packed, soft_cap,
+                  static_cast<int>(bias), bias_dtype, bias_broadcast, static_cast<int>(mask), mask_broadcast,
+                  causal, window_left, window_right, query_lengths, key_lengths, static_cast<int>(segments),
+                  static_cast<int>(values));
     return text;
   }
 };
@@ -467,11 +468,12 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;
-      Head head = {decoded(c, c.dtype, p.query, nullptr, b, p.query_length, n, p.head_size, rounded),
-                   decoded(c, c.stored(), p.key, p.key_scales, b, p.key_length, shared, p.head_size, rounded),
-                   decoded(c, c.stored(), p.value, p.value_scales, b, p.key_length, shared, p.value_size, rounded),
-                   {},
-                   {}};
+      Head head = {
+          decoded(c, c.dtype, p.query, nullptr, b, p.query_length, n, p.head_size, rounded),
+          decoded(c, c.stored(), p.key, p.key_scales, b, p.key_length, shared, p.head_size, rounded),
+          decoded(c, c.stored(), p.value, p.value_scales, b, p.key_length, shared, p.value_size, rounded),
+          {},
+          {}};
       head.largest_keys = largest_of_columns(head.keys, p.head_size);
       head.largest_values = largest_of_columns(head.values, p.value_size);
       for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, head, b, n, t, what);
@@ -545,14 +547,13 @@ void test_remainders(const KernelTable& table) {
     check_case(table,
                {.query_length = 9 + i % 12, .key_length = i, .head_size = 41 - i, .value_size = i, .dtype = 1},
                random);
-    check_case(
-        table,
-        {.query_length = 9 + i,
-         .key_length = 3 * i,
-         .head_size = 2 * i,
-         .value_size = 41 - i,
-         .format = AttentionFormat::kBFloat16},
-        random);
+    check_case(table,
+               {.query_length = 9 + i,
+                .key_length = 3 * i,
+                .head_size = 2 * i,
+                .value_size = 41 - i,
+                .format = AttentionFormat::kBFloat16},
+               random);
   }
   // Rows whose words are not aligned, or lie at odd distances.
   for (const size_t value_size : {size_t{3}, size_t{16}}) {
