@@ -283,10 +283,27 @@ QUAKE_INLINE vf byte_weight(vf t) {
   return scalef(fma(p, f, set1(k255)), t);
 }
 
-// Four vectors of weights at a time become bytes, and may overwrite the scores of one that has been read. The
-// weights are used as they are rounded. A row with a NaN is one. weight(i) are those of a vector of scores.
+// What is added to weights before they are rounded, evenly spread over [-1/2, 1/2) for neighbouring keys, and
+// for neighbouring queries. Weights below half of 1/255 would all be lost else, and with them most of a row that
+// has one large weight and many small ones.
+struct Dither {
+  constexpr Dither() {
+    std::uint32_t fraction = 0;
+    for (float& v : values) {
+      v = static_cast<float>(static_cast<std::int32_t>(fraction)) * 0x1p-32f;
+      fraction += 0x9e3779b9;  // the golden ratio
+    }
+  }
+  float values[AttentionKernels::kKeyTile + AttentionKernels::kMaxRowTile] = {};
+};
+alignas(kCacheLine) constexpr Dither kDither;
+
+// Four vectors of weights of row r at a time become bytes, and may overwrite the scores of one that has been
+// read. The weights are used as they are rounded. A row with a NaN is one. weight(i) are those of a vector of
+// scores.
 template <class Count, class Weight>
-QUAKE_INLINE WeightSum weigh_bytes(Count vectors, PackedWord* weights, const Weight& weight) {
+QUAKE_INLINE WeightSum weigh_bytes(std::size_t r, Count vectors, PackedWord* weights, const Weight& weight) {
+  const float* const dither = kDither.values + r;
   vi used = {};
   vf exact[4] = {};
   const auto step = [&](std::size_t at, std::size_t n) QUAKE_INLINE_LAMBDA {
@@ -295,7 +312,7 @@ QUAKE_INLINE WeightSum weigh_bytes(Count vectors, PackedWord* weights, const Wei
     for (std::size_t k = 0; k < n; ++k) {
       const vf e = weight(at + k);
       exact[k] += e;
-      parts[k] = to_int(e);
+      parts[k] = to_int(e + load(dither + (at + k) * kLanes));
     }
     const vi bytes = unsigned_bytes(parts[0], parts[1], parts[2], parts[3]);
     store(as_floats(weights + at / 4 * kLanes), as_float(bytes));
@@ -312,8 +329,9 @@ QUAKE_INLINE WeightSum weigh_bytes(Count vectors, PackedWord* weights, const Wei
 }
 
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights, Bytes8) {
-  return weigh_bytes(vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
+QUAKE_INLINE WeightSum weigh_row(std::size_t r, const float* scores, Count vectors, vf base,
+                                 PackedWord* weights, Bytes8) {
+  return weigh_bytes(r, vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
     return byte_weight<Order>((load(scores + i * kLanes) - base) * constants::kLog2e);
   });
 }
@@ -324,7 +342,7 @@ QUAKE_INLINE void weigh_product_rows(const float* products, std::size_t rows, Co
                                      PackedWord* weights) {
   for (std::size_t r = 0; r < rows; ++r, products += kScoreStride, weights += kWeightStride<Bytes8>) {
     const vf factor = set1(factors[r]), addend = set1(addends[r]);
-    const WeightSum sum = weigh_bytes(vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
+    const WeightSum sum = weigh_bytes(r, vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
       return byte_weight<Order>(fma(load(products + i * kLanes), factor, addend));
     });
     sums[r].used += sum.used;

@@ -152,7 +152,7 @@ bool pack_split_values(const void* in, std::ptrdiff_t stride, std::size_t depth,
 
 // What is cut off the lowest parts is below 2^-24 of a weight.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  SplitFloats) {
   vf s[2] = {};
   for (std::size_t i = 0; i < vectors; i += 2, weights += kSplitWords) {

@@ -71,7 +71,7 @@ template <class Words>
 constexpr std::size_t kWeightStride = kScoreStride;
 
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  FloatWords<float>) {
   float* const out = as_floats(weights);
   vf s[4] = {};
@@ -97,7 +97,7 @@ QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, Pa
 // is proportional to how far the values are from their mean. The weights of a pair of vectors may overwrite the
 // scores of one that has been read.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  BFloatPairs<float>) {
   const vi ones = vi{} + 0x3f803f80;
   vf used[2] = {}, exact[4] = {};
@@ -148,7 +148,7 @@ template <class Words, int Order, class Count>
 QUAKE_INLINE void weigh_rows(const float* scores, std::size_t rows, Count vectors, const float* base,
                              WeightSum* sums, PackedWord* weights) {
   for (std::size_t r = 0; r < rows; ++r) {
-    const WeightSum sum = weigh_row<Order>(scores + r * kScoreStride, vectors, set1(base[r]),
+    const WeightSum sum = weigh_row<Order>(r, scores + r * kScoreStride, vectors, set1(base[r]),
                                            weights + r * kWeightStride<Words>, Words{});
     sums[r].used += sum.used;
     sums[r].exact += sum.exact;
