@@ -718,10 +718,14 @@ void test_not_a_number(const KernelTable& table) {
   std::mt19937 random(15);
   static Inputs in;
   for (const size_t queries : {size_t{2}, size_t{20}}) {
-    for (int dtype = 0; dtype < 3; ++dtype) {
-      const Storage& storage = kStorage[dtype];
-      const Case c = {
-          .query_length = queries, .key_length = 100, .head_size = 16, .value_size = 16, .dtype = dtype};
+    for (int i = 0; i < 6; ++i) {
+      const Storage& storage = kStorage[i % 3];
+      const Case c = {.query_length = queries,
+                      .key_length = 100,
+                      .head_size = 16,
+                      .value_size = 16,
+                      .dtype = i % 3,
+                      .format = i < 3 ? AttentionFormat::kFloat32 : AttentionFormat::kInt8};
       make_inputs(c, in, random);
       std::vector<char> out(queries * 16 * storage.size);
       in.problem.out = out.data();
@@ -732,6 +736,29 @@ void test_not_a_number(const KernelTable& table) {
         check(std::isnan(y) == (i / 16 == 1), "%s %s: NaN in query 1 gives out[%zu] = %g", table.isa,
               storage.name, i, y);
       }
+    }
+  }
+}
+
+// A bias is added to scores of every format; NaN there is one of its row.
+void test_not_a_number_in_bias(const KernelTable& table) {
+  std::mt19937 random(19);
+  static Inputs in;
+  for (int format = 0; format < kAttentionProblemFormats; ++format) {
+    const Case c = {.query_length = 20,
+                    .key_length = 100,
+                    .head_size = 16,
+                    .value_size = 16,
+                    .format = static_cast<AttentionFormat>(format),
+                    .bias = Bias::kNormal};
+    make_inputs(c, in, random);
+    std::vector<float> out(20 * 16);
+    in.problem.out = out.data();
+    put_nan(kStorage[0], in.arrays[3].data(), 3 * 100 + 7);
+    check(run_attention(in.problem, table.attention, 2, in_order) == nullptr, "%s: NaN in bias", table.isa);
+    for (size_t i = 0; i < out.size(); ++i) {
+      check(std::isnan(out[i]) == (i / 16 == 3), "%s format %d: NaN in bias of query 3 gives out[%zu] = %g",
+            table.isa, format, i, static_cast<double>(out[i]));
     }
   }
 }
@@ -780,11 +807,15 @@ void test_equal_values(const KernelTable& table) {
   std::mt19937 random(16);
   static Inputs in;
   constexpr double kValue = 2 - 0x1p-7;
-  for (int dtype = 0; dtype < 3; ++dtype) {
-    const Storage& storage = kStorage[dtype];
+  for (int i = 0; i < 6; ++i) {
+    const Storage& storage = kStorage[i % 3];
     for (const size_t keys : {size_t{30}, size_t{2500}}) {  // the latter are split
-      const Case c = {
-          .query_length = 50, .key_length = keys, .head_size = 16, .value_size = 16, .dtype = dtype};
+      const Case c = {.query_length = 50,
+                      .key_length = keys,
+                      .head_size = 16,
+                      .value_size = 16,
+                      .dtype = i % 3,
+                      .format = i < 3 ? AttentionFormat::kFloat32 : AttentionFormat::kInt8};
       make_inputs(c, in, random);
       char *key = in.arrays[1].data(), *value = in.arrays[2].data();
       const size_t row = 16 * storage.size;
@@ -836,6 +867,7 @@ int main(int argc, char** argv) {
     test_large_shapes(table);
     test_dominated_rows(table);
     test_not_a_number(table);
+    test_not_a_number_in_bias(table);
     test_infinities(table);
     test_equal_values(table);
     test_no_keys_and_errors(table);
