@@ -84,8 +84,8 @@ template <class T>
 QUAKE_INLINE vf scaled_query(const void* row, std::size_t at, std::size_t size, float scale) {
   return load_within(static_cast<const T*>(row), at, size) * scale;
 }
-// The scales and products of kLanes rows from the first one on, of which `count` exist; what multiplies each, the
-// inverse of its scale, goes to `inverse`. Returns their largest magnitudes.
+// The scales and products of kLanes rows from the first one on, of which `count` exist, and what multiplies
+// each, the inverse of its scale. Returns their largest magnitudes.
 template <class T, class Rows>
 QUAKE_INLINE vf describe_queries(const void* const* rows, std::size_t count, std::size_t size, float scale,
                                  const float* centre, const Rows& described, std::size_t first,
@@ -283,10 +283,11 @@ QUAKE_INLINE vf byte_weight(vf t) {
   return scalef(fma(p, f, set1(k255)), t);
 }
 
-// What is added to weights before they are rounded, evenly spread over [-1/2, 1/2) for neighbouring keys, and
-// for neighbouring queries. Weights below half of 1/255 would all be lost else, and with them most of a row that
-// has one large weight and many small ones.
+// What is added to weights before they are rounded, evenly spread over [-1/2, 1/2) for neighbouring keys, and for
+// a key over neighbouring queries. Weights below half of 1/255 would all be lost else, and with them most of a
+// row that has one large weight and many small ones.
 struct Dither {
+  static constexpr std::size_t kShifts = kLanes;  // of whole vectors
   constexpr Dither() {
     std::uint32_t fraction = 0;
     for (float& v : values) {
@@ -294,7 +295,8 @@ struct Dither {
       fraction += 0x9e3779b9;  // the golden ratio
     }
   }
-  float values[AttentionKernels::kKeyTile + AttentionKernels::kMaxRowTile] = {};
+  const float* of_row(std::size_t r) const { return values + r % kShifts * kLanes; }
+  float values[AttentionKernels::kKeyTile + (kShifts - 1) * kLanes] = {};
 };
 alignas(kCacheLine) constexpr Dither kDither;
 
@@ -303,7 +305,7 @@ alignas(kCacheLine) constexpr Dither kDither;
 // scores.
 template <class Count, class Weight>
 QUAKE_INLINE WeightSum weigh_bytes(std::size_t r, Count vectors, PackedWord* weights, const Weight& weight) {
-  const float* const dither = kDither.values + r;
+  const float* const dither = kDither.of_row(r);
   vi used = {};
   vf exact[4] = {};
   const auto step = [&](std::size_t at, std::size_t n) QUAKE_INLINE_LAMBDA {

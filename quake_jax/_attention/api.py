@@ -79,7 +79,7 @@ def dot_product_attention(
         255ths of the row's largest; the rest is as in bfloat16. A CPU that has no such products
         multiplies float32 all the same; derivatives and other platforms ignore it. In int8, a call
         with NaN, infinities or numbers beyond 2^58 (of value: 2^100) is done in float32 as well.
-      order: accuracy of the exponential, as in `softmax`, 5 (in int8: 3) unless a default is set;
+      order: accuracy of the exponential, as in `softmax`, 5 (in int8: 2) unless a default is set;
         "exact" is `jax.nn.dot_product_attention`.
 
     Returns:

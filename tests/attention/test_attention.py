@@ -181,19 +181,19 @@ def test_products_of_int8(case, dtype):
     x, case = operands(dtype=dtype), CASES[case]
     f = functools.partial(quake, **case, compute_dtype="int8", return_residual=True)
     traced = str(jax.make_jaxpr(f)(*x))
-    assert "format=2" in traced and "order=3" in traced
+    assert "format=2" in traced and "order=2" in traced
     out, lse = jax.jit(f)(*x)
     assert out.dtype == dtype
     expected, expected_lse = in_double(*x, **case)
     moved = moved_by_codes(x, case)
     # Weights err by that and by 1/255 of the largest, and values by half of 1/127 of theirs.
     largest = float(np.abs(np.asarray(x[2], np.float64)).max())
-    of_weights = np.expm1(moved) + x[1].shape[1] / 255 + 2 * MAX_REL_ERROR["softmax"][3]
+    of_weights = np.expm1(moved) + x[1].shape[1] / 255 + 2 * MAX_REL_ERROR["softmax"][2]
     bound = (min(2 * of_weights / (1 - of_weights), 2) + 1 / 254 + half_unit(dtype)) * largest
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=bound)
     has_keys = expected_lse > -1e4
     lse, expected_lse = np.asarray(lse, np.float64)[has_keys], expected_lse[has_keys]
-    np.testing.assert_allclose(lse, expected_lse, rtol=half_unit(dtype), atol=moved + 1e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=half_unit(dtype), atol=moved + 4e-3)
 
 
 def test_errors_of_int8_average_out():

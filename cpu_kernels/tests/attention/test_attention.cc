@@ -317,8 +317,8 @@ struct Logits {
   double coding = 0;    // the same of int8
 };
 
-// What a logit errs by in int8. A code errs by half a scale, 1/127 of the largest element of the query, or of the
-// key less its centre, which is a mean of keys.
+// What a logit errs by in int8. A code errs by half a scale, 1/127 of the largest element of the query, or of
+// the key less its centre, which is a mean of keys.
 double coding_error(const std::vector<double>& query, const double* key, const Head& head) {
   double of_query = 0, of_key = 0, query_sum = 0, key_sum = 0;
   for (size_t i = 0; i < query.size(); ++i) {
@@ -383,8 +383,8 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, const Head& head, 
   return logits;
 }
 
-// What int8 adds to the error of an output. Values err by half of their scales. A weight has a relative error E,
-// of its logit and the exponential, and one of 1/255 of the largest one. With weights p that moves the mean of
+// What int8 adds to the error of an output. Values err by half of their scales. A weight has a relative error
+// E, of its logit and the exponential, and one of 1/255 of the largest one. With weights p that moves the mean of
 // the values by (E sum p |v - out| + sum |v - out| / (255 sum)) / (1 - E - S / (255 sum)), and never out
 // of their range.
 double bytes_error(double e, double coding, double sum, double keys, double deviation, double distances,
