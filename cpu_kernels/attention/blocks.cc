@@ -241,8 +241,8 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
   });
 }
 
-// Packs the keys and values [key, key + keys). Their centre is that of the block's first keys: any will do, since
-// scores have its product with the query again.
+// Packs the keys and values [key, key + keys). Their centre is that of the block's first keys: any will do,
+// since scores have its product with the query again.
 bool AttentionBlocks::pack(Block& block, size_t key, size_t keys, PackedTile& tile) const {
   const Scratch& scratch = block.scratch;
   const RowsToPack k = rows_to_pack(block, p_.key, p_.key_scales, p_.head_size, key, keys);

@@ -283,9 +283,9 @@ QUAKE_INLINE vf byte_weight(vf t) {
   return scalef(fma(p, f, set1(k255)), t);
 }
 
-// What is added to weights before they are rounded, evenly spread over [-1/2, 1/2) for neighbouring keys, and for
-// a key over neighbouring queries. Weights below half of 1/255 would all be lost else, and with them most of a
-// row that has one large weight and many small ones.
+// What is added to weights before they are rounded, evenly spread over [-1/2, 1/2) for neighbouring keys, and
+// for a key over neighbouring queries. Weights below half of 1/255 would all be lost else, and with them most
+// of a row that has one large weight and many small ones.
 struct Dither {
   static constexpr std::size_t kShifts = kLanes;  // of whole vectors
   constexpr Dither() {

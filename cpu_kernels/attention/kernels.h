@@ -36,9 +36,9 @@ inline constexpr int kAttentionFormats = static_cast<int>(AttentionFormat::kCoun
 // PackedMatrix of size x keys, its packed values one of keys x value size. Scores are rows of kScoreStride;
 // weights are rows of weight_stride, of words(count) words.
 //
-// Integers have a scale: of each query, key, and column of a tile's values. Keys are packed less a `centre` of
-// `size` floats, padded with 0 to kCentreStep of them: what they have in common would cost them accuracy. Scores
-// have the query's product with it again.
+// Integers have a scale: of each query, key, and column of a tile's values. Keys are packed less a `centre`
+// of `size` floats, padded with 0 to kCentreStep of them: what they have in common would cost them accuracy.
+// Scores have the query's product with it again.
 struct AttentionKernels {
   static constexpr std::size_t kKeyTile = 256;
   // Not a multiple of 4 KiB / 16, so that the rows of a tile fall into different sets of the L1 cache.

@@ -18,15 +18,15 @@ struct RowsToPack {
   DType dtype;
 };
 
-// Where a packed matrix lies: needed_words(…) words of the format's layout, and as many floats as its panels have
-// columns.
+// Where a packed matrix lies: needed_words(…) words of the format's layout, and as many floats as its panels
+// have columns.
 struct PackedMemory {
   PackedWord* words;
   float* scales;
 };
 
-// Keys and values of one head, packed. Up to kKeyTile keys, for the kernels of tiles. False where the format does
-// not have all of the values. The centre is of formats that have one.
+// Keys and values of one head, packed. Up to kKeyTile keys, for the kernels of tiles. False where the format
+// does not have all of the values. The centre is of formats that have one.
 bool pack_keys(const AttentionKernels::Format& format, const RowsToPack& keys, std::size_t count,
                std::size_t head_size, const float* centre, const PackedMemory& memory, PackedMatrix& packed);
 // The panels have room for `capacity` keys.

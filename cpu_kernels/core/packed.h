@@ -11,9 +11,9 @@
 
 namespace quake {
 
-// What the product multiplies at a time: 32 bits that hold neighbours of the axis that it sums over, one float32,
-// two bfloat16 or four bytes. Which, PackedLayout says; nothing but the kernels that make and multiply them looks
-// inside.
+// What the product multiplies at a time: 32 bits that hold neighbours of the axis that it sums over, one
+// float32, two bfloat16 or four bytes. Which, PackedLayout says; nothing but the kernels that make and
+// multiply them looks inside.
 struct PackedWord {
   std::uint32_t bits;
 };

@@ -384,9 +384,9 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, const Head& head, 
 }
 
 // What int8 adds to the error of an output. Values err by half of their scales. A weight has a relative error
-// E, of its logit and the exponential, and one of 1/255 of the largest one. With weights p that moves the mean of
-// the values by (E sum p |v - out| + sum |v - out| / (255 sum)) / (1 - E - S / (255 sum)), and never out
-// of their range.
+// E, of its logit and the exponential, and one of 1/255 of the largest one. With weights p that moves the
+// mean of the values by (E sum p |v - out| + sum |v - out| / (255 sum)) / (1 - E - S / (255 sum)), and never
+// out of their range.
 double bytes_error(double e, double coding, double sum, double keys, double deviation, double distances,
                    double largest) {
   const double of_weights = std::exp(coding) * (1 + e) - 1, rounding = 1 / (255 * (1 - e) * sum);
