@@ -40,15 +40,6 @@ std::uint32_t from_groups(std::uint32_t pieces, size_t at_once) {
   return all;
 }
 
-// All pieces of the groups that have one of them.
-std::uint32_t whole_groups(std::uint32_t pieces, size_t at_once) {
-  std::uint32_t all = 0;
-  for (size_t i = 0; pieces >> i; i += at_once) {
-    if (pieces >> i & first_pieces(at_once)) all |= first_pieces(at_once) << i;
-  }
-  return all;
-}
-
 }  // namespace
 
 AttentionBlocks::AttentionBlocks(AttentionCall& call)
@@ -200,7 +191,7 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
 std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys, bool skip) const {
   const size_t row_tile = format_.row_tile;
   const std::uint32_t all = first_pieces(ceil_div(keys, kPiece));
-  const size_t at_once = pieces_at_once();
+  const size_t at_once = ceil_div(layout_.elements, kPiece);
   std::uint32_t any = 0;
   for (size_t r = 0; r < block.count; r += row_tile) {
     PieceBits& bits = block.scratch.bits[r / row_tile];
@@ -219,8 +210,6 @@ std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys
   return any;
 }
 
-size_t AttentionBlocks::pieces_at_once() const { return ceil_div(layout_.elements, kPiece); }
-
 // A row tile and a key tile: run by run of neighbouring active pieces.
 void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t row, size_t key,
                                   size_t keys) const {
@@ -229,10 +218,7 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
   const PieceBits bits = scratch.bits[row / format_.row_tile];
   const Row* const rows = &scratch.rows[row];
   float* const accumulators = accumulator(scratch, row);
-  // Where masks alone change scores of integers, what they leave alone stays products.
-  const bool masks_alone = format_.scale_scores && !call_.adjusts(0);
-  const std::uint32_t slow = masks_alone ? whole_groups(bits.mixed, pieces_at_once()) : 0;
-  const auto attend_run = [&](size_t first_piece, size_t last_piece) {
+  for_each_run(bits.active, [&](size_t first_piece, size_t last_piece) {
     const size_t first = first_piece * kPiece, n = std::min(last_piece * kPiece, keys) - first;
     const std::uint32_t mixed = bits.mixed >> first_piece & first_pieces(last_piece - first_piece);
     call_.prefetch_adjustments(block.batch, rows, count, key + first, n, mixed != 0);
@@ -253,9 +239,7 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
     }
     format_.accumulate(scratch.weights, count, tile.values.at_depth(first), tile.values.scales, n,
                        tile.values.capacity, p_.value_size, accumulators, plan_.padded_value_size);
-  };
-  for_each_run(bits.active & ~slow, attend_run);
-  for_each_run(bits.active & slow, attend_run);
+  });
 }
 
 // Packs the keys and values [key, key + keys). Their centre is that of the block's first keys: any will do,

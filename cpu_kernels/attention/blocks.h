@@ -61,7 +61,6 @@ class AttentionBlocks {
   bool begin(Block& block, std::size_t head, std::size_t first) const;
   void reset(const Scratch& scratch, std::size_t first, std::size_t count) const;
   void attend(Block& block, std::size_t begin, std::size_t end, bool skip) const;
-  std::size_t pieces_at_once() const;
   std::uint32_t judge_tiles(Block& block, std::size_t key, std::size_t keys, bool skip) const;
   void attend_tile(Block& block, const PackedTile& tile, std::size_t row, std::size_t key,
                    std::size_t keys) const;
