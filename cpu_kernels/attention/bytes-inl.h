@@ -9,6 +9,8 @@ struct Bytes8 {};
 constexpr std::size_t kVectorBytes = 4 * kLanes;
 static_assert(kVectorBytes == AttentionKernels::kCentreStep);
 
+QUAKE_INLINE vf add(vf a, vf b) { return a + b; }
+
 // The larger magnitude, by the bits of a float: those of a NaN are larger than any other's.
 QUAKE_INLINE vf larger(vf largest, vf magnitude) {
   return as_float(as_int(magnitude) > as_int(largest) ? as_int(magnitude) : as_int(largest));
@@ -105,7 +107,7 @@ QUAKE_INLINE vf describe_queries(const void* const* rows, std::size_t count, std
   const ByteScale scales(of_rows);
   store(inverse + first, scales.inverse);
   store(described.scales + first, scales.scale);
-  store(described.offsets + first, fold_lanes(products, [](vf a, vf b) QUAKE_INLINE_LAMBDA { return a + b; }));
+  store(described.offsets + first, fold_lanes(products, add));
   return of_rows;
 }
 // The codes of the elements of a row from j on.
@@ -300,11 +302,15 @@ struct Dither {
 };
 alignas(kCacheLine) constexpr Dither kDither;
 
+// The sums of a row's weights by lanes, in 255ths: as they are rounded, and before. Those are NaN together.
+struct ByteSums {
+  vf used, exact;
+};
+
 // Four vectors of weights of row r at a time become bytes, and may overwrite the scores of one that has been
-// read. The weights are used as they are rounded. A row with a NaN is one. weight(i) are those of a vector of
-// scores.
+// read. weight(i) are those of a vector of scores.
 template <class Count, class Weight>
-QUAKE_INLINE WeightSum weigh_bytes(std::size_t r, Count vectors, PackedWord* weights, const Weight& weight) {
+QUAKE_INLINE ByteSums weigh_bytes(std::size_t r, Count vectors, PackedWord* weights, const Weight& weight) {
   const float* const dither = kDither.of_row(r);
   vi used = {};
   vf exact[4] = {};
@@ -326,34 +332,44 @@ QUAKE_INLINE WeightSum weigh_bytes(std::size_t r, Count vectors, PackedWord* wei
   if constexpr (std::is_same_v<Count, std::size_t>) {
     if (whole < vectors) step(whole, vectors - whole);
   }
-  const float sum = reduce_add((exact[0] + exact[1]) + (exact[2] + exact[3]));
-  return {reduce_add(__builtin_convertvector(used, vf)) + sum * 0.0f, sum / 255};
+  const vf sums = (exact[0] + exact[1]) + (exact[2] + exact[3]);
+  return {fma(sums, vf{}, __builtin_convertvector(used, vf)), sums};
 }
 
 template <int Order, class Count>
 QUAKE_INLINE WeightSum weigh_row(std::size_t r, const float* scores, Count vectors, vf base,
                                  PackedWord* weights, Bytes8) {
-  return weigh_bytes(r, vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
+  const ByteSums sums = weigh_bytes(r, vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
     return byte_weight<Order>((load(scores + i * kLanes) - base) * constants::kLog2e);
   });
+  return {reduce_add(sums.used), reduce_add(sums.exact) / 255};
 }
 
 template <int Order, class Count>
 QUAKE_INLINE void weigh_product_rows(const float* products, std::size_t rows, Count vectors,
                                      const float* factors, const float* addends, WeightSum* sums,
                                      PackedWord* weights) {
-  for (std::size_t r = 0; r < rows; ++r, products += kScoreStride, weights += kWeightStride<Bytes8>) {
-    const vf factor = set1(factors[r]), addend = set1(addends[r]);
-    const WeightSum sum = weigh_bytes(r, vectors, weights, [&](std::size_t i) QUAKE_INLINE_LAMBDA {
-      return byte_weight<Order>(fma(load(products + i * kLanes), factor, addend));
-    });
-    sums[r].used += sum.used;
-    sums[r].exact += sum.exact;
+  for (std::size_t first = 0; first < rows; first += kLanes) {
+    const std::size_t n = rows - first < kLanes ? rows - first : kLanes;
+    vf used[kLanes] = {}, exact[kLanes] = {};
+    for (std::size_t i = 0; i < n; ++i, products += kScoreStride, weights += kWeightStride<Bytes8>) {
+      const vf factor = set1(factors[first + i]), addend = set1(addends[first + i]);
+      const ByteSums of_row = weigh_bytes(first + i, vectors, weights, [&](std::size_t k) QUAKE_INLINE_LAMBDA {
+        return byte_weight<Order>(fma(load(products + k * kLanes), factor, addend));
+      });
+      used[i] = of_row.used;
+      exact[i] = of_row.exact;
+    }
+    const vf all_used = fold_lanes(used, add), all_exact = fold_lanes(exact, add) / 255;
+    for (std::size_t i = 0; i < n; ++i) {
+      sums[first + i].used += all_used[i];
+      sums[first + i].exact += all_exact[i];
+    }
   }
 }
 
-// Products of a row times the scales of the keys; returns the largest.
-QUAKE_INLINE float scale_by_keys(float* row, std::size_t vectors, std::size_t last, const float* key_scales) {
+// Products of a row times the scales of the keys; returns the largest by lanes.
+QUAKE_INLINE vf scale_by_keys(float* row, std::size_t vectors, std::size_t last, const float* key_scales) {
   vf m[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
   const auto step = [&](std::size_t i, vf& largest, std::size_t n) QUAKE_INLINE_LAMBDA {
     const vf x = keep_up_to(scaled_products(row, key_scales, i), n, -kInfinity);
@@ -367,7 +383,7 @@ QUAKE_INLINE float scale_by_keys(float* row, std::size_t vectors, std::size_t la
   }
   for (; i + 1 < vectors; ++i) step(i, m[1], kLanes);
   step(i, m[0], last);
-  return reduce_max(max_skip_nan(max_skip_nan(m[0], m[1]), max_skip_nan(m[2], m[3])));
+  return max_skip_nan(max_skip_nan(m[0], m[1]), max_skip_nan(m[2], m[3]));
 }
 
 template <int Order, std::size_t kRows>
@@ -376,10 +392,14 @@ void weigh_products(float* products, std::size_t rows, std::size_t count,
                     std::size_t accumulator_stride, std::size_t size, PackedWord* weights) {
   const std::size_t vectors = ceil_div(count, kLanes), last = count - (vectors - 1) * kLanes;
   const QueryRows<kRows> of_rows(scales.rows);
-  float factors[kRows], addends[kRows];
-  for (std::size_t r = 0; r < rows; ++r) {
-    float* const row = products + r * kScoreStride;
-    factors[r] = scale_by_keys(row, vectors, last, scales.keys);
+  alignas(kCacheLine) float factors[round_up(kRows, kLanes)];
+  float addends[kRows];
+  for (std::size_t first = 0; first < rows; first += kLanes) {
+    vf largest[kLanes] = {};
+    for (std::size_t i = 0; i < kLanes && first + i < rows; ++i) {
+      largest[i] = scale_by_keys(products + (first + i) * kScoreStride, vectors, last, scales.keys);
+    }
+    store(factors + first, fold_lanes(largest, max_skip_nan));
   }
   for (std::size_t r = 0; r < rows; ++r) {
     const float scale = of_rows.scales[r], offset = of_rows.offsets[r];
