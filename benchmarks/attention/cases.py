@@ -18,8 +18,8 @@ DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
 DEFAULT_ORDERS = (3, 5)
 SUBJECT_ORDER = 5  # the default, which tables and bars are about
-# Ours of float32 with compute_dtype="bfloat16", at that order.
-BFLOAT16_PRODUCTS = "bfloat16 products"
+# Ours of float32 with a compute_dtype, and the default order of that.
+PRODUCTS = {f"{dtype} products": dtype for dtype in ("bfloat16", "int8")}
 
 ROUNDS = 9
 # Above this much work one call is a reading: at 300 GFLOP/s it takes at least 7 ms.

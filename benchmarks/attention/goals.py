@@ -33,8 +33,9 @@ READ = Kind("of the bandwidth of reading", "%", bars.percent_of("read"))
 UNMASKED = Kind("time over unmasked", "×", _relative("none"), at_least=False)
 ARRAY = Kind("time over is_causal", "×", _relative("causal"), at_least=False)
 FLOAT32 = Kind("against our float32", "×", bars.inverse(_relative("float32")))
-PRODUCTS = Kind(
-    "with products of bfloat16", "×", bars.inverse(bars.against(cases.BFLOAT16_PRODUCTS))
+PRODUCTS, BYTES = (
+    Kind(f"with products of {dtype}", "×", bars.inverse(bars.against(name)))
+    for name, dtype in cases.PRODUCTS.items()
 )
 
 
@@ -66,6 +67,8 @@ BARS = (
     *(_bar(FLOAT32, s, 1.5, dtype="bfloat16", isa="avx512bf16") for s in (VIT_BATCH, SMALL)),
     *(_bar(PRODUCTS, s, 1.8, isa="avx512bf16") for s in (GPT, LONG, GROUPED)),
     *(_bar(PRODUCTS, s, 1.5, isa="avx512bf16") for s in (VIT_BATCH, SMALL)),
+    *(_bar(BYTES, s, 2.6, isa="avx512bf16") for s in (GPT, LONG, GROUPED)),
+    *(_bar(BYTES, s, 2.1, isa="avx512bf16") for s in (VIT_BATCH, SMALL)),
     *(_bar(READ, DECODE, 80, mask=mask) for mask in ("none", *cases.CACHES)),
     *(_bar(XLA, shape, 2.0, isa="avx2") for shape in (BERT, GPT, LONG, GROUPED)),
 )

@@ -101,7 +101,7 @@ class Run:
             return [systems.cached(buffers, order) for order in self.orders]
         made = [systems.quake(buffers, order) for order in self.orders]
         if case.dtype == "float32":
-            made.append(systems.quake(buffers, SUBJECT_ORDER, bfloat16_products=True))
+            made += [systems.quake(buffers, None, name) for name in all_cases.PRODUCTS]
         # To them an array is what is_causal is; seconds a call are not worth to show it again.
         if case.mask != "causal array" or case.shape.flops <= all_cases.HUGE_FLOPS:
             made.append(systems.xla(buffers))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention.cases import BFLOAT16_PRODUCTS, Case, Shape
+from benchmarks.attention.cases import PRODUCTS, Case, Shape
 from benchmarks.harness import buffers, peers
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.peers import TORCH
@@ -100,11 +100,9 @@ def _in_jax(function: Callable[..., jax.Array], mask: str) -> Callable[..., jax.
     }[mask]
 
 
-def quake(buffers: Buffers, order: int, bfloat16_products: bool = False) -> Contestant:
-    """quake_jax at one order, with products of the operands' dtype or of bfloat16."""
-    name, compute_dtype = f"order {order}", None
-    if bfloat16_products:
-        name, compute_dtype = BFLOAT16_PRODUCTS, "bfloat16"
+def quake(buffers: Buffers, order: int | None, products: str | None = None) -> Contestant:
+    """quake_jax at one order, or with products of another dtype than the operands'."""
+    name, compute_dtype = products or f"order {order}", products and PRODUCTS[products]
     function = quake_jax("dot_product_attention").dot_product_attention
     function = partial(function, order=order, compute_dtype=compute_dtype)
     return Contestant(name, buffers.runner(_in_jax(function, buffers.case.mask)))

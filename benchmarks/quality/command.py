@@ -8,8 +8,9 @@ HELP = "quality on trained models: digits, held-out text, search by meaning"
 DTYPES = ("float32", "bfloat16")
 ORDERS = (1, 2, 3, 4, 5)
 CALIBRATED = "int8-calibrated"
-ATTENTION = "bfloat16 attention"  # and weights in float32
-WEIGHTS = ("float32", ATTENTION, "bfloat16", "int8", CALIBRATED, "int4")
+# What attention multiplies, with weights in float32.
+ATTENTION = {f"{dtype} attention": dtype for dtype in ("bfloat16", "int8")}
+WEIGHTS = ("float32", *ATTENTION, "bfloat16", "int8", CALIBRATED, "int4")
 LEAVE = " but "  # between a format and the pattern of the weights that are left
 TOKENS = 512
 

@@ -33,8 +33,8 @@ def _options(variant: Variant, samples: Any) -> dict[str, Any]:
     if weights not in WEIGHTS:
         return {"order": variant}
     options: dict[str, Any] = {"weights": weights}
-    if weights == ATTENTION:
-        options = {"weights": "float32", "attention": "bfloat16"}
+    if weights in ATTENTION:
+        options = {"weights": "float32", "attention": ATTENTION[weights]}
     if weights == CALIBRATED:
         some = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
         options = {"weights": "int8", "calibrate": some}

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "attention/packed.h"
 #include "core/memory.h"
 
 namespace quake {
@@ -29,6 +28,17 @@ class Registers {
  private:
   void (*end_)();
 };
+
+// Of each group of `at_once` pieces, those before one of them too: runs begin where a group does.
+std::uint32_t from_groups(std::uint32_t pieces, size_t at_once) {
+  std::uint32_t all = 0;
+  for (size_t i = 0; pieces >> i; i += at_once) {
+    std::uint32_t group = pieces >> i & first_pieces(at_once);
+    for (size_t k = 1; k < at_once; ++k) group |= group >> 1;
+    all |= group << i;
+  }
+  return all;
+}
 
 }  // namespace
 
@@ -77,9 +87,13 @@ bool AttentionBlocks::take_scratch(Scratch& scratch) const {
   const size_t rows = plan_.block_rows, tiles = rows / format_.row_tile;
   const auto carve = [&](Carver memory) {
     scratch.queries = memory.take<PackedWord>(tiles * query_tile_words());
-    scratch.keys = memory.take<PackedWord>(PackedMatrix::needed_words(p_.head_size, plan_.key_tile, layout_));
-    scratch.values =
-        memory.take<PackedWord>(PackedMatrix::needed_words(plan_.key_tile, p_.value_size, layout_));
+    const auto take_packed = [&](size_t capacity, size_t columns) -> PackedMemory {
+      return {memory.take<PackedWord>(PackedMatrix::needed_words(capacity, columns, layout_)),
+              memory.take<float>(format_.row_words > 0 ? round_up(columns, layout_.panel) : 0)};
+    };
+    scratch.keys = take_packed(p_.head_size, plan_.key_tile);
+    scratch.values = take_packed(plan_.key_tile, p_.value_size);
+    scratch.centre = memory.take<float>(centre_size());
     scratch.scores = memory.take<float>(format_.row_tile * kScoreStride);
     scratch.weights = format_.weight_stride == kScoreStride
                           ? reinterpret_cast<PackedWord*>(scratch.scores)
@@ -113,8 +127,12 @@ float* AttentionBlocks::accumulator(const Scratch& scratch, size_t row) const {
 
 // Packing writes up to a vector past a tile's end.
 size_t AttentionBlocks::query_tile_words() const {
-  return round_up(format_.row_tile * layout_.words(p_.head_size) + kernels_.lanes,
+  return round_up(format_.row_tile * (layout_.words(p_.head_size) + format_.row_words) + kernels_.lanes,
                   kCacheLine / sizeof(PackedWord));
+}
+
+size_t AttentionBlocks::centre_size() const {
+  return format_.row_words > 0 ? round_up(p_.head_size, AttentionKernels::kCentreStep) : 0;
 }
 
 PackedWord* AttentionBlocks::packed_queries(const Scratch& scratch, size_t row) const {
@@ -128,6 +146,7 @@ bool AttentionBlocks::begin(Block& block, size_t head, size_t first) const {
   block.batch = head / p_.kv_heads;
   block.kv_head = head % p_.kv_heads;
   block.first = first;
+  block.has_centre = false;
   block.count = std::min(plan_.block_rows, plan_.rows - first);
   const size_t tiles = ceil_div(block.count, format_.row_tile);
   call_.masks.describe_rows(block.batch, block.kv_head, first, block.count, block.scratch.rows);
@@ -154,12 +173,7 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
     const size_t keys = std::min(plan_.key_tile, end - key);
     if (judge_tiles(block, key, keys, skip) == 0) continue;
     PackedTile tile;
-    const Rows k = rows_to_pack(block, p_.key, p_.key_scales, p_.head_size, key, keys);
-    const bool has_keys =
-        quake::pack_keys(format_, k.dtype, k.data, k.stride, keys, p_.head_size, scratch.keys, tile.keys);
-    const Rows v = rows_to_pack(block, p_.value, p_.value_scales, p_.value_size, key, keys);
-    if (!has_keys || !quake::pack_values(format_, v.dtype, v.data, v.stride, keys, p_.value_size,
-                                         plan_.key_tile, scratch.values, tile.values)) {
+    if (!pack(block, key, keys, tile)) {
       call_.lacks_values = true;
       return;
     }
@@ -177,6 +191,7 @@ void AttentionBlocks::attend(Block& block, size_t begin, size_t end, bool skip) 
 std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys, bool skip) const {
   const size_t row_tile = format_.row_tile;
   const std::uint32_t all = first_pieces(ceil_div(keys, kPiece));
+  const size_t at_once = ceil_div(layout_.elements, kPiece);
   std::uint32_t any = 0;
   for (size_t r = 0; r < block.count; r += row_tile) {
     PieceBits& bits = block.scratch.bits[r / row_tile];
@@ -184,6 +199,8 @@ std::uint32_t AttentionBlocks::judge_tiles(Block& block, size_t key, size_t keys
     if (skip) {
       bits = call_.masks.judge(block.batch, &block.scratch.rows[r], std::min(row_tile, block.count - r), key,
                                keys);
+      const std::uint32_t active = from_groups(bits.active, at_once);
+      bits = {active, bits.mixed | (active & ~bits.active)};
       skipped = skipped || bits.active != all;
     } else {
       bits = skipped ? PieceBits{all, all} : PieceBits{};
@@ -205,21 +222,45 @@ void AttentionBlocks::attend_tile(Block& block, const PackedTile& tile, size_t r
     const size_t first = first_piece * kPiece, n = std::min(last_piece * kPiece, keys) - first;
     const std::uint32_t mixed = bits.mixed >> first_piece & first_pieces(last_piece - first_piece);
     call_.prefetch_adjustments(block.batch, rows, count, key + first, n, mixed != 0);
-    format_.score(packed_queries(scratch, row), count, tile.keys.at_column(first), n, p_.head_size,
-                  call_.score_scale, scratch.scores);
-    call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
-    format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row, accumulators,
-                               plan_.padded_value_size, p_.value_size, scratch.weights);
-    format_.accumulate(scratch.weights, count, tile.values.at_depth(first), n, tile.values.capacity,
-                       p_.value_size, accumulators, plan_.padded_value_size);
+    const PackedWord* const queries = packed_queries(scratch, row);
+    const AttentionKernels::ProductScales scales = {queries + format_.row_tile * layout_.words(p_.head_size),
+                                                    tile.keys.scales + first};
+    format_.score(queries, count, tile.keys.at_column(first), n, p_.head_size, call_.score_scale,
+                  scratch.scores);
+    if (format_.scale_scores && !call_.adjusts(mixed)) {
+      format_.weigh_products[call_.order](scratch.scores, count, n, scales, scratch.maxima + row,
+                                          scratch.sums + row, accumulators, plan_.padded_value_size,
+                                          p_.value_size, scratch.weights);
+    } else {
+      if (format_.scale_scores) format_.scale_scores(scratch.scores, count, n, scales);
+      call_.adjust(block.batch, rows, count, key + first, n, mixed, scratch.scores);
+      format_.weigh[call_.order](scratch.scores, count, n, scratch.maxima + row, scratch.sums + row,
+                                 accumulators, plan_.padded_value_size, p_.value_size, scratch.weights);
+    }
+    format_.accumulate(scratch.weights, count, tile.values.at_depth(first), tile.values.scales, n,
+                       tile.values.capacity, p_.value_size, accumulators, plan_.padded_value_size);
   });
 }
 
+// Packs the keys and values [key, key + keys). Their centre is that of the block's first keys: any will do,
+// since scores have its product with the query again.
+bool AttentionBlocks::pack(Block& block, size_t key, size_t keys, PackedTile& tile) const {
+  const Scratch& scratch = block.scratch;
+  const RowsToPack k = rows_to_pack(block, p_.key, p_.key_scales, p_.head_size, key, keys);
+  const auto centre = format_.centre[static_cast<int>(k.dtype)];
+  if (centre && !block.has_centre) {
+    std::fill_n(scratch.centre, centre_size(), 0.0f);
+    centre(k.data, k.stride, keys, p_.head_size, scratch.centre);
+    block.has_centre = true;
+  }
+  if (!quake::pack_keys(format_, k, keys, p_.head_size, scratch.centre, scratch.keys, tile.keys)) return false;
+  const RowsToPack v = rows_to_pack(block, p_.value, p_.value_scales, p_.value_size, key, keys);
+  return quake::pack_values(format_, v, keys, p_.value_size, plan_.key_tile, scratch.values, tile.values);
+}
+
 // The keys or values [key, key + keys), of a type that packing takes.
-AttentionBlocks::Rows AttentionBlocks::rows_to_pack(const Block& block,
-                                                    const AttentionProblem::Operand& operand,
-                                                    const float* scales, size_t size, size_t key,
-                                                    size_t keys) const {
+RowsToPack AttentionBlocks::rows_to_pack(const Block& block, const AttentionProblem::Operand& operand,
+                                         const float* scales, size_t size, size_t key, size_t keys) const {
   const char* const data = call_.key_row(operand, block.batch, block.kv_head, key);
   if (p_.kv_dtype != DType::kInt8) return {data, operand.time, p_.kv_dtype};
   const float* const scale = call_.scales_at(scales, block.batch, block.kv_head, key);
@@ -243,7 +284,7 @@ void AttentionBlocks::pack_queries(Block& block, size_t row) const {
   const void* rows[AttentionKernels::kMaxRowTile];
   const size_t n = std::min(AttentionKernels::kMaxRowTile, block.count - row);
   for (size_t i = 0; i < n; ++i) rows[i] = call_.query_row(block.batch, scratch.rows[row + i]);
-  if (!format_.pack_queries[call_.dtype](rows, n, p_.head_size, call_.query_scale,
+  if (!format_.pack_queries[call_.dtype](rows, n, p_.head_size, call_.query_scale, scratch.centre,
                                          packed_queries(scratch, row))) {
     call_.lacks_values = true;
   }

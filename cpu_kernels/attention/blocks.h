@@ -11,6 +11,7 @@
 #include <cstddef>
 
 #include "attention/call.h"
+#include "attention/packed.h"
 #include "core/packed.h"
 
 namespace quake {
@@ -27,8 +28,10 @@ class AttentionBlocks {
  private:
   // The memory of a task, carved out of this thread's workspace.
   struct Scratch {
-    PackedWord *queries, *keys, *values, *weights;
+    PackedWord *queries, *weights;
+    PackedMemory keys, values;
     float *scores, *maxima, *accumulators;  // the last two: the state of online softmax
+    float* centre;                          // of the keys, where the format has one
     WeightSum* sums;
     Row* rows;
     PieceBits* bits;  // of every row tile, for the current key tile
@@ -39,17 +42,12 @@ class AttentionBlocks {
   // The rows [first, first + count) of a key/value head, and their state.
   struct Block {
     std::size_t head, batch, kv_head, first, count;
+    bool has_centre;
     Scratch scratch;
   };
   // The keys and values that are packed next.
   struct Next {
     std::size_t batch = 0, kv_head = 0, key = 0, keys = 0;
-  };
-  // Keys or values of a head.
-  struct Rows {
-    const void* data;
-    std::ptrdiff_t stride;
-    DType dtype;
   };
   struct PackedTile {
     PackedMatrix keys, values;
@@ -59,14 +57,16 @@ class AttentionBlocks {
   float* accumulator(const Scratch& scratch, std::size_t row) const;
   PackedWord* packed_queries(const Scratch& scratch, std::size_t row) const;
   std::size_t query_tile_words() const;
+  std::size_t centre_size() const;
   bool begin(Block& block, std::size_t head, std::size_t first) const;
   void reset(const Scratch& scratch, std::size_t first, std::size_t count) const;
   void attend(Block& block, std::size_t begin, std::size_t end, bool skip) const;
   std::uint32_t judge_tiles(Block& block, std::size_t key, std::size_t keys, bool skip) const;
   void attend_tile(Block& block, const PackedTile& tile, std::size_t row, std::size_t key,
                    std::size_t keys) const;
-  Rows rows_to_pack(const Block& block, const AttentionProblem::Operand& operand, const float* scales,
-                    std::size_t size, std::size_t key, std::size_t keys) const;
+  bool pack(Block& block, std::size_t key, std::size_t keys, PackedTile& tile) const;
+  RowsToPack rows_to_pack(const Block& block, const AttentionProblem::Operand& operand, const float* scales,
+                          std::size_t size, std::size_t key, std::size_t keys) const;
   void pack_queries(Block& block, std::size_t row) const;
   Next next_tile(std::size_t head, std::size_t key, std::size_t end) const;
   void fetch_share(const Next& next, std::size_t row, std::size_t last, std::size_t count) const;

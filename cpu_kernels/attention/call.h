@@ -44,6 +44,8 @@ class AttentionCall {
   // the pieces in `mixed` alone.
   void adjust(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t key, std::size_t count,
               std::uint32_t mixed, float* scores) const;
+  // Whether it changes anything.
+  bool adjusts(std::uint32_t mixed) const { return p.soft_cap != 0 || p.bias || mixed != 0; }
   // Fetches what adjust() will read, while the scores are computed.
   void prefetch_adjustments(std::size_t batch, const Row* rows, std::size_t row_count, std::size_t key,
                             std::size_t count, bool mixed) const;

@@ -1,15 +1,27 @@
 // Attention's slice of the table. Included inside an instruction set's namespace, last of the family.
 
+// What packs words that have no scales, as the table's functions.
+template <auto kPack>
+bool pack_queries_as_they_are(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                              const float*, PackedWord* out) {
+  return kPack(rows, count, size, scale, out);
+}
+template <auto kPack>
+bool pack_as_they_are(const void* in, std::ptrdiff_t stride, std::size_t keys, std::size_t size,
+                      std::size_t capacity, const float*, float*, PackedWord* out) {
+  return kPack(in, stride, keys, size, capacity, out);
+}
+
 // What makes the words of a format of type T.
 template <template <class> class Words, class T>
 void fill_attention_packing(AttentionKernels::Format& format) {
   constexpr int i = static_cast<int>(kDTypeOf<T>);
-  format.pack_queries[i] = pack_rows<Words<T>, T>;
-  format.pack_keys[i] = pack_transposed<Words<T>, T>;
+  format.pack_queries[i] = pack_queries_as_they_are<pack_rows<Words<T>, T>>;
+  format.pack_keys[i] = pack_as_they_are<pack_transposed<Words<T>, T>>;
   if constexpr (Words<T>::kPerWord == 2) {
-    format.pack_values[i] = pack_pair_panels<T>;
+    format.pack_values[i] = pack_as_they_are<pack_pair_panels<T>>;
   } else {
-    format.pack_values[i] = pack_panels<T>;
+    format.pack_values[i] = pack_as_they_are<pack_panels<T>>;
   }
 }
 

@@ -24,6 +24,27 @@ bool pack_lines(const void* const* rows, std::size_t count, std::size_t size, fl
   return true;
 }
 
+// The same in bytes.
+template <class T>
+bool pack_byte_lines(const void* const* rows, std::size_t count, std::size_t size, float scale,
+                     const float* centre, PackedWord* out) {
+  constexpr std::size_t kLine = kMatrixRows * kMatrixLines;
+  const QueryRows<kMatrixRows> described(out + ceil_div(size, kVectorBytes) * kLine);
+  alignas(kCacheLine) float inverse[kMatrixRows];
+  vf largest = {};
+  for (std::size_t first = 0; first < kMatrixRows; first += kLanes) {
+    const std::size_t n = count < first ? 0 : count - first < kLanes ? count - first : kLanes;
+    largest = larger(largest, describe_queries<T>(rows, n, size, scale, centre, described, first, inverse));
+  }
+  for (std::size_t j = 0; j < size; j += kVectorBytes, out += kLine) {
+    for (std::size_t r = 0; r < kMatrixRows; ++r) {
+      store(as_floats(out + r * kMatrixLines),
+            r < count ? query_codes<T>(rows[r], j, size, scale, inverse[r]) : vf{});
+    }
+  }
+  return are_moderate(largest);
+}
+
 // The words of floats in three parts. 48 for 32 weights do not fit where the scores were.
 struct SplitFloats {};
 template <>
@@ -131,7 +152,7 @@ bool pack_split_values(const void* in, std::ptrdiff_t stride, std::size_t depth,
 
 // What is cut off the lowest parts is below 2^-24 of a weight.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  SplitFloats) {
   vf s[2] = {};
   for (std::size_t i = 0; i < vectors; i += 2, weights += kSplitWords) {
@@ -172,6 +193,18 @@ struct MatrixProducts<SplitFloats> {
     multiply_split<R, V>({rows, kWeightStride<SplitFloats>, kMatrixLines}, panels, at, kPanel);
   }
 };
+template <>
+struct MatrixProducts<Bytes8> {
+  static constexpr std::size_t kElements = 4 * kMatrixLines, kWords = kMatrixLines;
+  template <int R, int V>
+  QUAKE_INLINE void of_queries(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixBytes, R, V>(rows, kMatrixLines, panels, at, kPanel);
+  }
+  template <int R, int V>
+  QUAKE_INLINE void of_weights(const PackedWord* rows, const PackedWord* const (&panels)[V], std::size_t at) {
+    multiply_lines<MatrixUnsignedBytes, R, V>(rows, kWeightStride<Bytes8>, panels, at, kPanel);
+  }
+};
 template <class Words>
 constexpr std::size_t matrix_words(std::size_t elements) {
   return ceil_div(elements, MatrixProducts<Words>::kElements) * MatrixProducts<Words>::kWords;
@@ -199,15 +232,26 @@ QUAKE_INLINE void score_lines(const PackedWord* queries, const PackedWord* keys,
 }
 
 template <class Words, int R, int V>
-QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values, std::size_t words,
-                                   float* out, std::size_t stride) {
+QUAKE_INLINE void accumulate_lines(const PackedWord* weights, const PackedWord* values,
+                                   const float* value_scales, std::size_t words, float* out,
+                                   std::size_t stride) {
+  constexpr bool kIntegers = std::is_same_v<Words, Bytes8>;
   const PackedWord* panels[V];
   for (int v = 0; v < V; ++v) panels[v] = values + v * kMatrixLines;
-  for_sums<R, V>(LoadSums{out, stride});
+  kIntegers ? for_sums<R, V>(ClearSums{}) : for_sums<R, V>(LoadSums{out, stride});
   for (std::size_t k = 0; k < words; k += MatrixProducts<Words>::kWords) {
     MatrixProducts<Words>::template of_weights<R, V>(weights + k, panels, k * kPanel);
   }
-  for_sums<R, V>(StoreSums{out, stride});
+  if constexpr (!kIntegers) return for_sums<R, V>(StoreSums{out, stride});
+  alignas(kCacheLine) float sums[R][V * kLanes];
+  for_sums<R, V>(StoreSums{sums[0], V * kLanes});
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* const to = out + r * stride + v * kLanes;
+      store(to, add_products(as_int(load(&sums[r][v * kLanes])), load(value_scales + v * kLanes), load(to)));
+    }
+  }
 }
 
 // Calls body<R, V>(first column) for the panels of `columns`: the last one may have half as many.
@@ -246,20 +290,21 @@ void score_by_matrices(const PackedWord* queries, std::size_t rows, const Packed
 template <class Words>
 struct AccumulateLines {
   const PackedWord *weights, *values;
+  const float* value_scales;
   std::size_t words, capacity;
   float* out;
   std::size_t stride;
   template <int R, int V>
   QUAKE_INLINE_MEMBER void run(std::size_t i) const {
-    accumulate_lines<Words, R, V>(weights, values + i * capacity, words, out + i, stride);
+    accumulate_lines<Words, R, V>(weights, values + i * capacity, value_scales + i, words, out + i, stride);
   }
 };
 template <class Words>
 void accumulate_by_matrices(const PackedWord* weights, std::size_t rows, const PackedWord* values,
-                            std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
-                            std::size_t stride) {
+                            const float* value_scales, std::size_t count, std::size_t capacity,
+                            std::size_t size, float* accumulators, std::size_t stride) {
   for_row_panels(rows, size,
-                 AccumulateLines<Words>{weights, values, matrix_words<Words>(count),
+                 AccumulateLines<Words>{weights, values, value_scales, matrix_words<Words>(count),
                                         matrix_words<Words>(capacity), accumulators, stride});
 }
 
@@ -280,14 +325,18 @@ void fill_attention_products(AttentionKernels::Format& format) {
 template <class T>
 void fill_attention_lines_of(AttentionKernels& table) {
   constexpr int i = static_cast<int>(kDTypeOf<T>);
-  table.of(AttentionFormat::kBFloat16).pack_queries[i] = pack_lines<BFloatPairs<T>, T>;
+  table.of(AttentionFormat::kBFloat16).pack_queries[i] =
+      pack_queries_as_they_are<pack_lines<BFloatPairs<T>, T>>;
   AttentionKernels::Format& split = table.of(AttentionFormat::kFloat32Split);
-  split.pack_queries[i] = pack_split_lines<T>;
-  split.pack_keys[i] = pack_split_keys<T>;
-  split.pack_values[i] = pack_split_values<T>;
+  split.pack_queries[i] = pack_queries_as_they_are<pack_split_lines<T>>;
+  split.pack_keys[i] = pack_as_they_are<pack_split_keys<T>>;
+  split.pack_values[i] = pack_as_they_are<pack_split_values<T>>;
+  AttentionKernels::Format& bytes = table.of(AttentionFormat::kInt8);
+  bytes.pack_queries[i] = pack_byte_lines<T>;
+  bytes.pack_keys[i] = pack_byte_keys<T, kMatrixLines, 0>;
 }
 
-// Of bfloat16, the extended set's packing of keys and values and its weights stay.
+// Of bfloat16, the extended set's packing of keys and values and its weights stay; of bytes that of values.
 template <class... T>
 void fill_attention_lines(AttentionKernels& table) {
   (fill_attention_lines_of<T>(table), ...);
@@ -298,4 +347,7 @@ void fill_attention_lines(AttentionKernels& table) {
   fill_attention_products<SplitFloats>(split);
   split.query_scale = AttentionKernels::QueryScale::kAny;
   fill_orders(split.weigh, []<int Order>() { return weigh<SplitFloats, Order>; });
+  AttentionKernels::Format& bytes = table.of(AttentionFormat::kInt8);
+  fill_attention_products<Bytes8>(bytes);
+  fill_byte_weights<kMatrixRows>(bytes);
 }

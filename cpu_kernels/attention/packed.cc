@@ -19,21 +19,23 @@ void clear_last_words(const PackedMatrix& matrix) {
 
 }  // namespace
 
-bool pack_keys(const AttentionKernels::Format& format, DType dtype, const void* keys, std::ptrdiff_t stride,
-               std::size_t count, std::size_t head_size, PackedWord* memory, PackedMatrix& packed) {
-  packed = {memory, head_size, count, head_size, format.layout};
+bool pack_keys(const AttentionKernels::Format& format, const RowsToPack& keys, std::size_t count,
+               std::size_t head_size, const float* centre, const PackedMemory& memory, PackedMatrix& packed) {
+  packed = {memory.words, head_size, count, head_size, format.layout, memory.scales};
   clear_last_words(packed);
-  return format.pack_keys[static_cast<int>(dtype)](keys, stride, count, head_size,
-                                                   format.layout.words(head_size), memory);
+  return format.pack_keys[static_cast<int>(keys.dtype)](keys.data, keys.stride, count, head_size,
+                                                        format.layout.words(head_size), centre, memory.scales,
+                                                        memory.words);
 }
 
-bool pack_values(const AttentionKernels::Format& format, DType dtype, const void* values, std::ptrdiff_t stride,
-                 std::size_t count, std::size_t value_size, std::size_t capacity, PackedWord* memory,
+bool pack_values(const AttentionKernels::Format& format, const RowsToPack& values, std::size_t count,
+                 std::size_t value_size, std::size_t capacity, const PackedMemory& memory,
                  PackedMatrix& packed) {
-  packed = {memory, count, value_size, capacity, format.layout};
+  packed = {memory.words, count, value_size, capacity, format.layout, memory.scales};
   clear_last_words(packed);
-  return format.pack_values[static_cast<int>(dtype)](values, stride, count, value_size,
-                                                     format.layout.words(capacity), memory);
+  return format.pack_values[static_cast<int>(values.dtype)](values.data, values.stride, count, value_size,
+                                                            format.layout.words(capacity), nullptr,
+                                                            memory.scales, memory.words);
 }
 
 }  // namespace quake

@@ -11,14 +11,27 @@
 
 namespace quake {
 
-// Keys and values of one head, the first of them at the pointers, packed into memory of needed_words(…) words
-// of the format's layout. Up to kKeyTile keys, for the kernels of tiles. False where the format has not all of
-// the values.
-bool pack_keys(const AttentionKernels::Format& format, DType dtype, const void* keys, std::ptrdiff_t stride,
-               std::size_t count, std::size_t head_size, PackedWord* memory, PackedMatrix& packed);
+// Rows of memory, `stride` elements apart.
+struct RowsToPack {
+  const void* data;
+  std::ptrdiff_t stride;
+  DType dtype;
+};
+
+// Where a packed matrix lies: needed_words(…) words of the format's layout, and as many floats as its panels
+// have columns.
+struct PackedMemory {
+  PackedWord* words;
+  float* scales;
+};
+
+// Keys and values of one head, packed. Up to kKeyTile keys, for the kernels of tiles. False where the format
+// does not have all of the values. The centre is of formats that have one.
+bool pack_keys(const AttentionKernels::Format& format, const RowsToPack& keys, std::size_t count,
+               std::size_t head_size, const float* centre, const PackedMemory& memory, PackedMatrix& packed);
 // The panels have room for `capacity` keys.
-bool pack_values(const AttentionKernels::Format& format, DType dtype, const void* values, std::ptrdiff_t stride,
-                 std::size_t count, std::size_t value_size, std::size_t capacity, PackedWord* memory,
+bool pack_values(const AttentionKernels::Format& format, const RowsToPack& values, std::size_t count,
+                 std::size_t value_size, std::size_t capacity, const PackedMemory& memory,
                  PackedMatrix& packed);
 
 }  // namespace quake

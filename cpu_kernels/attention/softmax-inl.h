@@ -71,7 +71,7 @@ template <class Words>
 constexpr std::size_t kWeightStride = kScoreStride;
 
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  FloatWords<float>) {
   float* const out = as_floats(weights);
   vf s[4] = {};
@@ -97,7 +97,7 @@ QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, Pa
 // is proportional to how far the values are from their mean. The weights of a pair of vectors may overwrite the
 // scores of one that has been read.
 template <int Order, class Count>
-QUAKE_INLINE WeightSum weigh_row(const float* scores, Count vectors, vf base, PackedWord* weights,
+QUAKE_INLINE WeightSum weigh_row(std::size_t, const float* scores, Count vectors, vf base, PackedWord* weights,
                                  BFloatPairs<float>) {
   const vi ones = vi{} + 0x3f803f80;
   vf used[2] = {}, exact[4] = {};
@@ -132,11 +132,23 @@ QUAKE_INLINE float shrink(float* accumulators, std::size_t size, float old_maxim
   return factor[0];
 }
 
+// Raises a row's maximum, and with it what is relative to it.
+QUAKE_INLINE void raise_maximum(float to, float& maximum, WeightSum& sum, float* accumulators,
+                                std::size_t size) {
+  if (!(to > maximum)) return;
+  if (sum.exact != 0) {
+    const float factor = shrink(accumulators, size, maximum, to);
+    sum.used *= factor;
+    sum.exact *= factor;
+  }
+  maximum = to;
+}
+
 template <class Words, int Order, class Count>
 QUAKE_INLINE void weigh_rows(const float* scores, std::size_t rows, Count vectors, const float* base,
                              WeightSum* sums, PackedWord* weights) {
   for (std::size_t r = 0; r < rows; ++r) {
-    const WeightSum sum = weigh_row<Order>(scores + r * kScoreStride, vectors, set1(base[r]),
+    const WeightSum sum = weigh_row<Order>(r, scores + r * kScoreStride, vectors, set1(base[r]),
                                            weights + r * kWeightStride<Words>, Words{});
     sums[r].used += sum.used;
     sums[r].exact += sum.exact;
@@ -153,14 +165,7 @@ void weigh(float* scores, std::size_t rows, std::size_t count, float* maxima, We
     base[r] = scores_maximum(scores + r * kScoreStride, vectors, last);
   }
   for (std::size_t r = 0; r < rows; ++r) {
-    if (base[r] > maxima[r]) {
-      if (sums[r].exact != 0) {
-        const float factor = shrink(accumulators + r * accumulator_stride, size, maxima[r], base[r]);
-        sums[r].used *= factor;
-        sums[r].exact *= factor;
-      }
-      maxima[r] = base[r];
-    }
+    raise_maximum(base[r], maxima[r], sums[r], accumulators + r * accumulator_stride, size);
     // With a maximum of -inf nothing is subtracted: the weights are 0, and a later tile may have better ones.
     base[r] = maxima[r] == -kInfinity ? 0.0f : maxima[r];
   }

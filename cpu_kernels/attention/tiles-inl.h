@@ -81,8 +81,9 @@ struct AccumulatePanels {
 };
 
 template <class Words>
-void accumulate(const PackedWord* weights, std::size_t rows, const PackedWord* values, std::size_t count,
-                std::size_t capacity, std::size_t size, float* accumulators, std::size_t accumulator_stride) {
+void accumulate(const PackedWord* weights, std::size_t rows, const PackedWord* values, const float*,
+                std::size_t count, std::size_t capacity, std::size_t size, float* accumulators,
+                std::size_t accumulator_stride) {
   with_row_tile(rows, AccumulatePanels<Words>{weights, values, words<Words>(count), words<Words>(capacity),
                                               size, accumulators, accumulator_stride});
 }

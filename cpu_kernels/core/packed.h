@@ -11,8 +11,9 @@
 
 namespace quake {
 
-// What the product multiplies at a time: 32 bits that hold neighbours of the axis that it sums over, either one
-// float32 or two bfloat16. Which, PackedLayout says; nothing but the kernels of core/words-inl.h looks inside.
+// What the product multiplies at a time: 32 bits that hold neighbours of the axis that it sums over, one
+// float32, two bfloat16 or four bytes. Which, PackedLayout says; nothing but the kernels that make and
+// multiply them looks inside.
 struct PackedWord {
   std::uint32_t bits;
 };
@@ -32,6 +33,7 @@ struct PackedMatrix {
   std::size_t depth = 0, columns = 0;
   std::size_t capacity = 0;  // at least the depth
   PackedLayout layout = {1, 1, 1};
+  float* scales = nullptr;  // of every column, where the words hold integers
 
   std::size_t panel_words() const { return layout.words(capacity) * layout.panel; }
   // The memory that packing needs.

@@ -8,8 +8,8 @@ constexpr int kRowTile = kRegisters >= 32 ? 12 : 6;
 constexpr int kPanel = 2 * kLanes;
 
 // c[r][v] += sum over k of a[r, k] b[k, v]; b has rows of kPanel.
-template <class Words, int R, int V, int kRowStep, int kDepthStep>
-QUAKE_INLINE void multiply_add(const PackedWord* a, const PackedWord* b, std::size_t depth, vf (&c)[R][V]) {
+template <class Words, int R, int V, int kRowStep, int kDepthStep, class Sum>
+QUAKE_INLINE void multiply_add(const PackedWord* a, const PackedWord* b, std::size_t depth, Sum (&c)[R][V]) {
   for (std::size_t k = 0; k < depth; ++k, a += kDepthStep, b += kPanel) {
     typename Words::Vector column[V];
 #pragma GCC unroll 4

@@ -10,6 +10,7 @@ namespace quake {
 namespace {
 
 #include "isa/avx512-inl.h"
+#include "isa/avx512vnni-inl.h"
 #include "isa/avx512bf16-inl.h"
 #include "isa/kernels-inl.h"
 
@@ -30,6 +31,12 @@ struct MatrixBytes {
   template <int C, int A, int B>
   QUAKE_INLINE void multiply_add() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+};
+struct MatrixUnsignedBytes {
+  template <int C, int A, int B>
+  QUAKE_INLINE void multiply_add() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
 struct MatrixBFloats {
@@ -64,6 +71,7 @@ QUAKE_INLINE vi append_halves(vf a, vf b) {
 }
 
 #include "core/matrix-inl.h"
+#include "attention/bytes-inl.h"
 #include "attention/matrix-inl.h"
 #include "dense/lines-inl.h"
 

@@ -1,4 +1,5 @@
-// AVX-512 with VNNI, which multiplies bytes by fours: the kernels of quantised rows alone. It extends AVX-512.
+// AVX-512 with VNNI, which multiplies bytes by fours: the kernels of quantised rows and of
+// attention in int8 alone. It extends AVX-512.
 
 #include <immintrin.h>
 
@@ -10,18 +11,15 @@ namespace {
 
 #include "isa/avx512-inl.h"
 #include "core/bfloat_words-inl.h"
-
-// Not the intrinsic: GCC 12 copies and spills the sums of a tile of them.
-QUAKE_INLINE vi byte_products(vi a, vi b, vi c) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-  return c;
-}
-
+#include "isa/avx512vnni-inl.h"
 #include "isa/kernels-inl.h"
+
+#include "attention/bytes-inl.h"
 
 }  // namespace
 
 void isa::fill_avx512vnni(KernelTable& table) {
+  fill_attention_bytes<bfloat16, float, float16>(table.attention.of(AttentionFormat::kInt8));
   fill_dense_quantized<true, bfloat16, float, float16>(table.dense);
 }
 

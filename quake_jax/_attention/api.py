@@ -14,12 +14,9 @@ from jax.typing import ArrayLike, DTypeLike
 from quake_jax._attention.arguments import STATIC, optional_arrays, static_arguments
 from quake_jax._attention.call import attend
 from quake_jax._core import jax_names
-from quake_jax._core.config import DEFAULT_ORDERS, Order
+from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array
 from quake_jax._core.exports import defined_in
-
-# Its exponential is a small part of its time: float32-accurate.
-DEFAULT_ORDERS["dot_product_attention"] = 5
 
 _attend_call = jax.jit(
     attend,
@@ -74,13 +71,16 @@ def dot_product_attention(
       implementation: None or "quake" is this package's; "xla" and "cudnn" are those of jax.nn.
       return_residual: whether to return the log-sum-exp of the logits too.
       logits_soft_cap: replaces the scaled logits by cap · tanh(logits / cap), before the bias.
-      compute_dtype: what is multiplied, "float32" or "bfloat16"; None is query's dtype, but float32
-        for float16. In bfloat16 query, key, value and weights are rounded to it, sums are float32,
-        and so are the softmax and up to 8 queries that share keys (decoding), which reading bounds.
-        A CPU that has no products of bfloat16 multiplies float32 all the same; derivatives and
-        other platforms ignore it.
-      order: accuracy of the exponential, as in `softmax`, 5 unless a default is set; "exact" is
-        `jax.nn.dot_product_attention`.
+      compute_dtype: what is multiplied, "float32", "bfloat16" or "int8"; None is query's dtype, but
+        float32 for float16. In bfloat16 query, key, value and weights are rounded to it, sums are
+        float32, and so are the softmax and up to 8 queries that share keys (decoding), which
+        reading bounds. In int8 query, key less the mean of the first keys, and value are rounded to
+        127ths of the largest element of the vector (of value: of 256 keys, by column), weights to
+        255ths of the row's largest; the rest is as in bfloat16. A CPU that has no such products
+        multiplies float32 all the same; derivatives and other platforms ignore it. In int8, a call
+        with NaN, infinities or numbers beyond 2^58 (of value: 2^100) is done in float32 as well.
+      order: accuracy of the exponential, as in `softmax`, 5 (in int8: 2) unless a default is set;
+        "exact" is `jax.nn.dot_product_attention`.
 
     Returns:
       An array of shape (B, T, N, V) or (T, N, V) and query's dtype; with `return_residual` also

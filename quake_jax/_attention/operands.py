@@ -27,8 +27,9 @@ LARGEST_HEAD = 512
 LONGEST = 2**30
 # A window without a limit on one side.
 NO_LIMIT = -1
-# What the kernel may multiply: `compute_dtype`, and the number of the format that it has there.
-FORMATS = {"float32": 0, "bfloat16": 1}
+# What the kernel may multiply: `compute_dtype`, and the number of the format that it has there. Of
+# int8 it makes the codes.
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 def format_of(compute_dtype: str | None, dtype) -> int:

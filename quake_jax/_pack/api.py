@@ -163,8 +163,8 @@ def pack(
         what is beyond the range is clipped. A batch is a tuple of the arguments after
         params, or the only one of them, if that is no tuple or list; batches are an iterable of
         such. For a sequence of functions, calibrate is one too, with the batches of each, or None.
-      attention: None, or what attention multiplies: "float32" or "bfloat16", the `compute_dtype` of
-        `dot_product_attention`.
+      attention: None, or what attention multiplies: "float32", "bfloat16" or "int8", the
+        `compute_dtype` of `dot_product_attention`.
       order: accuracy of activations and attention, as in `accelerate`.
 
     Returns:

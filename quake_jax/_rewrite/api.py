@@ -58,7 +58,7 @@ def accelerate(
       fun: function of arrays, in any pytrees, that jax.jit could trace. A jitted one keeps its
         name, its shardings and its donated arguments.
       order: accuracy of what is replaced, as in `quake_jax.softmax`; None is the default of each
-        function: 5 for attention and 3 for the others. "exact" replaces nothing.
+        function: 5 for attention (2 in int8) and 3 for the others. "exact" replaces nothing.
       only: what to replace: None is attention, softmax, log_softmax, logsumexp and
         the activations (gelu, quick_gelu, silu, sigmoid, log_sigmoid, softplus, tanh, mish, elu,
         celu, selu, glu) of arrays of at least 256 to 1024 elements, by the function, and attention
@@ -74,7 +74,8 @@ def accelerate(
         with what depends on parameters alone are then replaced by `dense`, as `pack` does, but each
         call packs the weights first, so that `fun` keeps its parameters. That pays where a weight
         meets many rows; `explain` says how many. Donated arguments are kept.
-      attention: None, or the `compute_dtype` of `dot_product_attention`: "float32" or "bfloat16".
+      attention: None, or the `compute_dtype` of `dot_product_attention`: "float32", "bfloat16" or
+        "int8".
       params_argnums: the positional argument of `fun` that holds the parameters, or a tuple of
         them; of no effect without `weights`.
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from quake_jax._attention import call
+from quake_jax._attention.arguments import attention_order
 from quake_jax._attention.masks import Masking, kept_keys
 from quake_jax._attention.operands import NO_LIMIT
-from quake_jax._core.config import resolved_order
 from quake_jax._rewrite.labels import SIZE, Labels, apart
 
 # A bias of at most this leaves masked logits (at most -9e8) as good as none.
@@ -176,7 +176,7 @@ def _kernel(plan: Plan, operands, bias, mask, lengths, scale, compute_dtype, ord
         is_causal=is_causal,
         window=None if is_causal else window,
         compute_dtype=compute_dtype,
-        order=resolved_order(order, "dot_product_attention"),
+        order=attention_order(order, compute_dtype),
         masking=plan.masking,
     )
 

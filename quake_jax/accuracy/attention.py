@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from quake_jax._core.constants import MAX_REL_ERROR
 from quake_jax.reference import MASKED_LOGIT
 
 NAME = "dot_product_attention"
+# Of float32 operands, by compute_dtype="int8"; elsewhere a dtype is that of the operands.
+INT8 = "int8"
 # Lengths and head sizes.
 SHAPES = ((197, 64), (1024, 64), (197, 128), (1024, 128))
 _HEADS, _KV_HEADS, _FEW_QUERIES = 2, 1, 37
@@ -38,6 +41,14 @@ output o = Σ p v with weights p = w / Σ w:
   costs the error of order 5 again.
 - bfloat16 with AVX512_BF16 multiplies by weights that are rounded to bfloat16: 2^-8 Σ p|v| more.
   The bound of bfloat16 has this term on all machines.
+- compute_dtype="int8" rounds query and key less c, the mean of the first 256 keys, to 127ths of
+  their largest element, which moves a logit by at most
+  γ = scale (max|q| Σ|k − c| + max|k − c| Σ|q| + H max|q| max|k − c| / 254) / 254,
+  and a weight to 255ths of the row's largest, by at most 1/255 of that. Of the relative errors
+  g = e^γ − 1 of weights and W, the sum of the weights relative to the largest one, the mean
+  of the values moves by (Σ p g|v| + |o| Σ p g + (Σ|v| + S|o|)/(255 W)) / (1 − Σ p g − S/(255 W)),
+  and never out of the range of the values; these are rounded by max|v|/254 of their column. The
+  bound of int8 has these terms on all machines.
 - The result is rounded to its dtype: 2^-8 |o| for bfloat16, 2^-11 |o| for float16.
 
 Order 1 is coarse: the ratio of two weights can be wrong by 6 %. The errors of many weights average
@@ -95,6 +106,21 @@ def _dominating_key(*arguments) -> dict:
     return x
 
 
+def _peak(*arguments) -> dict:
+    """One key has 40 % of the weight, and each of the others less than 1/500 of it."""
+    x = _equal_keys(*arguments)
+    x["query"][..., 0] = 1
+    x["key"][:, 5, :, 0] += 6.5 * math.sqrt(x["key"].shape[-1])
+    return x
+
+
+def _far_keys(*arguments) -> dict:
+    """What keys have in common is large beside what they differ by."""
+    x = _normal(*arguments)
+    x["key"] += 10 * np.cos(np.arange(x["key"].shape[-1]))
+    return x
+
+
 def _equal_keys(*arguments) -> dict:
     x = _normal(*arguments)
     x["key"][:] = x["key"][:, :1]
@@ -142,6 +168,8 @@ CASES: dict[str, Callable[..., dict]] = {
     "logits of ±80": _large_logits,
     "one dominating key": _dominating_key,
     "all keys equal": _equal_keys,
+    "one key above equal ones": _peak,
+    "keys far from 0": _far_keys,
     "biases of -inf": _biased(lambda dtype: -math.inf, whole_row=False),
     "biases of finfo.min": _biased(lambda dtype: float(jnp.finfo(dtype).min), whole_row=True),
     "a mask with empty rows": _empty_rows,
@@ -151,8 +179,18 @@ CASES: dict[str, Callable[..., dict]] = {
 }
 
 
+def dtypes(chosen: Sequence[str]) -> tuple[str, ...]:
+    """What is measured of attention where the functions are measured in some dtypes."""
+    return (*chosen, *((INT8,) if "float32" in chosen else ()))
+
+
+def _stored(dtype: str) -> str:
+    return "float32" if dtype == INT8 else dtype
+
+
 def operands(case: str, dtype: str, queries: int, keys: int, size: int) -> dict[str, np.ndarray]:
-    """The operands of a case, rounded to `dtype`; the same at each call."""
+    """The operands of a case, rounded to `dtype` (of INT8 float32); the same at each call."""
+    dtype = _stored(dtype)
     seed = zlib.crc32(f"{case} {queries} {keys} {size}".encode())
     x = CASES[case](np.random.default_rng(seed), queries, keys, size, dtype)
     return {
@@ -201,14 +239,45 @@ def exact_and_bounds(
     if dtype == "bfloat16":
         rounding += 2.0**-8 * magnitude
     exact = times(p, v)
+    weights = np.exp(logits - largest).sum(-1)
+    coding = _coding(scale * q, k) * (kept & (p > 0)) if dtype == INT8 else None
+    dtype = _stored(dtype)
     store = 0.0 if dtype == "float32" else float(jnp.finfo(dtype).eps) / 2
     tiny = float(jnp.finfo(dtype).smallest_subnormal) if dtype == "float16" else 2.0**-126
     bounds = {}
     for order in orders:
         e = MAX_REL_ERROR["exp"][order]
         error = 2 * e / (1 - e) * magnitude + rounding
+        if coding is not None:
+            moved = _moved_by_codes(p, coding, v, exact, (1 - e) * weights)
+            error += (1 + 2 * e / (1 - e)) * moved
         bounds[order] = error + store * (np.abs(exact) + error) + tiny
     return exact, bounds
+
+
+def _coding(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """By how much int8 moves each logit at most, (B, N, T, S), of scaled queries."""
+    q = np.abs(q).transpose(0, 2, 1, 3)[:, :, :, None]
+    k = np.where(np.isnan(k), 0, k)
+    k = np.abs(k - k[:, :256].mean(1, keepdims=True)).transpose(0, 2, 1, 3)[:, :, None]
+    of_query, of_key = q.max(-1) / 254, k.max(-1) / 254
+    # The centre and the scales are float32's.
+    both = q.shape[-1] * of_query * of_key
+    return (1 + 2.0**-16) * (of_query * k.sum(-1) + of_key * q.sum(-1) + both)
+
+
+def _moved_by_codes(p, coding, v, exact, weights) -> np.ndarray:
+    """By how much int8 moves each output, (B, T, N, H)."""
+    relative = p * np.expm1(np.minimum(coding, 100))
+    rounding = 1 / (255 * weights)  # (B, N, T)
+    sums = [x.transpose(0, 2, 1)[..., None] for x in (relative.sum(-1), rounding)]
+    of_values = np.abs(v).sum(1)[:, None]
+    moved = np.einsum("bnts,bsnh->btnh", relative, np.abs(v)) + np.abs(exact) * sums[0]
+    moved += (of_values + v.shape[1] * np.abs(exact)) * sums[1]
+    left = 1 - sums[0] - v.shape[1] * sums[1]
+    most = np.maximum(v.max(1)[:, None] - exact, exact - v.min(1)[:, None])
+    moved = np.where(left > 0, np.minimum(moved / np.where(left > 0, left, 1), most), most)
+    return moved + np.abs(v).max(1)[:, None] / 254
 
 
 def measure(
@@ -218,7 +287,7 @@ def measure(
 
     Args:
       case: One of CASES.
-      dtype: "float32", "bfloat16" or "float16".
+      dtype: "float32", "bfloat16", "float16" or INT8.
       orders: The orders to measure.
       shapes: Pairs of a length and a head size; SHAPES if None.
 
@@ -232,7 +301,7 @@ def measure(
             x = operands(case, dtype, queries, length, size)
             exact, bounds = exact_and_bounds(x, dtype, orders)
             shape = (x["query"].shape[1], length, size)
-            for order, y in _results(x, orders):
+            for order, y in _results(x, orders, INT8 if dtype == INT8 else None):
                 _compare(y, exact, bounds[order], shape, worst[order], failures[order])
     isa = quake_jax.isa()
     return [
@@ -241,10 +310,13 @@ def measure(
     ]
 
 
-def _results(x: dict, orders: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+def _results(
+    x: dict, orders: tuple[int, ...], compute_dtype: str | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    attend = functools.partial(quake_jax.dot_product_attention, **x, compute_dtype=compute_dtype)
     with jax.default_device(jax.devices("cpu")[0]):
         for order in orders:
-            yield order, np.asarray(quake_jax.dot_product_attention(**x, order=order), np.float64)
+            yield order, np.asarray(attend(order=order), np.float64)
 
 
 def _compare(y, exact, bound, shape, worst: dict, failures: list[str]) -> None:
@@ -294,7 +366,8 @@ def markdown(results: list[AttentionAccuracy]) -> list[str]:
     for dtype in dict.fromkeys(r.dtype for r in results):
         of_dtype = [r for r in results if r.dtype == dtype]
         orders = sorted({r.order for r in of_dtype})
-        lines += [f"### {dtype}", ""]
+        products = ' with compute_dtype="int8"' if dtype == INT8 else ""
+        lines += [f"### {_stored(dtype)}{products}", ""]
         lines.append("| inputs | " + " | ".join(f"order {order}" for order in orders) + " |")
         lines.append("|" + "---|" * (1 + len(orders)))
         for case in dict.fromkeys(r.case for r in of_dtype):

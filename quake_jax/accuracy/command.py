@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     results: list[Accuracy] = []
     of_attention: list[attention.AttentionAccuracy] = []
     total = len(functions) * sum(len(parts_of_inputs(dtype, args.stride)) for dtype in dtypes)
-    total += len(attention.CASES) * len(dtypes) if args.attention else 0
+    dtypes_of_attention = attention.dtypes(dtypes) if args.attention else ()
+    total += len(attention.CASES) * len(dtypes_of_attention)
     try:
         with progress("accuracy", total) as advance:
             for dtype in dtypes:
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
                     for order in sorted({r.order for r in measured}):
                         print(summary([r for r in measured if r.order == order]), flush=True)
                     results += measured
-            for dtype in dtypes if args.attention else ():
+            for dtype in dtypes_of_attention:
                 measured_cases = []
                 for case in attention.CASES:
                     measured_cases += attention.measure(case, dtype, orders=orders)

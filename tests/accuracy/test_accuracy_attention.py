@@ -16,7 +16,7 @@ from quake_jax.accuracy import attention as _accuracy_attention
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, _accuracy_attention.INT8])
 @pytest.mark.parametrize("case", _accuracy_attention.CASES)
 def test_attention_keeps_its_bound(case, dtype):
     shapes = ((197, 64), (300, 128))
@@ -64,15 +64,16 @@ def test_the_command_measures_attention(tmp_path, capsys, monkeypatch):
     arguments += ["--order", "3", "--order", "5", "--json", str(paths[0])]
     assert accuracy.main([*arguments, "--markdown", str(paths[1])]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:4] for line in lines[:4]] == [
-        [dtype, "order", f"{order}:"] for dtype in ("float32", "bfloat16") for order in (3, 5)
+    dtypes = ("float32", "bfloat16", "int8")
+    assert [line.split()[1:4] for line in lines[:6]] == [
+        [dtype, "order", f"{order}:"] for dtype in dtypes for order in (3, 5)
     ]
-    assert lines[4].startswith("accuracy: ok, 4 kernels")
+    assert lines[6].startswith("accuracy: ok, 6 kernels")
     content = json.loads(paths[0].read_text())
-    assert len(content["attention"]) == 2 * 2 * len(_accuracy_attention.CASES)
+    assert len(content["attention"]) == 3 * 2 * len(_accuracy_attention.CASES)
     text = paths[1].read_text()
     assert "## float32" not in text.splitlines() and "| inputs | order 3 | order 5 |" in text
-    assert all(text.count(f"\n| {case} |") == 2 for case in _accuracy_attention.CASES)
+    assert all(text.count(f"\n| {case} |") == 3 for case in _accuracy_attention.CASES)
 
     tight = {**MAX_REL_ERROR, "exp": dict.fromkeys(ORDERS, 1e-6)}
     monkeypatch.setattr(_accuracy_attention, "MAX_REL_ERROR", tight)

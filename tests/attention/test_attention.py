@@ -159,6 +159,67 @@ def test_products_of_bfloat16(case, dtype):
     assert (np.abs(np.asarray(out, np.float64) - exact_out) <= bound).all()
 
 
+def moved_by_codes(x, case):
+    """By how much int8 moves a logit at most: codes err by half of 1/127 of the largest element."""
+    q, k, _ = (np.abs(np.asarray(a, np.float64)) for a in x)
+    k = np.repeat(k, q.shape[2] // k.shape[2], 2)
+    k = k + k.max(1, keepdims=True)  # less a mean of keys
+    of_query, of_key = (a.max(-1)[..., None] / 254 for a in (q, k))
+    both = q.shape[3] * of_query.max() * of_key.max()
+    scale = abs(case.get("scale", q.shape[3] ** -0.5))
+    sums = (a.sum(-1, keepdims=True) for a in (q, k))
+    return (
+        1.001 * scale * (of_key.max() * next(sums).max() + of_query.max() * next(sums).max() + both)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case", ["plain", "causal segments", "soft cap", "nothing kept", "everything"]
+)
+def test_products_of_int8(case, dtype):
+    x, case = operands(dtype=dtype), CASES[case]
+    f = functools.partial(quake, **case, compute_dtype="int8", return_residual=True)
+    traced = str(jax.make_jaxpr(f)(*x))
+    assert "format=2" in traced and "order=2" in traced
+    out, lse = jax.jit(f)(*x)
+    assert out.dtype == dtype
+    expected, expected_lse = in_double(*x, **case)
+    moved = moved_by_codes(x, case)
+    # Weights err by that and by 1/255 of the largest, and values by half of 1/127 of theirs.
+    largest = float(np.abs(np.asarray(x[2], np.float64)).max())
+    of_weights = np.expm1(moved) + x[1].shape[1] / 255 + 2 * MAX_REL_ERROR["softmax"][2]
+    bound = (min(2 * of_weights / (1 - of_weights), 2) + 1 / 254 + half_unit(dtype)) * largest
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=bound)
+    has_keys = expected_lse > -1e4
+    lse, expected_lse = np.asarray(lse, np.float64)[has_keys], expected_lse[has_keys]
+    np.testing.assert_allclose(lse, expected_lse, rtol=half_unit(dtype), atol=moved + 4e-3)
+
+
+def test_errors_of_int8_average_out():
+    x = operands(t=300, s=400, h=64)
+    plain = np.asarray(quake(*x), np.float64)
+    for other, case in ((0.0, {}), (100.0, {}), (0.0, {"is_causal": True})):
+        # What all keys have in common costs nothing.
+        key = x[1] + other * normal(64, seed=8)
+        expected, _ = in_double(x[0], key, x[2], **case)
+        error = (
+            np.asarray(quake(x[0], key, x[2], **case, compute_dtype="int8"), np.float64) - expected
+        )
+        assert np.sqrt((error**2).mean() / (expected**2).mean()) < 0.03
+    has_bytes = quake_jax.isa() in ("avx512vnni", "avx512bf16", "avx512bf16amx")
+    assert np.array_equal(quake(*x, compute_dtype="int8", order=5), plain) != has_bytes
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e31])
+@pytest.mark.parametrize("which", range(3))
+def test_what_int8_has_no_codes_for_is_done_in_float32(which, bad):
+    x = [np.array(a) for a in operands(t=40, s=70)]
+    x[which][1, 3, 0, 5] = bad
+    out, expected = (quake(*x, compute_dtype=name, order=5) for name in ("int8", "float32"))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_multiplied_by_default():
     for dtype in DTYPES:
         x = operands(dtype=dtype)
@@ -210,9 +271,13 @@ def test_derivatives_do_not_depend_on_what_is_multiplied():
     def loss(f, *x):
         return jnp.vdot(f(*x), normal(2, 7, 4, 16, seed=9))
 
+    of_int8 = functools.partial(quake, compute_dtype="int8", order=5)
     f = functools.partial(quake, compute_dtype="bfloat16")
-    slopes = [jax.grad(functools.partial(loss, g), (0, 1, 2))(*x) for g in (f, exact)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-3), *slopes)
+    slopes = [jax.grad(functools.partial(loss, g), (0, 1, 2))(*x) for g in (f, of_int8, exact)]
+    for slope in slopes[:2]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-3), slope, slopes[2]
+        )
     stacked = [jnp.stack([a, a[::-1]]) for a in x]
     mapped = jax.jit(jax.vmap(f))(*stacked)
     for y, *one in zip(mapped, *stacked, strict=True):

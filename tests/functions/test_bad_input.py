@@ -396,7 +396,7 @@ def _options_of_attention():
         wanted = f"… must be None, or positive and finite; got {float(bad)!r}"
         yield with_cache, "logits_soft_cap", bad, ValueError, wanted
     for bad in ("int4", "float16", jnp.float16, 3, "text"):
-        wanted = f"… must be None or one of 'float32', 'bfloat16'; got {bad!r}"
+        wanted = f"… must be None or one of 'float32', 'bfloat16', 'int8'; got {bad!r}"
         yield ATTENTION, "compute_dtype", bad, ValueError, wanted
 
 
@@ -497,8 +497,8 @@ def _models():
     for bad in ("int3", 8):
         wanted = f"… must be one of None, 'float32', 'bfloat16', 'int8', 'int4'; got {bad!r}"
         yield ["accelerate"], "weights", bad, ValueError, wanted
-    for bad in ("int8", jnp.int8, 16):
-        wanted = f"… must be None or one of 'float32', 'bfloat16'; got {bad!r}"
+    for bad in ("int4", jnp.int16, 16):
+        wanted = f"… must be None or one of 'float32', 'bfloat16', 'int8'; got {bad!r}"
         yield ["accelerate"], "attention", bad, ValueError, wanted
     for bad in ("x", 1.0, True, (), ("x",), None):
         wanted = "… must be the number of a positional argument, or a tuple of them"

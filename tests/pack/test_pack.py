@@ -794,7 +794,7 @@ def test_what_attention_multiplies():
         return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
 
     params = {name: normal(K // 4, K // 4, seed=i) for i, name in enumerate("qkv")}
-    for attention, number in ((None, 0), ("float32", 0), ("bfloat16", 1)):
+    for attention, number in ((None, 0), ("float32", 0), ("bfloat16", 1), ("int8", 2)):
         fast, packed = quake_jax.pack(block, params, X, weights="float32", attention=attention)
         assert f"format={number}" in str(jax.make_jaxpr(fast)(packed, X))
         fast = quake_jax.accelerate(block, attention=attention)

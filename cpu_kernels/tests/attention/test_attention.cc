@@ -9,6 +9,7 @@
 // Where bfloat16 is multiplied directly, the weights are rounded to it, by u = 2^-8 of each. The output is the
 // mean of the values by those weights, which adds u sum p |v - out| / (1 - u); p and out are known to 2 e. The
 // log-sum-exp is that of the weights before rounding.
+// In int8 bytes_error() says what is added.
 
 #include "attention/driver.h"
 #include "tests/bounds.h"
@@ -34,9 +35,9 @@ constexpr int kCodes = static_cast<int>(DType::kInt8);
 struct Case {
   size_t batch = 1, query_length = 1, key_length = 1, kv_heads = 1, groups = 1, head_size = 1, value_size = 1;
   int dtype = 0, order = 5;
-  int kv_dtype = -1;     // of keys and values: kCodes, or that of queries if -1
-  bool bfloats = false;  // whether the products may be of bfloat16, whatever the dtype
-  bool packed = false;   // queries, keys and values are slices of one array
+  int kv_dtype = -1;                                   // of keys and values: kCodes, or that of queries if -1
+  AttentionFormat format = AttentionFormat::kFloat32;  // that of the dtype, if that is bfloat16
+  bool packed = false;                                 // queries, keys and values are slices of one array
   float soft_cap = 0;
   Bias bias = Bias::kNone;
   int bias_dtype = 0;
@@ -54,13 +55,14 @@ struct Case {
   std::string describe(const KernelTable& table) const {
     char text[400];
     std::snprintf(text, sizeof text,
-                  "%s %s kv %d bfloats %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap "
+                  "%s %s kv %d format %d order %d: B %zu Tq %zu Tk %zu K %zu G %zu H %zu Hv %zu packed %d cap "
                   "%g bias %d (%d, "
                   "%d) mask %d (%d) causal %d window %d %d lengths %d %d segments %d values %d",
-                  table.isa, kStorage[dtype].name, kv_dtype, bfloats, order, batch, query_length, key_length,
-                  kv_heads, groups, head_size, value_size, packed, soft_cap, static_cast<int>(bias), bias_dtype,
-                  bias_broadcast, static_cast<int>(mask), mask_broadcast, causal, window_left, window_right,
-                  query_lengths, key_lengths, static_cast<int>(segments), static_cast<int>(values));
+                  table.isa, kStorage[dtype].name, kv_dtype, static_cast<int>(format), order, batch,
+                  query_length, key_length, kv_heads, groups, head_size, value_size, packed, soft_cap,
+                  static_cast<int>(bias), bias_dtype, bias_broadcast, static_cast<int>(mask), mask_broadcast,
+                  causal, window_left, window_right, query_lengths, key_lengths, static_cast<int>(segments),
+                  static_cast<int>(values));
     return text;
   }
 };
@@ -225,7 +227,8 @@ void make_inputs(const Case& c, Inputs& in, std::mt19937& random) {
   AttentionProblem& p = in.problem;
   p.dtype = kStorage[c.dtype].dtype;
   p.kv_dtype = static_cast<DType>(c.stored());
-  if (c.bfloats || p.dtype == DType::kBFloat16) p.format = AttentionFormat::kBFloat16;
+  const bool is_default = c.format == AttentionFormat::kFloat32;
+  p.format = is_default && p.dtype == DType::kBFloat16 ? AttentionFormat::kBFloat16 : c.format;
   p.batch = c.batch;
   p.query_length = c.query_length;
   p.key_length = c.key_length;
@@ -259,8 +262,13 @@ double get(const Storage& storage, const void* data, ptrdiff_t i) {
   return storage.get(static_cast<const char*>(data), static_cast<size_t>(i));
 }
 
-// Whether the products of many rows are of bfloat16 where that is allowed.
-bool has_bfloats(const KernelTable& table) { return table.attention.of(AttentionFormat::kBFloat16).score; }
+// Whether the products of many rows are of a format where that is allowed.
+bool has(AttentionFormat format, const KernelTable& table) { return table.attention.of(format).score; }
+// Whether the products of a problem are. Few rows are multiplied as they are.
+bool multiplies(AttentionFormat format, const KernelTable& table, const AttentionProblem& p) {
+  return p.format == format && has(format, table) &&
+         p.query_heads / p.kv_heads * p.query_length > AttentionKernels::kFewRows;
+}
 
 // To nearest even.
 double rounded_to_bfloat(double x) {
@@ -292,12 +300,37 @@ std::vector<double> decoded(const Case& c, int dtype, const AttentionProblem::Op
 
 struct Head {
   std::vector<double> queries, keys, values;
+  std::vector<double> largest_keys, largest_values;  // of each column
 };
+
+std::vector<double> largest_of_columns(const std::vector<double>& rows, size_t columns) {
+  std::vector<double> largest(columns);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    largest[i % columns] = std::fmax(largest[i % columns], std::fabs(rows[i]));
+  }
+  return largest;
+}
 
 struct Logits {
   std::vector<double> values;
   double rounding = 0;  // largest error of one
+  double coding = 0;    // the same of int8
 };
+
+// What a logit errs by in int8. A code errs by half a scale, 1/127 of the largest element of the query, or of
+// the key less its centre, which is a mean of keys.
+double coding_error(const std::vector<double>& query, const double* key, const Head& head) {
+  double of_query = 0, of_key = 0, query_sum = 0, key_sum = 0;
+  for (size_t i = 0; i < query.size(); ++i) {
+    const double k = std::fabs(key[i]) + head.largest_keys[i];
+    of_query = std::fmax(of_query, std::fabs(query[i]) / 254);
+    of_key = std::fmax(of_key, k / 254);
+    query_sum += std::fabs(query[i]);
+    key_sum += k;
+  }
+  const double both = static_cast<double>(query.size()) * of_query * of_key;
+  return 1.001 * (of_key * query_sum + of_query * key_sum + both);
+}
 
 bool is_kept(const AttentionProblem& p, size_t b, size_t n, size_t t, size_t s) {
   const ptrdiff_t ti = static_cast<ptrdiff_t>(t), si = static_cast<ptrdiff_t>(s);
@@ -345,8 +378,21 @@ Logits exact_logits(const Case& c, const AttentionProblem& p, const Head& head, 
     if (!is_kept(p, b, n, t, s)) dot = kMaskedLogit;
     logits.values.push_back(dot);
     logits.rounding = std::fmax(logits.rounding, error);
+    logits.coding = std::fmax(logits.coding, coding_error(query, key, head));
   }
   return logits;
+}
+
+// What int8 adds to the error of an output. Values err by half of their scales. A weight has a relative error
+// E, of its logit and the exponential, and one of 1/255 of the largest one. With weights p that moves the
+// mean of the values by (E sum p |v - out| + sum |v - out| / (255 sum)) / (1 - E - S / (255 sum)), and never
+// out of their range.
+double bytes_error(double e, double coding, double sum, double keys, double deviation, double distances,
+                   double largest) {
+  const double of_weights = std::exp(coding) * (1 + e) - 1, rounding = 1 / (255 * (1 - e) * sum);
+  const double kept = 1 - of_weights - keys * rounding;
+  const double moved = kept > 0 ? (of_weights * deviation + rounding * distances) / kept : 2 * largest;
+  return std::fmin(moved, 2 * largest) + 1.001 * largest / 254;
 }
 
 void check_row(const KernelTable& table, const Case& c, const AttentionProblem& p, const Head& head, size_t b,
@@ -370,16 +416,24 @@ void check_row(const KernelTable& table, const Case& c, const AttentionProblem& 
     exact[j] += weight * v;
     largest = std::fmax(largest, std::fabs(v));
   });
-  const double u = has_bfloats(table) && p.format == AttentionFormat::kBFloat16 ? kStorage[1].half_ulp : 0;
-  if (u != 0) {
-    for_each_value(
-        [&](double weight, size_t j, double v) { deviation[j] += weight * std::fabs(v - exact[j]); });
+  const double u = multiplies(AttentionFormat::kBFloat16, table, p) ? kStorage[1].half_ulp : 0;
+  const bool bytes = multiplies(AttentionFormat::kInt8, table, p);
+  std::vector<double> distances(p.value_size);  // of all values, alike
+  if (u != 0 || bytes) {
+    for_each_value([&](double weight, size_t j, double v) {
+      deviation[j] += weight * std::fabs(v - exact[j]);
+      distances[j] += std::fabs(v - exact[j]);
+    });
   }
   const double e = bounds::exp[c.order - 1] / (1 - bounds::exp[c.order - 1]);
   const double a = (std::sqrt(static_cast<double>(p.key_length)) + 8) * 0x1p-24;
   const double in_float32 = (2 * e + 2 * logits.rounding + a) * largest;
   for (size_t j = 0; j < p.value_size; ++j) {
-    const double tolerance = in_float32 + u / (1 - u) * (1 + 2 * e) * (deviation[j] + in_float32);
+    double tolerance = in_float32 + u / (1 - u) * (1 + 2 * e) * (deviation[j] + in_float32);
+    if (bytes) {
+      tolerance += bytes_error(e, logits.coding, sum, static_cast<double>(p.key_length), deviation[j],
+                               distances[j], head.largest_values[j]);
+    }
     const double actual = get(storage, p.out, static_cast<ptrdiff_t>(row * p.value_size + j));
     const double expected = valid ? exact[j] : 0;
     check(within(actual, expected, 0, storage, valid ? tolerance * (1 + storage.half_ulp) : 0),
@@ -388,7 +442,7 @@ void check_row(const KernelTable& table, const Case& c, const AttentionProblem& 
   }
   const double residual = maximum + std::log(sum), actual = p.residual[row];
   check(within(actual, residual, 0x1p-23, kStorage[0],
-               bounds::logsumexp_absolute[c.order - 1] + logits.rounding + a),
+               bounds::logsumexp_absolute[c.order - 1] + logits.rounding + (bytes ? logits.coding : 0) + a),
         "%s: residual[%zu, %zu, %zu] = %.9g, exact %.9g", what.c_str(), b, t, n, actual, residual);
 }
 
@@ -410,16 +464,18 @@ void check_case(const KernelTable& table, const Case& c, std::mt19937& random) {
     if (first.empty()) first.assign(static_cast<char*>(p.out), static_cast<char*>(p.out) + bytes);
     check(std::memcmp(first.data(), p.out, bytes) == 0, "%s: depends on the order of tasks", what.c_str());
   }
-  // Few rows are multiplied as they are.
-  const bool rounded = p.format == AttentionFormat::kBFloat16 && has_bfloats(table) &&
-                       c.groups * c.query_length > AttentionKernels::kFewRows;
+  const bool rounded = multiplies(AttentionFormat::kBFloat16, table, p);
   for (size_t b = 0; b < c.batch; ++b) {
     for (size_t n = 0; n < c.heads(); ++n) {
       const size_t shared = n / c.groups;
-      const Head head = {
+      Head head = {
           decoded(c, c.dtype, p.query, nullptr, b, p.query_length, n, p.head_size, rounded),
           decoded(c, c.stored(), p.key, p.key_scales, b, p.key_length, shared, p.head_size, rounded),
-          decoded(c, c.stored(), p.value, p.value_scales, b, p.key_length, shared, p.value_size, rounded)};
+          decoded(c, c.stored(), p.value, p.value_scales, b, p.key_length, shared, p.value_size, rounded),
+          {},
+          {}};
+      head.largest_keys = largest_of_columns(head.keys, p.head_size);
+      head.largest_values = largest_of_columns(head.values, p.value_size);
       for (size_t t = 0; t < c.query_length; ++t) check_row(table, c, p, head, b, n, t, what);
     }
   }
@@ -443,7 +499,7 @@ void test_random_cases(const KernelTable& table) {
     c.head_size = head_sizes[below(10)];
     c.value_size = one_in(2) ? c.head_size : head_sizes[below(10)];
     c.dtype = one_in(2) ? 0 : static_cast<int>(below(3));
-    c.bfloats = one_in(3);
+    if (one_in(2)) c.format = static_cast<AttentionFormat>(1 + below(kAttentionProblemFormats - 1));
     c.order = 1 + static_cast<int>(below(5));
     c.packed = one_in(5);
     if (c.packed) {
@@ -478,14 +534,26 @@ void test_remainders(const KernelTable& table) {
     check_case(table, {.query_length = 30, .key_length = i, .head_size = 8, .value_size = i, .order = 3},
                random);
     // Words of two elements: odd heads, keys and values, partners that lie behind the end.
-    if (!has_bfloats(table)) continue;
+    for (const size_t queries : {9 + i % 12, 9 + i}) {
+      check_case(table,
+                 {.query_length = queries,
+                  .key_length = 3 * i,
+                  .head_size = 2 * i + queries % 2,
+                  .value_size = 41 - i,
+                  .format = AttentionFormat::kInt8},
+                 random);
+    }
+    if (!has(AttentionFormat::kBFloat16, table)) continue;
     check_case(table,
                {.query_length = 9 + i % 12, .key_length = i, .head_size = 41 - i, .value_size = i, .dtype = 1},
                random);
-    check_case(
-        table,
-        {.query_length = 9 + i, .key_length = 3 * i, .head_size = 2 * i, .value_size = 41 - i, .bfloats = true},
-        random);
+    check_case(table,
+               {.query_length = 9 + i,
+                .key_length = 3 * i,
+                .head_size = 2 * i,
+                .value_size = 41 - i,
+                .format = AttentionFormat::kBFloat16},
+               random);
   }
   // Rows whose words are not aligned, or lie at odd distances.
   for (const size_t value_size : {size_t{3}, size_t{16}}) {
@@ -650,10 +718,14 @@ void test_not_a_number(const KernelTable& table) {
   std::mt19937 random(15);
   static Inputs in;
   for (const size_t queries : {size_t{2}, size_t{20}}) {
-    for (int dtype = 0; dtype < 3; ++dtype) {
-      const Storage& storage = kStorage[dtype];
-      const Case c = {
-          .query_length = queries, .key_length = 100, .head_size = 16, .value_size = 16, .dtype = dtype};
+    for (int i = 0; i < 6; ++i) {
+      const Storage& storage = kStorage[i % 3];
+      const Case c = {.query_length = queries,
+                      .key_length = 100,
+                      .head_size = 16,
+                      .value_size = 16,
+                      .dtype = i % 3,
+                      .format = i < 3 ? AttentionFormat::kFloat32 : AttentionFormat::kInt8};
       make_inputs(c, in, random);
       std::vector<char> out(queries * 16 * storage.size);
       in.problem.out = out.data();
@@ -664,6 +736,29 @@ void test_not_a_number(const KernelTable& table) {
         check(std::isnan(y) == (i / 16 == 1), "%s %s: NaN in query 1 gives out[%zu] = %g", table.isa,
               storage.name, i, y);
       }
+    }
+  }
+}
+
+// A bias is added to scores of every format; NaN there is one of its row.
+void test_not_a_number_in_bias(const KernelTable& table) {
+  std::mt19937 random(19);
+  static Inputs in;
+  for (int format = 0; format < kAttentionProblemFormats; ++format) {
+    const Case c = {.query_length = 20,
+                    .key_length = 100,
+                    .head_size = 16,
+                    .value_size = 16,
+                    .format = static_cast<AttentionFormat>(format),
+                    .bias = Bias::kNormal};
+    make_inputs(c, in, random);
+    std::vector<float> out(20 * 16);
+    in.problem.out = out.data();
+    put_nan(kStorage[0], in.arrays[3].data(), 3 * 100 + 7);
+    check(run_attention(in.problem, table.attention, 2, in_order) == nullptr, "%s: NaN in bias", table.isa);
+    for (size_t i = 0; i < out.size(); ++i) {
+      check(std::isnan(out[i]) == (i / 16 == 3), "%s format %d: NaN in bias of query 3 gives out[%zu] = %g",
+            table.isa, format, i, static_cast<double>(out[i]));
     }
   }
 }
@@ -712,11 +807,15 @@ void test_equal_values(const KernelTable& table) {
   std::mt19937 random(16);
   static Inputs in;
   constexpr double kValue = 2 - 0x1p-7;
-  for (int dtype = 0; dtype < 3; ++dtype) {
-    const Storage& storage = kStorage[dtype];
+  for (int i = 0; i < 6; ++i) {
+    const Storage& storage = kStorage[i % 3];
     for (const size_t keys : {size_t{30}, size_t{2500}}) {  // the latter are split
-      const Case c = {
-          .query_length = 50, .key_length = keys, .head_size = 16, .value_size = 16, .dtype = dtype};
+      const Case c = {.query_length = 50,
+                      .key_length = keys,
+                      .head_size = 16,
+                      .value_size = 16,
+                      .dtype = i % 3,
+                      .format = i < 3 ? AttentionFormat::kFloat32 : AttentionFormat::kInt8};
       make_inputs(c, in, random);
       char *key = in.arrays[1].data(), *value = in.arrays[2].data();
       const size_t row = 16 * storage.size;
@@ -768,6 +867,7 @@ int main(int argc, char** argv) {
     test_large_shapes(table);
     test_dominated_rows(table);
     test_not_a_number(table);
+    test_not_a_number_in_bias(table);
     test_infinities(table);
     test_equal_values(table);
     test_no_keys_and_errors(table);

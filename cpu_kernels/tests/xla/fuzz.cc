@@ -485,20 +485,36 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
   const auto size = static_cast<std::ptrdiff_t>(p.head_size),
              heads = static_cast<std::ptrdiff_t>(p.query_heads);
   const std::ptrdiff_t head = n / (heads / static_cast<std::ptrdiff_t>(p.kv_heads));
+  const auto key_at = [&](std::ptrdiff_t s, std::ptrdiff_t i) {
+    return stored(p.key.data, p.key_scales, head, s, b * p.key.batch + s * p.key.time + head * p.key.head + i);
+  };
+  // A mean of keys, which is taken off them in int8, may be as large as any.
+  const bool bytes = p.format == AttentionFormat::kInt8 && active_table().attention.of(p.format).score;
+  double largest_key = 0;
+  for (std::ptrdiff_t s = 0; bytes && s < keys; ++s) {
+    for (std::ptrdiff_t i = 0; i < size; ++i) largest_key = std::fmax(largest_key, std::fabs(key_at(s, i)));
+  }
   std::vector<double> logits;
   double error = 0, maximum = -kInfinity, largest = 0;
   for (std::ptrdiff_t s = 0; s < keys; ++s) {
-    double dot = 0, magnitude = 0;
+    double dot = 0, magnitude = 0, largest_query = 0, query_sum = 0, key_sum = 0;
     for (std::ptrdiff_t i = 0; i < size; ++i) {
-      const double product =
-          at(storage, p.query.data, b * p.query.batch + t * p.query.time + n * p.query.head + i) *
-          stored(p.key.data, p.key_scales, head, s, b * p.key.batch + s * p.key.time + head * p.key.head + i) *
-          static_cast<double>(p.scale);
+      const double q = at(storage, p.query.data, b * p.query.batch + t * p.query.time + n * p.query.head + i) *
+                       static_cast<double>(p.scale);
+      const double k = key_at(s, i), product = q * k;
       dot += product;
       magnitude += std::fabs(product);
+      largest_query = std::fmax(largest_query, std::fabs(q));
+      query_sum += std::fabs(q);
+      key_sum += std::fabs(k) + largest_key;
     }
     if (!(magnitude < 1e30)) return;
     double rounding = (std::sqrt(static_cast<double>(size)) + 8) * 0x1p-24 * magnitude + 0x1p-120;
+    // Codes err by half of 1/127 of the largest element, of keys less a mean of them.
+    if (bytes) {
+      const double both = static_cast<double>(size) * largest_query * 2 * largest_key / 254;
+      rounding += 1.001 / 254 * (2 * largest_key * query_sum + largest_query * key_sum + both);
+    }
     if (p.soft_cap != 0) {
       dot = p.soft_cap * std::tanh(dot / p.soft_cap);
       rounding += bounds::tanh[order - 1] * std::fabs(dot) + 0x1p-22 * static_cast<double>(p.soft_cap);
@@ -515,7 +531,7 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     error = std::fmax(error, rounding);
     maximum = std::fmax(maximum, dot);
   }
-  if (error > 0.1) return;  // logits so large that their rounding decides
+  if (error > (bytes ? 0.3 : 0.1)) return;  // logits so large that their rounding decides
   double sum = 0;
   for (const double x : logits) sum += std::exp(x - maximum);
   const bool valid = !p.query_lengths || t < p.query_lengths[b];
@@ -536,7 +552,9 @@ void check_attention_row(const AttentionProblem& p, const Storage& storage, int 
     }
     if (!(largest < 1e30)) continue;
     // The error of two weights and of their sum; rounded weights move the mean by u of the spread.
-    const double spread = std::fmin(2 * (e + 1.1 * error), 1.0) + a + 2.2 * u;
+    // In int8 they have 1/255 of the largest, and values half of 1/127.
+    const double of_bytes = bytes ? std::fmin(2.2 * static_cast<double>(keys) / 255, 1.0) + 1.0 / 254 : 0;
+    const double spread = std::fmin(2 * (e + 1.1 * error), 1.0) + a + 2.2 * u + of_bytes;
     const double actual =
         storage.get(static_cast<const char*>(p.out), static_cast<std::size_t>(row * values + j));
     check(within(actual, valid ? exact : 0, 0, storage, valid ? 2 * spread * largest + 0x1p-120 : 0),
@@ -585,8 +603,9 @@ void fuzz_attention(Source& source) {
   if (source.one_in(4)) s.window_left = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.window_right = static_cast<int>(source.below(60));
   if (source.one_in(4)) s.soft_cap = 3;
-  // Others would be rounded before they are multiplied.
+  // Others would be rounded before they are multiplied by bfloat16.
   if (storage.dtype == DType::kBFloat16 && !s.stored) s.format = AttentionFormat::kBFloat16;
+  if (source.one_in(3)) s.format = AttentionFormat::kInt8;
   HandlerCall call = attention_call(s, storage, order, random);
   for (Operand& operand : call.operands) {
     if (source.one_in(4)) fill_values(source, operand);

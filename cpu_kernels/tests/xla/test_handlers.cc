@@ -421,7 +421,7 @@ void test_wrong_attention() {
   }
   for (const int format : {-1, kAttentionProblemFormats}) {
     wrong.push_back(
-        {with_attribute(call, "format", format), "format is " + std::to_string(format) + ", expected 0 to 1"});
+        {with_attribute(call, "format", format), "format is " + std::to_string(format) + ", expected 0 to 2"});
   }
   for (const int present : {0, 7, 14, 15}) {
     wrong.push_back({with_attribute(call, "present", present), "9 operands and 2 results, expected "});
