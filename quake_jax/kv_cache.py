@@ -25,7 +25,7 @@ from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array, kind_of, optional_array, refusal
 from quake_jax._core.exports import defined_in
 
-_DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 # Of int8, but for -128: codes are symmetric.
 _LARGEST_CODE = 127
 
@@ -116,8 +116,8 @@ def init(
         stored = jnp.dtype(dtype)
     except TypeError:
         stored = None
-    if stored is None or stored.name not in _DTYPES:
-        expected = "one of " + ", ".join(map(repr, _DTYPES))
+    if stored is None or stored.name not in DTYPES:
+        expected = "one of " + ", ".join(map(repr, DTYPES))
         raise refusal(function, "dtype", expected, repr(dtype))
     # Arrays of their own: a donated buffer may stand in one place only.
     rows = (jnp.zeros((batch, max_length, kv_heads, n), stored) for n in row_sizes)

@@ -35,7 +35,7 @@ def products_are_changed() -> bool:
     return _products() != _PRODUCTS_OF_JAX
 
 
-def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: bool) -> tuple:
+def checked_shape(query, key, value, bias, mask, *, function: str, grouped: bool) -> tuple:
     """Return the shape of the attention weights, before bias and mask; raise if it has none."""
 
     def refuse(array, rule, *others):
@@ -67,6 +67,14 @@ def _checked_shape(query, key, value, bias, mask, *, function: str, grouped: boo
     return shape
 
 
+def extends(shape: tuple[int, ...], x) -> bool:
+    """Whether a bias or a mask has more axes, or larger ones, than the weights have by themselves.
+
+    The result has them too then.
+    """
+    return x is not None and jnp.broadcast_shapes(shape, x.shape) != shape
+
+
 def check_others(function: str, dtype, dropout_rng, dropout_rate, module) -> None:
     """Raise TypeError or ValueError for what is not an array."""
 
@@ -89,7 +97,7 @@ def check_others(function: str, dtype, dropout_rng, dropout_rate, module) -> Non
         refuse(TypeError, "module", "None or a module of Flax, which sows the weights", module)
 
 
-def _one_batch_axis(x, batch: tuple[int, ...]):
+def one_batch_axis(x, batch: tuple[int, ...]):
     """Give a bias or a mask four axes, of which the first is 1 or all of `batch` in one."""
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
     if math.prod(x.shape[:-3]) != 1:
@@ -103,7 +111,7 @@ def _fused(query, key, value, bias, mask, *, is_causal: bool, order: Order) -> j
         query, key, value = (
             x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-    bias, mask = (None if x is None else _one_batch_axis(x, batch) for x in (bias, mask))
+    bias, mask = (None if x is None else one_batch_axis(x, batch) for x in (bias, mask))
     y = dot_product_attention(query, key, value, bias, mask, is_causal=is_causal, order=order)
     return y if len(batch) == 1 else y.reshape(batch + y.shape[-3:])
 
@@ -180,7 +188,7 @@ def attention(
     """
     bias = None if bias is None else jnp.asarray(bias)
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
-    shape = _checked_shape(query, key, value, bias, mask, function=function, grouped=grouped)
+    shape = checked_shape(query, key, value, bias, mask, function=function, grouped=grouped)
     use_weights = []
     if sow is not None:
 
@@ -204,12 +212,8 @@ def attention(
                 dtype=query.dtype,
             )
         )
-    # A bias or a mask with more axes, or larger ones, than the weights gives the result its own.
-    extends = any(
-        jnp.broadcast_shapes(shape, x.shape) != shape for x in (bias, mask) if x is not None
-    )
     own_products = dot_general is not None or einsums is not None or products_are_changed()
-    if use_weights or extends or own_products:
+    if use_weights or own_products or any(extends(shape, x) for x in (bias, mask)):
         if einsums is None:
             einsum = functools.partial(
                 jnp.einsum, precision=precision, _dot_general=dot_general or jax.lax.dot_general

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from quake_jax._core.config import EXACT, Order, resolved_order
 from quake_jax._core.drop_in import KERNEL_DTYPES, as_array, optional_array, static_bool
-from quake_jax._flax.attention import attention, check_others
+from quake_jax._flax.attention import attention, check_others, products_are_changed
 from quake_jax._flax.substitutes import require_flax
 
 
@@ -164,3 +164,23 @@ def attention_fn(
         dot_general=einsum_dot_general,
         einsums=einsums if given else None,
     )
+
+
+@functools.wraps(attention_fn)
+def attention_in_program(*args, order: Order | None = None, **kwargs) -> jax.Array:
+    """`attention_fn`, or Flax's own function if its products may be another library's.
+
+    The rewriter finds attention in the program then if the products are JAX's after all.
+    """
+    import flax.linen
+
+    if products_are_changed():
+        return flax.linen.dot_product_attention(*args, **kwargs)
+    return attention_fn(*args, order=order, **kwargs)
+
+
+@functools.wraps(attention_fn)
+def causal_attention_fn(query, key, *args, **kwargs) -> jax.Array:
+    """`attention_fn` of a decoder, whose cache may be Flax's."""
+    # With a filled cache there is one query, later than all the keys that Flax's mask leaves it.
+    return attention_fn(query, key, *args, is_causal=query.shape[-3] == key.shape[-3], **kwargs)

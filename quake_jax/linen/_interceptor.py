@@ -15,9 +15,9 @@ import jax
 from quake_jax._core.config import Order
 from quake_jax._core.jax_names import make_user_context
 from quake_jax._flax import substitutes
-from quake_jax._flax.attention import products_are_changed
 from quake_jax._rewrite import Options, checked_options, rewrite
-from quake_jax.linen._attention_fn import attention_fn
+from quake_jax.linen._attention_fn import attention_fn, attention_in_program
+from quake_jax.linen._cache import check_dtype, fields_for_cache
 
 # Part of JAX's jit cache key: what a program was substituted by, and whether it was traced inside
 # a module call that is being rewritten as a whole.
@@ -31,19 +31,6 @@ class _Local(threading.local):
 _local = _Local()
 
 
-@functools.wraps(attention_fn)
-def _attention_in_program(*args, order: Order | None = None, **kwargs) -> jax.Array:
-    """`attention_fn`, or Flax's own function if its products may be another library's.
-
-    The rewriter finds attention in the program then if the products are JAX's after all.
-    """
-    import flax.linen
-
-    if products_are_changed():
-        return flax.linen.dot_product_attention(*args, **kwargs)
-    return attention_fn(*args, order=order, **kwargs)
-
-
 @functools.cache
 def _functions(names: frozenset[str], attention: Callable) -> dict[Callable, Callable]:
     """What is replaced where a field holds it."""
@@ -52,24 +39,34 @@ def _functions(names: frozenset[str], attention: Callable) -> dict[Callable, Cal
     return substitutes.table({flax.linen.dot_product_attention: attention}, names)
 
 
-@contextlib.contextmanager
-def _substituted_fields(module, functions, order: Order | None) -> Iterator[None]:
-    """Exchange the functions that a module's fields hold, until the context is left."""
-    changed = {}
+def _substituted_fields(module, functions, order: Order | None) -> dict[str, Any]:
+    """What takes the place of the functions that a module's fields hold."""
+    new = {}
     for field in dataclasses.fields(module):
         if field.name in ("parent", "name") or field.name not in module.__dict__:
             continue
         value = module.__dict__[field.name]
-        new = substitutes.substitute_of(value, functions, order)
-        if new is not value:
-            changed[field.name] = value
+        substitute = substitutes.substitute_of(value, functions, order)
+        if substitute is not value:
+            new[field.name] = substitute
+    return new
+
+
+@contextlib.contextmanager
+def _exchanged(module, new: dict[str, Any]) -> Iterator[None]:
+    """Exchange fields of a module, until the context is left."""
+    old = {name: getattr(module, name) for name in new}
+
+    def exchange(values):
+        for name, value in values.items():
             # A bound module refuses a change; this one ends with the call.
-            object.__setattr__(module, field.name, new)
+            object.__setattr__(module, name, value)
+
+    exchange(new)
     try:
         yield
     finally:
-        for name, value in changed.items():
-            object.__setattr__(module, name, value)
+        exchange(old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +74,10 @@ class Interceptor:
     """What `interceptor` returns: a method interceptor for `flax.linen.intercept_methods`."""
 
     options: Options = Options()
+    kv_cache: str | None = None
 
     def __call__(self, next_fun: Callable, args: tuple, kwargs: dict, context) -> Any:
-        if self.options.does_nothing:
+        if self.options.does_nothing and self.kv_cache is None:
             return next_fun(*args, **kwargs)
         from quake_jax.linen import _lift
 
@@ -87,7 +85,7 @@ class Interceptor:
         if any(isinstance(other, Interceptor) for other in _lift.inner_interceptors(self)):
             return next_fun(*args, **kwargs)  # that one counts
         if _local.rewriting:
-            with self._attention_of(module):
+            with self._attention_of(context, module):
                 return next_fun(*args, **kwargs)
         if context.method_name == "setup":
             _lift.note_setup(module)
@@ -96,7 +94,10 @@ class Interceptor:
             return self._rewritten(args, kwargs, context)
         except _not_traceable() as error:
             reason = error
-        with self._trace_context("fields"), self._fields_of(module, self.options.kernels):
+        with (
+            self._trace_context("fields"),
+            self._fields_of(context, module, self.options.kernels, attention_fn),
+        ):
             y = next_fun(*args, **kwargs)
         _warn_not_traceable(context, reason)
         return y
@@ -104,11 +105,12 @@ class Interceptor:
     def _rewritten(self, args: tuple, kwargs: dict, context) -> Any:
         from quake_jax.linen import _lift
 
+        around = functools.partial(self._attention_of, context)
         _local.rewriting = True
         try:
             with self._trace_context("rewriting"):
                 return _lift.call_rewritten(
-                    self, context, args, kwargs, around=self._attention_of, rewrite=self._rewrite
+                    self, context, args, kwargs, around=around, rewrite=self._rewrite
                 )
         finally:
             _local.rewriting = False
@@ -116,13 +118,17 @@ class Interceptor:
     def _rewrite(self, jaxpr):
         return rewrite(jaxpr, self.options)[0]
 
-    def _attention_of(self, module):
+    def _attention_of(self, context, module):
         # Attention first, because its dropout and its sown weights have a meaning here that the
         # program has lost; the activations in the program, with the biases beside them.
-        return self._fields_of(module, self.options.kernels & {"attention"}, _attention_in_program)
+        names = self.options.kernels & {"attention"}
+        return self._fields_of(context, module, names, attention_in_program)
 
-    def _fields_of(self, module, names: frozenset[str], attention: Callable = attention_fn):
-        return _substituted_fields(module, _functions(names, attention), self.options.order)
+    def _fields_of(self, context, module, names: frozenset[str], attention: Callable):
+        """Exchange fields for the intercepted method, on its module or a copy."""
+        new = _substituted_fields(module, _functions(names, attention), self.options.order)
+        method = context.orig_method.func
+        return _exchanged(module, new | fields_for_cache(module, method, new, self.kv_cache))
 
     def _trace_context(self, state: str):
         return _trace_context((self, state))
@@ -165,12 +171,19 @@ def _warn_not_traceable(context, reason: Exception) -> None:
     )
 
 
+def _checked(function: str, order, only, softmax, gelu, kv_cache) -> Interceptor:
+    substitutes.require_flax("quake_jax.linen")
+    check_dtype(kv_cache, function)
+    return Interceptor(checked_options(order, only, function, softmax=softmax, gelu=gelu), kv_cache)
+
+
 def interceptor(
     order: Order | None = None,
     only: Collection[str] | str | None = None,
     *,
     softmax: str | None = None,
     gelu: str | None = None,
+    kv_cache: str | None = None,
 ) -> Interceptor:
     """Return an interceptor for `flax.linen.intercept_methods` that runs a model on the kernels.
 
@@ -197,6 +210,15 @@ def interceptor(
       order: accuracy, as in `quake_jax.accelerate`. "exact" replaces nothing.
       only: what to replace, as in `quake_jax.accelerate`.
       softmax, gelu: names in `quake_jax.approximations`, as in `quake_jax.accelerate`.
+      kv_cache: "float32", "bfloat16", "float16" or "int8": where Flax's attention modules decode
+        (`decode=True`), keys and values are kept as such in a `quake_jax.kv_cache.KVCache`, the
+        variable "kv_cache" of the collection "cache", in place of Flax's three. As there, `init`
+        makes it, with room for the positions of its input, and each later call appends; but also
+        several positions, of which each sees those up to itself, so that a prompt is one call. More
+        than there is room for give NaN. The interceptor must be the same in `init` and all calls.
+        Attention that cannot be fused (dropout, sown weights, an einsum or `attention_fn` of one's
+        own, or which `only` leaves alone) reads the whole cache in its own dtype first.
+        None leaves Flax's cache.
 
     Returns:
       A callable that can be pickled and entered any number of times.
@@ -212,10 +234,7 @@ def interceptor(
       >>> with nn.intercept_methods(quake_jax.linen.interceptor()):
       ...     y = model.apply(variables, jnp.ones((32, 16)))
     """
-    substitutes.require_flax("quake_jax.linen")
-    return Interceptor(
-        checked_options(order, only, "linen.interceptor", softmax=softmax, gelu=gelu)
-    )
+    return _checked("linen.interceptor", order, only, softmax, gelu, kv_cache)
 
 
 @contextlib.contextmanager
@@ -232,6 +251,7 @@ def substitute(
     *,
     softmax: str | None = None,
     gelu: str | None = None,
+    kv_cache: str | None = None,
 ) -> contextlib.AbstractContextManager[None]:
     """Context manager: Linen models called inside run on the kernels, in this thread.
 
@@ -242,6 +262,7 @@ def substitute(
       order: accuracy, as in `quake_jax.accelerate`. "exact" replaces nothing.
       only: what to replace, as in `quake_jax.accelerate`.
       softmax, gelu: names in `quake_jax.approximations`, as in `quake_jax.accelerate`.
+      kv_cache: what keys and values are stored as in decoding, or None, as in `interceptor`.
 
     Returns:
       A context manager for one use, which also serves as a decorator.
@@ -256,7 +277,16 @@ def substitute(
       >>> variables = model.init(jax.random.key(0), jnp.ones((32, 16)))
       >>> with quake_jax.linen.substitute():
       ...     y = jax.jit(model.apply)(variables, jnp.ones((32, 16)))
+
+      Decoding, of a prompt of 5 positions and the next:
+
+      >>> layer, x = nn.MultiHeadDotProductAttention(2, decode=True), jnp.ones((1, 64, 16))
+      >>> with quake_jax.linen.substitute(kv_cache="int8"):
+      ...     variables = layer.init(jax.random.key(0), x)
+      ...     for tokens in (x[:, :5], x[:, 5:6]):
+      ...         y, changed = layer.apply(variables, tokens, mutable=["cache"])
+      ...         variables = variables | changed
+      >>> int(variables["cache"]["kv_cache"].length)
+      6
     """
-    substitutes.require_flax("quake_jax.linen")
-    options = checked_options(order, only, "linen.substitute", softmax=softmax, gelu=gelu)
-    return _substituting(Interceptor(options))
+    return _substituting(_checked("linen.substitute", order, only, softmax, gelu, kv_cache))

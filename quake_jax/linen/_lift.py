@@ -37,6 +37,13 @@ def inner_interceptors(interceptor: Callable) -> list[Callable]:
     return inner
 
 
+def current_module():
+    """The module whose method is running in this thread."""
+    from flax.linen.module import _context
+
+    return _context.module_stack[-1]
+
+
 def call_rewritten(
     interceptor: Callable,
     context,

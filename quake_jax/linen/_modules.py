@@ -18,7 +18,7 @@ from flax.linen.dtypes import promote_dtype
 from quake_jax._core.config import Order
 from quake_jax._elementwise import gated
 from quake_jax._flax import substitutes
-from quake_jax.linen._attention_fn import attention_fn
+from quake_jax.linen._attention_fn import attention_fn, causal_attention_fn
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
@@ -171,12 +171,6 @@ def _dropout(module, rate: float, deterministic: bool | None) -> Callable:
     return lambda x: nn.Dropout(rate)(x, deterministic=deterministic)
 
 
-@functools.wraps(attention_fn)
-def _causal_attention_fn(query, key, *args, **kwargs):
-    # With a filled cache there is one query, later than all the keys that Flax's mask leaves it.
-    return attention_fn(query, key, *args, is_causal=query.shape[-3] == key.shape[-3], **kwargs)
-
-
 class _TransformerBlock(nn.Module):
     """A pre-norm Transformer block without cross-attention."""
 
@@ -305,4 +299,4 @@ class TransformerDecoderBlock(_TransformerBlock):
         [batch..., heads, length, keys]. `deterministic` must be given, here or as a field, if a
         dropout rate is positive.
         """
-        return self._block(x, mask, deterministic, _causal_attention_fn, self.decode)
+        return self._block(x, mask, deterministic, causal_attention_fn, self.decode)

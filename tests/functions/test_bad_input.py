@@ -508,6 +508,11 @@ def _models():
             wanted = "… must be None or the name of an approximation in quake_jax.approximations ("
             yield models[:3], kind, bad, error, wanted
             yield models[:3], kind, bad, error, f"; got {bad!r}"
+    for bad in ("int4", jnp.int8, 8):
+        wanted = "… must be None or one of 'float32', 'bfloat16', 'float16', 'int8'; got " + repr(
+            bad
+        )
+        yield models[1:3], "kv_cache", bad, ValueError, wanted
     for bad in (None, nnx.gelu, 3):
         wanted = "… must be a flax.nnx.Module, as in substitute(model, order=3); got "
         yield ["nnx.substitute"], "model", bad, TypeError, wanted + type(bad).__name__
