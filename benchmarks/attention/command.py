@@ -1,4 +1,4 @@
-"""`python -m benchmarks attention`: fused attention against XLA's and torch's."""
+"""`python -m benchmarks attention`: fused attention against XLA's and other libraries'."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from benchmarks.attention import cases
 from benchmarks.attention.cases import Shape
 from benchmarks.harness import frame
 
-HELP = "fused attention against XLA and torch, and against the peak of the machine"
+HELP = "fused attention against XLA and other libraries, and against the peak of the machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

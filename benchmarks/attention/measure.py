@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from benchmarks.attention import cases as all_cases
 from benchmarks.attention import goals, systems
 from benchmarks.attention.cases import SUBJECT_ORDER, Case, Shape
+from benchmarks.attention.peers import Peers
 from benchmarks.harness import processes
 from benchmarks.harness.errors import quake_jax
 from benchmarks.harness.frame import Settings, progress
 from benchmarks.harness.hardware import FMA, READ, Ceilings
-from benchmarks.harness.peers import TORCH
 from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.timing import Contestant
 
@@ -35,8 +35,9 @@ def measure(args: argparse.Namespace) -> dict:
     settings = Settings.of(args, reading_seconds=(2e-3, 2e-4))
     ceilings = Ceilings(quake_jax("dot_product_attention").isa(), args.threads)
     left_out = {"peak and read": ceilings.left_out} if ceilings.left_out else {}
-    torch = systems.Torch(args.threads, [TORCH] if args.peers else [])
-    run = Run(settings, sorted(set(args.order or all_cases.DEFAULT_ORDERS)), ceilings, torch)
+    peers = Peers(args.threads) if args.peers else None
+    left_out |= peers.left_out if peers else {}
+    run = Run(settings, sorted(set(args.order or all_cases.DEFAULT_ORDERS)), ceilings, peers)
     compared = []
     if args.threads == 2 and not args.quick:
         compared = [Case(shape, "none", "float32") for shape in SCALED]
@@ -47,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict:
         speedups = processes.two_threads(
             settings, compared, _quake, Case.described, all_cases.ROUNDS, bar
         )
-    parts = {"left_out": left_out | torch.left_out, "cases": measured, "scaling": speedups}
+    parts = {"left_out": left_out, "cases": measured, "scaling": speedups}
     return settings.result({"orders": run.orders}, goals, **parts)
 
 
@@ -62,7 +63,7 @@ class Run:
     settings: Settings
     orders: list[int]  # ours
     ceilings: Ceilings
-    torch: systems.Torch | None = None
+    peers: Peers | None = None  # makes the contestants of other libraries
 
     def measure(self, cases: list[Case], advance: Callable[[float], None]) -> list[dict]:
         """Measure all cases of one shape in the same rounds.
@@ -105,8 +106,8 @@ class Run:
         # To them an array is what is_causal is; seconds a call are not worth to show it again.
         if case.mask != "causal array" or case.shape.flops <= all_cases.HUGE_FLOPS:
             made.append(systems.xla(buffers))
-            if self.torch is not None and self.torch.names:
-                made.append(self.torch.contestant(buffers, self.settings.reading_seconds))
+            if self.peers:
+                made += self.peers.contestants(buffers, self.settings.reading_seconds)
         return made
 
     def _entry(self, case: Case, rounds: Rounds, bytes_read: dict[str, int]) -> dict:

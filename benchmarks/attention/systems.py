@@ -6,24 +6,21 @@ Importing this module imports JAX: `environment.prepare` comes first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention.cases import PRODUCTS, Case, Shape
-from benchmarks.harness import buffers, peers
+from benchmarks.attention.cases import PRODUCTS, Case
+from benchmarks.harness import buffers
 from benchmarks.harness.errors import quake_jax
-from benchmarks.harness.peers import TORCH
 from benchmarks.harness.timing import Contestant
 
 XLA = "XLA"
 # Results are checked on so many queries, spread over the first row of the batch.
 CHECKED_QUERIES = 9
-OVERHEAD_SHAPE = Shape(1, 1, 1, 1, 1, 16)
 
 
 class Buffers(buffers.Buffers):
@@ -48,7 +45,7 @@ class Buffers(buffers.Buffers):
         largest element.
         """
         contestant.run(1)
-        # torch's result is an array of its own.
+        # The result of torch and OpenVINO is an array of their own.
         result = getattr(contestant.run, "result", lambda: self.target)()
         queries, wanted = self._exact
         written = result[0, queries].astype(np.float64)
@@ -126,49 +123,3 @@ def xla(buffers: Buffers) -> Contestant:
     """XLA's attention: two products and a softmax."""
     function = partial(jax.nn.dot_product_attention, implementation="xla")
     return Contestant(XLA, buffers.runner(_in_jax(function, buffers.case.mask)))
-
-
-class Torch(peers.Libraries):
-    """Makes torch's contestants; each has its own layout (BNTH) and allocates its output."""
-
-    def __init__(self, threads: int, wanted: Sequence[str] = (TORCH,)):
-        super().__init__(threads, wanted)
-
-    def contestant(self, buffers: Buffers, target: float) -> Contestant:
-        """The contestant of one case, whose overhead is a call from Python with one query and one
-        key, found by readings of `target` seconds.
-        """
-        run, dtype = self._run(buffers), buffers.case.dtype
-        small = Case(OVERHEAD_SHAPE, "none", dtype)
-        overhead = self.overhead(dtype, lambda: self._run(Buffers(small)), target)
-        return self._contestant(TORCH, run, overhead)
-
-    def _run(self, buffers: Buffers) -> Callable[[int], None]:
-        return _torch_run(buffers, peers.torch(self._threads))
-
-
-def _torch_run(buffers: Buffers, torch: ModuleType) -> Callable[[int], None]:
-    case, shape = buffers.case, buffers.case.shape
-    query, key, value, *given = map(peers.torch_tensor, buffers.sources)
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    mask = given[0] if given else None
-    if case.mask == "padding":
-        mask = torch.arange(shape.keys) < mask[:, None, None, None]  # a mask is all that it takes
-    call = partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        *(query, key, value),
-        attn_mask=mask,
-        is_causal=case.mask == "causal",
-        enable_gqa=shape.heads != shape.kv_heads,
-    )
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            out = call()
-        run.out = out
-
-    def result() -> np.ndarray:
-        return run.out.transpose(1, 2).float().numpy()
-
-    run.result = result
-    return run

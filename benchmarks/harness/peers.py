@@ -132,7 +132,7 @@ def onnx_nodes(steps: str, attributes: dict[str, dict] | None = None) -> list:
     return nodes
 
 
-def onnx_model(nodes: list, arrays: dict[str, Any], constants: list) -> bytes:
+def onnx_model(nodes: list, arrays: dict[str, Any], constants: list, opset: int = 20) -> bytes:
     """A model in ONNX for such arrays as these; the outputs' names begin with "out"."""
     from onnx import helper
 
@@ -141,8 +141,8 @@ def onnx_model(nodes: list, arrays: dict[str, Any], constants: list) -> bytes:
         info = helper.make_tensor_value_info(name, onnx_type(array.dtype.name), array.shape)
         (outputs if name.startswith("out") else inputs).append(info)
     graph = helper.make_graph(nodes, "model", inputs, outputs, constants)
-    opset = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model.SerializeToString()
 
 

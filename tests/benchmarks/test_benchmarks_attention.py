@@ -5,7 +5,6 @@ Nothing here depends on how fast anything is.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 
@@ -16,6 +15,7 @@ import pytest
 import quake_jax
 from benchmarks.attention import cases, goals, measure, report, systems
 from benchmarks.attention.cases import MASKS, Case, Shape
+from benchmarks.attention.peers import Peers
 from benchmarks.harness import hardware, pages, timing
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frame import Settings
@@ -85,14 +85,28 @@ def test_all_contestants_compute_the_same(mask, dtype):
     if hasattr(quake_jax, "dot_product_attention"):
         contestants.append(systems.quake(buffers, 5))
         contestants += [systems.quake(buffers, None, name) for name in cases.PRODUCTS]
-    if importlib.util.find_spec("torch"):
-        contestants.append(systems.Torch(1).contestant(buffers, target=1e-5))
+    contestants += Peers(1).contestants(buffers, target=1e-5)
     for contestant in contestants:
         buffers.target[...] = 0
         is_float32 = dtype == "float32" and contestant.name not in cases.PRODUCTS
         bound = 3e-5 if is_float32 else 4e-2 if contestant.name == "int8 products" else 2e-2
         assert buffers.error_of(contestant) < bound, contestant.name
         contestant.run(3)  # raises if the donated buffer is not reused
+
+
+@pytest.mark.parametrize("shape", ["2,1-9,2,16", "2,12,2,16", "1,12,4/2,16"])
+def test_every_installed_peer_takes_part(shape):
+    peers = Peers(1)
+    for dtype in cases.DTYPES:
+        # Causal, onnxruntime has another operator for as many keys as queries.
+        for mask in ("none", "causal", "padding"):
+            buffers = systems.Buffers(Case(Shape.parse(shape), mask, dtype))
+            named = {}
+            for contestant in peers.contestants(buffers, target=1e-5):
+                named[contestant.name] = buffers.error_of(contestant)
+            lacking = {name.removesuffix(f" {dtype}") for name in peers.left_out}
+            assert named.keys() == {"torch", "onnxruntime", "openvino"} - lacking
+            assert all(error < (3e-5 if dtype == "float32" else 2e-2) for error in named.values())
 
 
 @needs_attention
