@@ -96,6 +96,26 @@ def test_inside_a_call_and_a_loop():
     np.testing.assert_allclose(y, expected, rtol=0, atol=2**-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_call_takes_and_does_not_use_stays(moved):
+    call = jax.jit(lambda x, _: jnp.sin(x) + jnp.cos(x))
+
+    def layers(p, x):
+        a = x @ p["a"]
+        a = a.reshape(-1, K) if moved else a
+        return (a @ p["b"]).reshape(x.shape) + call(x, a)
+
+    def loop(p, x):
+        # JAX takes such operands out of other programs.
+        body = lambda c: (c[0] + 1, layers(p, c[1]))  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < 2, body, (0, x))[1]
+
+    fast, _, y = _pack(loop)
+    assert _narrowed(fast) == 0
+    expected = layers(PARAMS, layers(PARAMS, X))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2**-6 * np.abs(expected).max())
+
+
 def test_derivatives_are_those_of_rounded_activations():
     fast, packed, _ = _pack(_mlp)
     given = jax.grad(lambda x: fast(packed, x).sum())(X)
