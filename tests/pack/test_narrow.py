@@ -16,9 +16,9 @@ X = normal(2, 48, K, seed=1)
 PARAMS = {name: normal(K, K, seed=i) / 8 for i, name in enumerate("qkvoab")}
 
 
-def _attention(p, x):
+def _attention(p, x, scale=SIZE**-0.5):
     q, k, v = ((x @ p[name]).reshape(*x.shape[:2], HEADS, SIZE) for name in "qkv")
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / SIZE**0.5
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
     y = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
     return y.reshape(x.shape) @ p["o"]
 
@@ -62,6 +62,12 @@ def _narrowed(fast) -> int:
         pytest.param(_attention, {"attention": "bfloat16"}, 2, id="attention"),
         # What keeps its float32:
         pytest.param(_attention, {}, 0, id="attention in float32"),
+        pytest.param(
+            lambda p, x: _attention(p, x, 0.3 + x[0, 0, 0] / 64),
+            {"attention": "bfloat16"},
+            0,
+            id="attention with a traced scale",
+        ),
         pytest.param(_mlp, {"weights": "float32"}, 0, id="float32"),
         pytest.param(_mlp, {"weights": "int8"}, 0, id="rows quantised by their own range"),
         pytest.param(lambda p, x: _norm(x @ p["a"]) @ p["b"], {}, 0, id="before a norm"),
