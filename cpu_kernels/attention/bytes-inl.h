@@ -401,6 +401,23 @@ void weigh_products(float* products, std::size_t rows, std::size_t count,
     }
     store(factors + first, fold_lanes(largest, max_skip_nan));
   }
+  // Beyond this, logits that are rounded in another way than their maximum may be well above it.
+  bool are_large = false;
+  for (std::size_t r = 0; r < rows; ++r) {
+    are_large = are_large ||
+                __builtin_fabsf(factors[r] * of_rows.scales[r]) + __builtin_fabsf(of_rows.offsets[r]) > 0x1p16f;
+  }
+  if (are_large) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      float* const row = products + r * kScoreStride;
+      const vf scale = set1(of_rows.scales[r]), offset = set1(of_rows.offsets[r]);
+      for (std::size_t i = 0; i < vectors; ++i) {
+        store(row + i * kLanes, fma(load(row + i * kLanes), scale, offset));
+      }
+    }
+    weigh<Bytes8, Order>(products, rows, count, maxima, sums, accumulators, accumulator_stride, size, weights);
+    return;
+  }
   for (std::size_t r = 0; r < rows; ++r) {
     const float scale = of_rows.scales[r], offset = of_rows.offsets[r];
     raise_maximum(factors[r] * scale + offset, maxima[r], sums[r], accumulators + r * accumulator_stride, size);

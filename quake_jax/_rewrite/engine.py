@@ -202,7 +202,8 @@ class _Level:
         self._find()
         self._decide_calls()
         if self._packs:
-            for old, new in narrow.narrowed(self._matches, self._options.attention).items():
+            chosen = narrow.narrowed(self._graph.top, self._matches, self._options.attention)
+            for old, new in chosen.items():
                 self._replace(new, (old,))
         self._add_records()
         writer = Writer(self._graph, self._rewriter.trace, self._with_inner)

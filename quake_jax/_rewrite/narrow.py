@@ -6,19 +6,21 @@ what a layer or attention gives, it writes bfloat16: the same numbers in half of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 
 from quake_jax._rewrite import arrangement, dense
-from quake_jax._rewrite.graph import Node, Value, closed_around
+from quake_jax._rewrite.graph import Group, Node, Value, closed_around
 from quake_jax._rewrite.match import Match
 
 # What moves numbers, whatever their type.
 _MOVES = frozenset(("reshape", "transpose", "squeeze", "expand_dims"))
 
 
-def narrowed(matches: Sequence[Match], compute_dtype: str | None) -> dict[Match, Match]:
+def narrowed(
+    top: Group, matches: Sequence[Match], compute_dtype: str | None
+) -> dict[Match, Match]:
     """The matches that may give bfloat16, and what then takes their place.
 
     Also makes the values between them bfloat16. Attention multiplies in `compute_dtype`; its
@@ -27,7 +29,13 @@ def narrowed(matches: Sequence[Match], compute_dtype: str | None) -> dict[Match,
     given = {m: dense.in_bfloat16(m) for m in matches}
     if compute_dtype == "bfloat16":
         given |= {m: arrangement.in_bfloat16(m) for m in matches if m.name == "attention"}
-    chosen = {m: new for m, new in given.items() if new is not None}
+    # A call that stays takes its operands as they were, those that it does not use too.
+    passed = {id(v) for group in _closed(top) for v in group.inputs}
+    chosen = {
+        m: new
+        for m, new in given.items()
+        if new is not None and not any(id(v) in passed for root in m.roots for v in _moved(root))
+    }
     readers = {node: m for m in matches for node in m.nodes}
     while True:
         roots = {id(root.output): m for m in chosen for root in m.roots}
@@ -39,6 +47,24 @@ def narrowed(matches: Sequence[Match], compute_dtype: str | None) -> dict[Match,
         for root in match.roots:
             _make_bfloat16(root.output, readers)
     return chosen
+
+
+def _closed(group: Group) -> Iterator[Group]:
+    """The calls that stay in the rewritten program, not those inside of them."""
+    for item in group.items:
+        if isinstance(item, Group):
+            if item.is_open:
+                yield from _closed(item)
+            else:
+                yield item
+
+
+def _moved(node: Node) -> Iterator[Value]:
+    """The result of a node, and that with its numbers moved."""
+    yield node.output
+    for use in node.output.uses:
+        if use.match is None and use.primitive in _MOVES:
+            yield from _moved(use)
 
 
 def _may_be(match: Match, chosen, readers: Mapping[Node, Match], roots) -> bool:

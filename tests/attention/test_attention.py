@@ -220,6 +220,17 @@ def test_what_int8_has_no_codes_for_is_done_in_float32(which, bad):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e8, 1e12, 1e16])
+def test_int8_of_large_logits(factor):
+    query, key, value = operands(t=40, s=70)
+    out = quake(query, factor * key, value, compute_dtype="int8")
+    # Of each query the codes of one key have nearly all of the weight: a row of the values.
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= 1.01 * np.abs(value).max()
+    out = quake(query, key + np.float32(factor), value, compute_dtype="int8")
+    assert np.isfinite(out).all()
+
+
 def test_what_is_multiplied_by_default():
     for dtype in DTYPES:
         x = operands(dtype=dtype)

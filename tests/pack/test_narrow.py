@@ -16,9 +16,9 @@ X = normal(2, 48, K, seed=1)
 PARAMS = {name: normal(K, K, seed=i) / 8 for i, name in enumerate("qkvoab")}
 
 
-def _attention(p, x):
+def _attention(p, x, scale=SIZE**-0.5):
     q, k, v = ((x @ p[name]).reshape(*x.shape[:2], HEADS, SIZE) for name in "qkv")
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / SIZE**0.5
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
     y = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
     return y.reshape(x.shape) @ p["o"]
 
@@ -62,6 +62,12 @@ def _narrowed(fast) -> int:
         pytest.param(_attention, {"attention": "bfloat16"}, 2, id="attention"),
         # What keeps its float32:
         pytest.param(_attention, {}, 0, id="attention in float32"),
+        pytest.param(
+            lambda p, x: _attention(p, x, 0.3 + x[0, 0, 0] / 64),
+            {"attention": "bfloat16"},
+            0,
+            id="attention with a traced scale",
+        ),
         pytest.param(_mlp, {"weights": "float32"}, 0, id="float32"),
         pytest.param(_mlp, {"weights": "int8"}, 0, id="rows quantised by their own range"),
         pytest.param(lambda p, x: _norm(x @ p["a"]) @ p["b"], {}, 0, id="before a norm"),
@@ -93,6 +99,26 @@ def test_inside_a_call_and_a_loop():
     expected = X
     for _ in range(3):
         expected = _pack(_mlp)[0](_pack(_mlp)[1], expected)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2**-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_call_takes_and_does_not_use_stays(moved):
+    call = jax.jit(lambda x, _: jnp.sin(x) + jnp.cos(x))
+
+    def layers(p, x):
+        a = x @ p["a"]
+        a = a.reshape(-1, K) if moved else a
+        return (a @ p["b"]).reshape(x.shape) + call(x, a)
+
+    def loop(p, x):
+        # JAX takes such operands out of other programs.
+        body = lambda c: (c[0] + 1, layers(p, c[1]))  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < 2, body, (0, x))[1]
+
+    fast, _, y = _pack(loop)
+    assert _narrowed(fast) == 0
+    expected = layers(PARAMS, layers(PARAMS, X))
     np.testing.assert_allclose(y, expected, rtol=0, atol=2**-6 * np.abs(expected).max())
 
 
