@@ -122,7 +122,11 @@ def in_bfloat16(match: Match) -> Match | None:
     plan = dict(match.static)["plan"]
     is_plain = not plan.late_biases and not plan.factors and plan.keyless is None
     # A scale that is traced multiplies the query before it is rounded.
-    if not is_plain or plan.is_scale_traced or {plan.dtype, plan.result_dtype} != {np.dtype(np.float32)}:
+    if (
+        not is_plain
+        or plan.is_scale_traced
+        or {plan.dtype, plan.result_dtype} != {np.dtype(np.float32)}
+    ):
         return None
     dtype = np.dtype(jnp.bfloat16)
     plan = dataclasses.replace(plan, dtype=dtype, result_dtype=dtype)

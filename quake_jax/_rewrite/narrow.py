@@ -18,9 +18,7 @@ from quake_jax._rewrite.match import Match
 _MOVES = frozenset(("reshape", "transpose", "squeeze", "expand_dims"))
 
 
-def narrowed(
-    top: Group, matches: Sequence[Match], compute_dtype: str | None
-) -> dict[Match, Match]:
+def narrowed(top: Group, matches: Sequence[Match], compute_dtype: str | None) -> dict[Match, Match]:
     """The matches that may give bfloat16, and what then takes their place.
 
     Also makes the values between them bfloat16. Attention multiplies in `compute_dtype`; its
