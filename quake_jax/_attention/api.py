@@ -75,8 +75,9 @@ def dot_product_attention(
         float32 for float16. In bfloat16 query, key, value and weights are rounded to it, sums are
         float32, and so are the softmax and up to 8 queries that share keys (decoding), which
         reading bounds. In int8 query, key less the mean of the first keys, and value are rounded to
-        127ths of the largest element of the vector (of value: of 256 keys, by column), weights to
-        255ths of the row's largest; the rest is as in bfloat16. A CPU that has no such products
+        127ths of the largest element of the vector (of value: of 256 keys, by column, masked ones
+        among them, so that no padding should be large), weights to 255ths of the row's largest; the
+        rest is as in bfloat16. A CPU that has no such products
         multiplies float32 all the same; derivatives and other platforms ignore it. In int8, a call
         with NaN, infinities or numbers beyond 2^58 (of value: 2^100) is done in float32 as well.
       order: accuracy of the exponential, as in `softmax`, 5 (in int8: 2) unless a default is set;

@@ -1,7 +1,9 @@
 """Results that are rounded to bfloat16 wherever they are read, so that they may be given so.
 
 A dense layer in bfloat16 rounds its rows, attention in bfloat16 its operands. If nothing else reads
-what a layer or attention gives, it writes bfloat16: the same numbers in half of the bytes.
+what a layer or attention gives, it writes bfloat16, half of the bytes. Layers compute the same
+from that. So does attention where it multiplies bfloat16; where it does not (the CPU cannot, or it
+has few queries), its operands and its result are rounded once.
 """
 
 from __future__ import annotations

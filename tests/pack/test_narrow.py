@@ -1,4 +1,4 @@
-"""What is rounded to bfloat16 wherever it is read is given in bfloat16, and the numbers stay."""
+"""What is rounded to bfloat16 wherever it is read is given in bfloat16."""
 
 import itertools
 
