@@ -48,8 +48,8 @@ struct StoreSums {
   std::size_t stride;
 };
 
-// R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on. What is done with a
-// sum before: an action of for_sums, beside the product of the sum before it.
+// R rows, `stride` words apart, times V panels of 16 columns, from the word `at` of each on. What is done with
+// a sum before: an action of for_sums, beside the product of the sum before it.
 template <class Matrix, int R, int V, class Before = KeepSums>
 QUAKE_INLINE void multiply_lines(const PackedWord* rows, std::size_t stride,
                                  const PackedWord* const (&panels)[V], std::size_t at, std::size_t panel_stride,

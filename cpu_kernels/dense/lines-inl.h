@@ -85,8 +85,8 @@ void lines_product(const DensePanels& b, const DenseTiles& tiles) {
   }
 }
 
-// What is done with the registers before the products of a group: the sums of the last one are stored, and those
-// of the one before, which were, are added to the tile. So products, stores and additions overlap.
+// What is done with the registers before the products of a group: the sums of the last one are stored, and
+// those of the one before, which were, are added to the tile. So products, stores and additions overlap.
 template <int R, int V>
 struct NextGroup {
   template <int I>
