@@ -139,7 +139,7 @@ bool pack_byte_rows(const void* const* rows, std::size_t count, std::size_t size
         store(as_floats(&chunk[r][k / 4]), codes);
         sum = byte_products(vi{} + 0x01010101, as_int(codes), sum);
       }
-      described.sums[r] += static_cast<std::int32_t>(reduce_add(__builtin_convertvector(sum, vf)));
+      described.sums[r] += static_cast<std::int32_t>(reduce_add(to_float(sum)));
     }
     transpose(chunk[0], kColumnChunk, ceil_div(columns, 4), out + j / 4 * kRowTile, kRowTile);
   }
@@ -256,7 +256,7 @@ bool pack_byte_values(const void* in, std::ptrdiff_t stride, std::size_t depth, 
 
 // A vector of products times the scales of its keys.
 QUAKE_INLINE vf scaled_products(const float* products, const float* key_scales, std::size_t i) {
-  return __builtin_convertvector(as_int(load(products + i * kLanes)), vf) * load(key_scales + i * kLanes);
+  return to_float(as_int(load(products + i * kLanes))) * load(key_scales + i * kLanes);
 }
 
 template <std::size_t kRows>
@@ -333,7 +333,7 @@ QUAKE_INLINE ByteSums weigh_bytes(std::size_t r, Count vectors, PackedWord* weig
     if (whole < vectors) step(whole, vectors - whole);
   }
   const vf sums = (exact[0] + exact[1]) + (exact[2] + exact[3]);
-  return {fma(sums, vf{}, __builtin_convertvector(used, vf)), sums};
+  return {fma(sums, vf{}, to_float(used)), sums};
 }
 
 template <int Order, class Count>
@@ -439,12 +439,8 @@ void weigh_products(float* products, std::size_t rows, std::size_t count,
 constexpr std::int32_t kAddedToKeys = 128;
 struct ByteVectors {
   using Vector = vi;
-  QUAKE_INLINE vi load_words(const PackedWord* p) { return as_int(load(as_floats(p))); }
-  QUAKE_INLINE vi broadcast(const PackedWord* p) {
-    std::int32_t word;
-    std::memcpy(&word, p, sizeof word);
-    return word - vi{};
-  }
+  QUAKE_INLINE vi load_words(const PackedWord* p) { return load_bits(p); }
+  QUAKE_INLINE vi broadcast(const PackedWord* p) { return broadcast_bits(p); }
 };
 struct QueryBytes : ByteVectors {
   QUAKE_INLINE vi multiply_add(vi a, vi b, vi c) { return byte_products(b, a, c); }
@@ -455,7 +451,7 @@ struct WeightBytes : ByteVectors {
 
 // Accumulators with the products of weights and values.
 QUAKE_INLINE vf add_products(vi products, vf value_scales, vf accumulators) {
-  return fma(__builtin_convertvector(products, vf), value_scales, accumulators);
+  return fma(to_float(products), value_scales, accumulators);
 }
 
 struct ScoreBytes {
@@ -465,9 +461,7 @@ struct ScoreBytes {
 
   template <int R>
   QUAKE_INLINE_MEMBER void run() const {
-    for (std::size_t i = 0; i < count; i += kPanel) {
-      count - i > kLanes ? panel<R, 2>(i) : panel<R, 1>(i);
-    }
+    for_panels(count, [&]<int V>(std::size_t i) QUAKE_INLINE_LAMBDA { panel<R, V>(i); });
   }
   template <int R, int V>
   [[gnu::noinline]] void panel(std::size_t i) const {
@@ -503,9 +497,7 @@ struct AccumulateBytes {
 
   template <int R>
   QUAKE_INLINE_MEMBER void run() const {
-    for (std::size_t i = 0; i < size; i += kPanel) {
-      size - i > kLanes ? panel<R, 2>(i) : panel<R, 1>(i);
-    }
+    for_panels(size, [&]<int V>(std::size_t i) QUAKE_INLINE_LAMBDA { panel<R, V>(i); });
   }
   template <int R, int V>
   [[gnu::noinline]] void panel(std::size_t i) const {

@@ -34,6 +34,14 @@ template <class Words, int R, int V>
   }
 }
 
+// panel.operator()<V>(i) for the panels of `count` columns, each from the column i on with V vectors.
+template <class Panel>
+QUAKE_INLINE void for_panels(std::size_t count, const Panel& panel) {
+  for (std::size_t i = 0; i < count; i += kPanel) {
+    count - i > kLanes ? panel.template operator()<2>(i) : panel.template operator()<1>(i);
+  }
+}
+
 template <class Words>
 struct ScorePanels {
   const PackedWord *queries, *keys;
@@ -43,14 +51,9 @@ struct ScorePanels {
 
   template <int R>
   QUAKE_INLINE_MEMBER void run() const {
-    for (std::size_t i = 0; i < count; i += kPanel) {
-      const PackedWord* panel = keys + i * depth;
-      if (count - i > kLanes) {
-        score_panel<Words, R, 2>(queries, panel, depth, scale, scores + i);
-      } else {
-        score_panel<Words, R, 1>(queries, panel, depth, scale, scores + i);
-      }
-    }
+    for_panels(count, [&]<int V>(std::size_t i) QUAKE_INLINE_LAMBDA {
+      score_panel<Words, R, V>(queries, keys + i * depth, depth, scale, scores + i);
+    });
   }
 };
 
@@ -69,14 +72,9 @@ struct AccumulatePanels {
 
   template <int R>
   QUAKE_INLINE_MEMBER void run() const {
-    for (std::size_t i = 0; i < size; i += kPanel) {
-      const PackedWord* panel = values + i * capacity;
-      if (size - i > kLanes) {
-        accumulate_panel<Words, R, 2>(weights, panel, depth, out + i, stride);
-      } else {
-        accumulate_panel<Words, R, 1>(weights, panel, depth, out + i, stride);
-      }
-    }
+    for_panels(size, [&]<int V>(std::size_t i) QUAKE_INLINE_LAMBDA {
+      accumulate_panel<Words, R, V>(weights, values + i * capacity, depth, out + i, stride);
+    });
   }
 };
 

@@ -5,6 +5,16 @@
 QUAKE_INLINE const float* as_floats(const PackedWord* p) { return reinterpret_cast<const float*>(p); }
 QUAKE_INLINE float* as_floats(PackedWord* p) { return reinterpret_cast<float*>(p); }
 
+// Words as they are: of neighbours, and one in all lanes.
+QUAKE_INLINE vi load_bits(const PackedWord* p) { return as_int(load(as_floats(p))); }
+QUAKE_INLINE vi broadcast_bits(const PackedWord* p) {
+  std::int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word - vi{};
+}
+QUAKE_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+QUAKE_INLINE vf to_float(vf v) { return v; }
+
 // One element, as a float32.
 template <class T>
 struct FloatWords {
@@ -30,12 +40,8 @@ struct BFloatPairs {
   static constexpr bool kTakesScale = false;
   using Vector = vi;
 
-  QUAKE_INLINE vi load_words(const PackedWord* p) { return as_int(load(as_floats(p))); }
-  QUAKE_INLINE vi broadcast(const PackedWord* p) {
-    std::int32_t word;
-    std::memcpy(&word, p, sizeof word);
-    return word - vi{};
-  }
+  QUAKE_INLINE vi load_words(const PackedWord* p) { return load_bits(p); }
+  QUAKE_INLINE vi broadcast(const PackedWord* p) { return broadcast_bits(p); }
   QUAKE_INLINE vf multiply_add(vi a, vi b, vf c) { return pair_products(a, b, c); }
   QUAKE_INLINE vf convert(const T* row, std::size_t left) {
     if constexpr (kFromMemory) {

@@ -22,14 +22,6 @@ I byte_pairs(I a, I b, I c);
 typedef std::int16_t Halves __attribute__((vector_size(sizeof(vi))));
 typedef std::int8_t Bytes __attribute__((vector_size(sizeof(vi))));
 
-QUAKE_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
-QUAKE_INLINE vf to_float(vf v) { return v; }
-QUAKE_INLINE vi load_bits(const PackedWord* p) { return as_int(load(as_floats(p))); }
-QUAKE_INLINE vi broadcast_bits(const PackedWord* p) {
-  std::int32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return word - vi{};
-}
 // Of the int16 pairs (b0 b1), (b2 b3) in each lane: the signed bytes b0 and b2, or b1 and b3, as int16.
 QUAKE_INLINE vi even_bytes(vi v) { return (vi)(((Halves)v << 8) >> 8); }
 QUAKE_INLINE vi odd_bytes(vi v) { return (vi)((Halves)v >> 8); }

@@ -77,9 +77,9 @@ def dot_product_attention(
         reading bounds. In int8 query, key less the mean of the first keys, and value are rounded to
         127ths of the largest element of the vector (of value: of 256 keys, by column, masked ones
         among them, so that no padding should be large), weights to 255ths of the row's largest; the
-        rest is as in bfloat16. A CPU that has no such products
-        multiplies float32 all the same; derivatives and other platforms ignore it. In int8, a call
-        with NaN, infinities or numbers beyond 2^58 (of value: 2^100) is done in float32 as well.
+        rest is as in bfloat16. A CPU that has no such products multiplies float32 all the same;
+        derivatives and other platforms ignore it. In int8, a call with NaN, infinities or numbers
+        beyond 2^58 (of value: 2^100) is done in float32 as well.
       order: accuracy of the exponential, as in `softmax`, 5 (in int8: 2) unless a default is set;
         "exact" is `jax.nn.dot_product_attention`.
 

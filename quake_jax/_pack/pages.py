@@ -1,7 +1,7 @@
 """Packed weights in huge pages, where Linux has them.
 
-A product walks through all of a weight. In pages of 4 KiB the CPU has to look one up for each 64
-cache lines of a column's panel, which on some machines takes longer than reading them.
+A product walks through all of a weight: in pages of 4 KiB the CPU has to look one up for each 64
+cache lines.
 """
 
 from __future__ import annotations

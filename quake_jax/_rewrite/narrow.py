@@ -38,14 +38,14 @@ def narrowed(top: Group, matches: Sequence[Match], compute_dtype: str | None) ->
     }
     readers = {node: m for m in matches for node in m.nodes}
     while True:
-        roots = {id(root.output): m for m in chosen for root in m.roots}
+        roots = {id(root.output) for m in chosen for root in m.roots}
         stay = {m: new for m, new in chosen.items() if _may_be(m, chosen, readers, roots)}
         if len(stay) == len(chosen):
             break
         chosen = stay
-    for match in chosen:
-        for root in match.roots:
-            _make_bfloat16(root.output, readers)
+    for value in (v for match in chosen for root in match.roots for v in _moved(root)):
+        value.aval = value.aval.update(dtype=jnp.dtype(jnp.bfloat16))
+        value.variable = None
     return chosen
 
 
@@ -67,10 +67,10 @@ def _moved(node: Node) -> Iterator[Value]:
             yield from _moved(use)
 
 
-def _may_be(match: Match, chosen, readers: Mapping[Node, Match], roots) -> bool:
+def _may_be(match: Match, chosen, readers: Mapping[Node, Match], roots: set[int]) -> bool:
     if match.name == "attention":
         operands = map(_moved_from, arrangement.operands(match))
-        if not all(roots.get(id(v)) is not None for v in operands):
+        if not all(id(v) in roots for v in operands):
             return False
     return all(_is_rounded(root.output, chosen, readers) for root in match.roots)
 
@@ -99,11 +99,3 @@ def _is_rounded(value: Value, chosen, readers: Mapping[Node, Match]) -> bool:
         elif not dense.rounds_rows(match) or any(v is value for v in match.inputs[1:]):
             return False
     return True
-
-
-def _make_bfloat16(value: Value, readers: Mapping[Node, Match]) -> None:
-    value.aval = value.aval.update(dtype=jnp.dtype(jnp.bfloat16))
-    value.variable = None
-    for use in value.uses:
-        if use not in readers:
-            _make_bfloat16(use.output, readers)
