@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from quake_jax._attention import call, masks
 from quake_jax._attention.arguments import STATIC, check_arrays, four_axes, static_arguments
 from quake_jax._attention.operands import NO_LIMIT, Operands
-from quake_jax._core import jax_names
+from quake_jax._core import jax_names, pages
 from quake_jax._core.config import Order
 from quake_jax._core.drop_in import as_array, kind_of, optional_array, refusal
 from quake_jax._core.exports import defined_in
@@ -75,7 +75,7 @@ def init(
     value_size: int | None = None,
     dtype: DTypeLike = "float32",
 ) -> KVCache:
-    """Make an empty cache.
+    """Make an empty cache, in huge pages as those of `pack_weight`.
 
     Args:
       batch: how many sequences, B. All have the same length: see `jax.vmap` for others.
@@ -125,7 +125,9 @@ def init(
         jnp.zeros((batch, kv_heads, max_length), jnp.float32) if stored == jnp.int8 else None
         for _ in row_sizes
     )
-    return KVCache(*rows, *scales, jnp.zeros((), jnp.int32))
+    cache = KVCache(*rows, *scales, jnp.zeros((), jnp.int32))
+    pages.gather(cache)
+    return cache
 
 
 def append(cache: KVCache, key: ArrayLike, value: ArrayLike) -> KVCache:

@@ -15,17 +15,22 @@ constexpr DenseShapes kDenseShapes =
     : kRegisters >= 32 ? DenseShapes{5, {{1, 2}, {2, 2}, {4, 1}, {4, 1, true}, {6, 1, true}}}
                        : DenseShapes{3, {{1, 1}, {2, 1}, {2, 1, true}}};
 
-// Bytes of a panel that few rows, which wait for memory, fetch ahead.
-constexpr std::size_t kFetchWords = 256;
+// Words of a panel, and groups whose scales, that few rows, which wait for memory, fetch ahead.
+constexpr std::size_t kFetchWords = 256, kFetchGroups = 16;
+constexpr int kFewRows = 8;
 
-// c[r][v] += sum over k of rows[k, r] · panels[k, v].
+// c[r][v] += sum over k of rows[k, r] · panels[k, v]. What lies `left` words behind their beginnings are other
+// panels that are read now: the next ones are `skip` words further.
 template <class Words, int R, int V>
 QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const PackedWord* const (&panels)[V],
-                               std::size_t depth, typename Words::Sum (&c)[R][V * kPanelVectors]) {
+                               std::size_t depth, std::size_t left, std::size_t skip,
+                               typename Words::Sum (&c)[R][V * kPanelVectors]) {
   for (std::size_t k = 0; k < depth * kPanelColumns; k += kPanelColumns) {
-    if constexpr (R <= 4) {
+    if constexpr (R <= kFewRows) {
+      const std::size_t ahead = k + kFetchWords;
+      const std::size_t fetched = ahead < left ? ahead : ahead + skip;
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) __builtin_prefetch(panels[v] + k + kFetchWords);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(panels[v] + fetched);
     }
     // Of few rows each vector is finished before the next is decoded: registers for all would spill.
     if constexpr (R <= 2 && Words::kFactors == 8 && kRegisters < 32) {
@@ -89,7 +94,7 @@ void dense_product(const DensePanels& b, const DenseTiles& tiles) {
                             : words.first_sum(sums + r);
       }
     }
-    multiply_add<Words, R, V>(words, rows, panels, b.depth, c);
+    multiply_add<Words, R, V>(words, rows, panels, b.depth, b.panel_words, (V - 1) * b.panel_words, c);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -135,17 +140,29 @@ template <class Words, int R, int V>
   }
   for (int j = 0; j < R * kVectors; ++j) store(tile.tiles + j * kLanes, vf{});
   const PackedWord *rows = tile.rows, *sums = tile.sums;
-  for (std::size_t group = 0; group < groups; ++group, sums += R) {
+  const std::size_t group_words = b.group_words * kPanelColumns;
+  std::size_t left = b.panel_words;
+  for (std::size_t group = 0; group < groups; ++group, sums += R, left -= group_words) {
     typename Words::Sum c[R][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) c[r][v] = words.first_sum(sums + r);
     }
-    multiply_add<Words, R, V>(words, rows, panels, b.group_words, c);
+    multiply_add<Words, R, V>(words, rows, panels, b.group_words, left, (V - 1) * b.panel_words, c);
+    if constexpr (R <= kFewRows) {
+      const std::size_t ahead = group + kFetchGroups;
+      const std::size_t fetched = (ahead < groups ? ahead : ahead + (V - 1) * groups) * kPanelColumns;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) __builtin_prefetch(b.scales + at[v] + fetched);
+      if (b.offsets != nullptr) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) __builtin_prefetch(b.offsets + at[v] + fetched);
+      }
+    }
     rows += b.group_words * Words::kFactors * R;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) panels[v] += b.group_words * kPanelColumns;
+    for (int v = 0; v < V; ++v) panels[v] += group_words;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       add_group<R, kVectors>(

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from quake_jax._core import jax_names
+from quake_jax._core import jax_names, pages
 from quake_jax._core.drop_in import as_array, optional_array, refusal, static_bool
 from quake_jax._core.exports import defined_in
 from quake_jax._dense import foreign, layout, sharding
@@ -466,7 +466,8 @@ def pack_weight(
     """Pack a weight for `dense`.
 
     Packing is jax.numpy: it may be traced, and works on any platform. An array that is split over a
-    mesh gives a packed weight that is split along panels, as by `packed_shardings`.
+    mesh gives a packed weight that is split along panels, as by `packed_shardings`. Large ones are
+    moved into huge pages where Linux (6.1 or newer) has them.
 
     Args:
       weight: floating-point array of shape (…, K, N). Leading axes, of stacked layers or experts,
@@ -522,6 +523,7 @@ def pack_weight(
     packed, is_finite = packing(split, method=scale_method, **static)
     if not isinstance(is_finite, jax_names.Tracer) and not is_finite:
         _refuse_values(np.asarray(weight), dtype)
+    pages.gather(packed)
     return packed
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quake_jax._core import jax_names
+from quake_jax._core import jax_names, pages
 from quake_jax._core.drop_in import refusal
 from quake_jax._core.progress import progress
 from quake_jax._dense import pack_primitive
@@ -22,7 +22,7 @@ from quake_jax._dense.layout import LARGEST
 from quake_jax._dense.packed import PackedWeight, pack_weight
 from quake_jax._dense.sharding import with_split_columns
 from quake_jax._dense.trees import pytree
-from quake_jax._pack import codes, pages
+from quake_jax._pack import codes
 from quake_jax._pack.report import Kept, Layer, joined_paths
 from quake_jax._pack.rules import Rules
 from quake_jax._rewrite.dense import Format, origin

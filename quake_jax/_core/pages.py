@@ -1,4 +1,4 @@
-"""Packed weights in huge pages, where Linux has them.
+"""Packed weights and caches in huge pages, where Linux has them.
 
 A product walks through all of a weight: in pages of 4 KiB the CPU has to look one up for each 64
 cache lines.

@@ -1,4 +1,4 @@
-"""Packed weights lie in huge pages, where the system has them."""
+"""Packed weights and caches lie in huge pages, where the system has them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from support import weights_like as normal
 
 import quake_jax
-from quake_jax._pack import pages
+from quake_jax._core import pages
 
 PAGE = 2 << 20
 
@@ -54,6 +54,23 @@ def test_weights_stay_what_they_are(weights):
     again = quake_jax.pack_weight(w, weights)
     jax.tree.map(np.testing.assert_array_equal, packed, again)
     np.testing.assert_array_equal(fast(packed, x), quake_jax.dense(x, again))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: quake_jax.pack_weight(jnp.ones((1024, 2048)), "float32"),
+        lambda: quake_jax.kv_cache.init(1, 2048, kv_heads=8, head_size=64),
+    ],
+    ids=["pack_weight", "kv_cache"],
+)
+def test_what_is_made_is_moved(make, collapsed):
+    size = sum(x.nbytes for x in jax.tree.leaves(make()))
+    # At most the ends of each large array are left out.
+    assert size // PAGE - 4 <= len(collapsed) <= size // PAGE + 4
+    collapsed.clear()
+    jax.eval_shape(make)
+    assert not collapsed
 
 
 def test_nothing_is_done_where_huge_pages_are_not_wanted(tmp_path, monkeypatch):
