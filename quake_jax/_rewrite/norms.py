@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -37,6 +38,7 @@ class _Norm:
     inverse: Value | None = None  # the variance + epsilon whose inverse root is a factor
     scale: Value | None = None
     offset: Value | None = None
+    factors: list[Value] = dataclasses.field(default_factory=list)  # x and the scale
 
 
 def find(root: Node) -> Match | None:
@@ -46,31 +48,52 @@ def find(root: Node) -> Match | None:
     result = root.output
     if result.dtype not in KERNEL_DTYPES or not result.ndim:
         return None
-    try:
-        return _match(root)
-    except _No:
-        return None
+    for norm in _candidates(root):
+        try:
+            epsilon = _epsilon(norm)
+        except _No:
+            continue
+        return _match(root, norm, epsilon)
+    return None
 
 
-def _match(root: Node) -> Match:
+def _candidates(root: Node) -> Iterator[_Norm]:
+    """What the norm may be, by the shapes alone: of a single row, scale and offset look like x."""
     norm = _Norm({root})
-    value = _uncast(root.output, norm)
-    shape = root.output.shape
+    value, shape = _uncast(root.output, norm), root.output.shape
+    ways = [(value, None)]
     if value.primitive == "add":
         norm.nodes.add(value.node)
         first, second = value.node.inputs
-        norm.offset, value = views.repeated_rows(second, 1, shape), first
-        if norm.offset is None:
-            norm.offset, value = views.repeated_rows(first, 1, shape), second
-        if norm.offset is None:
-            raise _No
-    _read_factors(value, shape, norm)
-    if norm.x is None or norm.inverse is None:
+        ways = [(first, second), (second, first)]
+    for product, row in ways:
+        offset = None if row is None else views.repeated_rows(row, 1, shape)
+        if row is not None and offset is None:
+            continue
+        read = dataclasses.replace(norm, nodes=set(norm.nodes), offset=offset, factors=[])
+        try:
+            _read_factors(product, shape, read)
+        except _No:
+            continue
+        for i, x in enumerate(read.factors):
+            rows = [views.repeated_rows(v, 1, shape) for v in read.factors[:i] + read.factors[i + 1 :]]
+            if x.shape == shape and len(rows) < 2 and None not in rows:
+                scale = rows[0] if rows else None
+                yield dataclasses.replace(read, nodes=set(read.nodes), x=x, scale=scale)
+
+
+def _epsilon(norm: _Norm) -> float:
+    """Settle what x is, and check that all else is of it."""
+    if norm.inverse is None:
         raise _No
     _settle_x(norm)
     epsilon = _epsilon_of_variance(norm)
     if not norm.centered and norm.offset is not None:
         raise _No
+    return epsilon
+
+
+def _match(root: Node, norm: _Norm, epsilon: float) -> Match:
     arrays = {"scale": norm.scale, "offset": norm.offset}
     given = {name: value for name, value in arrays.items() if value is not None}
     return Match(
@@ -121,23 +144,16 @@ def _read_factors(value: Value, shape, norm: _Norm, inverted: bool = False) -> N
         _read_factors(first, shape, norm, inverted)
         _read_factors(second, shape, norm, inverted != (value.primitive == "div"))
         return
-    scale = views.repeated_rows(value, 1, shape)
-    if scale is not None:
-        if norm.scale is not None or inverted:
-            raise _No
-        norm.scale = scale
-        return
     if _is_row_constant(value, shape):
-        source = _uncast(_source_of_rows(value, shape, norm), norm)
-        kind = "sqrt" if inverted else "rsqrt"
-        if source.primitive != kind or norm.inverse is not None:
-            raise _No
-        norm.nodes.add(source.node)
-        norm.inverse = source.node.inputs[0]
-        return
-    if norm.x is not None or inverted or value.shape != shape:
+        of_row = _Norm(set())
+        source = _uncast(_source_of_rows(value, shape, of_row), of_row)
+        if norm.inverse is None and source.primitive == ("sqrt" if inverted else "rsqrt"):
+            norm.nodes |= of_row.nodes | {source.node}
+            norm.inverse = source.node.inputs[0]
+            return
+    if inverted:
         raise _No
-    norm.x = value
+    norm.factors.append(value)
 
 
 def _is_row_constant(value: Value, shape) -> bool:

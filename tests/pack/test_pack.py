@@ -436,7 +436,8 @@ NORMED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("products", [1, 2])
-def test_finds_norms(name, products, dtype):
+@pytest.mark.parametrize("rows", [K, 1])
+def test_finds_norms(name, rows, products, dtype):
     norm, called = NORMED[name]
     params = {"scale": 1 + normal(K), "offset": normal(K, seed=6), "weights": [SQUARE] * products}
 
@@ -444,8 +445,9 @@ def test_finds_norms(name, products, dtype):
         y = norm(x.astype(jnp.float32), p).astype(dtype)
         return [y @ w.astype(dtype) for w in p["weights"]]
 
-    # As many rows as columns: axes that are mistaken for each other are not seen in shapes.
-    x = (3 * normal(K, K, seed=7) + 1).astype(dtype)
+    # As many rows as columns: axes that are mistaken for each other are not seen in shapes. A single
+    # row has the shape of scale and offset.
+    x = (3 * normal(rows, K, seed=7) + 1).astype(dtype)
     fast, packed = quake_jax.pack(fun, params, x, weights="float32", order=5)
     parts = ["float32", "2 weights" if products > 1 else None, called]
     assert replacements(fast) == [f"dense({', '.join(filter(None, parts))})"]
