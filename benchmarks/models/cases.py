@@ -17,9 +17,11 @@ CEILING = "ceiling"
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 # The formats of weights, by the names of the systems that pack them.
 CALIBRATED = "pack-int8-calibrated"
-PACKED = {f"pack-{weights}": weights for weights in WEIGHTS} | {CALIBRATED: "int8"}
-# What attention multiplies, where that is not the model's dtype: the peers' bfloat16 has it too.
-ATTENTION = {"pack-bfloat16": "bfloat16"}
+INT8_ATTENTION, INT4_ATTENTION = "pack-int8-attention", "pack-int4-attention"
+PACKED = {f"pack-{weights}": weights for weights in WEIGHTS}
+PACKED |= {CALIBRATED: "int8", INT8_ATTENTION: "int8", INT4_ATTENTION: "int4"}
+# What attention multiplies and caches, if not the model's dtype; so does OpenVINO's bfloat16.
+ATTENTION = {"pack-bfloat16": "bfloat16", INT8_ATTENTION: "int8", INT4_ATTENTION: "int8"}
 # Others by name: which of ours has the same precision. The first part is the library.
 PEERS = {
     TORCH: "float32",
@@ -53,7 +55,10 @@ MEANING = {
         name: f'quake_jax.pack(model, …, weights="{w}"), packed before'
         for name, w in PACKED.items()
     },
-    "pack-bfloat16": 'the same with weights="bfloat16", attention="bfloat16"',
+    **{
+        name: f'the same with weights="{PACKED[name]}", attention="{dtype}", the cache as well'
+        for name, dtype in ATTENTION.items()
+    },
     CALIBRATED: 'weights="int8" with ranges of activations from the inputs (calibrate=)',
     CEILING: "not a model: attention is query + key + value, and GELU is left out",
     TORCH: "eager, scaled_dot_product_attention, query, key and value from one product",

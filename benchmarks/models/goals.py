@@ -58,17 +58,22 @@ _SPEEDS = {_GPT: (1.35, 1.38), _BERT: (1.25, 1.26), _VIT: (1.05, 1.06), _VIT_TIN
 # Those of packed weights against jitted Flax in float32.
 _DECODE = "gpt2-decode-1024"
 _PACKED_SPEEDS: dict[str, dict[str, float]] = {
-    _GPT: {"bfloat16": 2.3, "int8": 3.5},
-    _BERT: {"bfloat16": 2.2, "int8": 3.4},
+    _GPT: {"bfloat16": 2.4, "int8": 3.5, "int8-attention": 3.8},
+    _BERT: {"bfloat16": 2.3, "int8": 3.4, "int8-attention": 3.8},
     "bert-1x128": {"bfloat16": 2.3, "int8": 4.0},
-    _VIT: {"bfloat16": 2.0, "int8": 3.2},
-    "minilm-32x128": {"bfloat16": 2.3, "int8": 3.2},
+    _VIT: {"bfloat16": 2.1, "int8": 3.2, "int8-attention": 3.5},
+    "minilm-32x128": {"bfloat16": 2.4, "int8": 3.2, "int8-attention": 3.6},
     _VIT_TINY: {"bfloat16": 1.9, "int8": 2.6},
-    _DECODE: {"int8": 3.0, "int4": 4.0},
+    _DECODE: {"int8": 3.0, "int4": 4.0, "int8-attention": 3.5, "int4-attention": 5.0},
 }
 # And against the fastest peer.
-_PEER_SPEEDS = {"float32": 1.0, "bfloat16": 1.0, "int8": 1.1}
-_PEER_DECODES = _PEER_SPEEDS | {"int8": 1.3, "int4": 1.3}
+_PEER_SPEEDS = {"float32": 1.0, "bfloat16": 1.0, "int8": 1.1, "int8-attention": 1.1}
+_PEER_DECODES = _PEER_SPEEDS | {
+    "int8": 1.3,
+    "int4": 1.3,
+    "int8-attention": 1.4,
+    "int4-attention": 1.4,
+}
 
 
 def _bar(kind: Kind, model: str, threshold: float, subject: str = SUBJECT) -> Bar:

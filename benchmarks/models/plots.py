@@ -11,14 +11,13 @@ from benchmarks.models.cases import MEANING, label
 
 _LIBRARIES = {systems.FLAX: "#fdae6b", TORCH: "#a63603", "zentorch": "#7f2704"}
 _LIBRARIES |= {ONNXRUNTIME: "#636363", OPENVINO: "#9e9ac8"}
+_GREENS = "#00441b", "#006d2c", "#238b45", "#41ab5d", "#74c476", "#a1d99b", "#c7e9c0"
 COLOURS = {
     systems.FLAX: "#d95f0e",
     systems.PARTS: "#6baed6",
     systems.ACCELERATE: "#08519c",
     systems.INTERCEPTOR: "#2171b5",
-    **dict(
-        zip(systems.PACKED, ("#006d2c", "#31a354", "#74c476", "#a1d99b", "#c7e9c0"), strict=True)
-    ),
+    **dict(zip(systems.PACKED, _GREENS, strict=True)),
     systems.CEILING: "#bdbdbd",
     **{name: _LIBRARIES[name.split("-")[0]] for name in systems.PEERS},
 }

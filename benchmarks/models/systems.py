@@ -7,6 +7,7 @@ Importing this module imports JAX: `environment.prepare` comes first.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections import Counter
@@ -58,11 +59,28 @@ class Setting:
         self.parameters, self.cache = flax_models.variables(case)
         self.inputs = flax_models.inputs(case)
         self._model = flax_models.module(case)
+        self.cache_dtype: str | None = None  # of a `KVCache`; None is Flax's own cache
 
     @property
     def arguments(self) -> tuple:
         """Those of the function of `forward`, with a cache that may be donated."""
         return self.parameters, jax.tree.map(lambda x: x.copy(), self.cache), *self.inputs
+
+    def with_cache(self, dtype: str) -> Setting:
+        """The same with keys and values in `quake_jax.KVCache`s of a dtype."""
+        kv_cache = quake_jax("kv_cache").kv_cache
+
+        def stored(cached: dict) -> dict:
+            if "cached_key" not in cached:
+                return {name: stored(value) for name, value in cached.items()}
+            key, value = cached["cached_key"], cached["cached_value"]
+            empty = kv_cache.init(*key.shape, dtype=dtype)
+            length = int(cached["cache_index"])
+            return {"kv_cache": kv_cache.append(empty, key[:, :length], value[:, :length])}
+
+        made = copy.copy(self)
+        made.cache, made.cache_dtype = stored(self.cache), dtype
+        return made
 
     @property
     def parameter_count(self) -> int:
@@ -83,10 +101,22 @@ class Setting:
             if not cache:
                 return model.apply({"params": parameters}, *inputs), cache
             variables = {"params": parameters, "cache": cache}
-            result, changed = model.apply(variables, *inputs, mutable="cache")
-            return result, changed["cache"]
+            with self._caching():
+                result, changed = model.apply(variables, *inputs, mutable="cache")
+            return result, jax.tree.map_with_path(_full, changed["cache"])
 
         return forward
+
+    def _caching(self):
+        if self.cache_dtype is None:
+            return contextlib.nullcontext()
+        return quake_jax("linen").linen.substitute(only="attention", kv_cache=self.cache_dtype)
+
+
+def _full(path, cached: jax.Array) -> jax.Array:
+    """What a cache that is full keeps: the next token takes the place of the last one. Flax's does
+    so by itself."""
+    return cached - 1 if getattr(path[-1], "name", None) == "length" else cached
 
 
 def _accelerated(**options) -> Callable[[Callable], Callable]:
@@ -161,6 +191,8 @@ def build(setting: Setting, name: str) -> System:
     """Compile a system of JAX, a key of `TRANSFORMS` or `PACKED`, and run it once."""
     if name == FLAX_BFLOAT16:
         setting = Setting(dataclasses.replace(setting.case, dtype="bfloat16"))
+    if name in ATTENTION and setting.case.decodes:
+        setting = setting.with_cache(ATTENTION[name])
     if name in PACKED:
         pack = quake_jax("pack").pack
         calibrate = setting.arguments[1:] if name == CALIBRATED else None
@@ -189,7 +221,6 @@ def build(setting: Setting, name: str) -> System:
     (first, cache), grown = memory.growth(first_run)
 
     def run(calls: int) -> None:
-        # A cache that is full stays so: each token takes the place of the last one.
         nonlocal cache
         for _ in range(calls):
             out, cache = program(parameters, cache, *inputs)

@@ -76,7 +76,9 @@ def _candidates(root: Node) -> Iterator[_Norm]:
         except _No:
             continue
         for i, x in enumerate(read.factors):
-            rows = [views.repeated_rows(v, 1, shape) for v in read.factors[:i] + read.factors[i + 1 :]]
+            rows = [
+                views.repeated_rows(v, 1, shape) for v in read.factors[:i] + read.factors[i + 1 :]
+            ]
             if x.shape == shape and len(rows) < 2 and None not in rows:
                 scale = rows[0] if rows else None
                 yield dataclasses.replace(read, nodes=set(read.nodes), x=x, scale=scale)

@@ -216,6 +216,20 @@ def test_other_libraries_compute_the_same(name, model):
             built[name].run(calls)
 
 
+@pytest.mark.parametrize("name", cases.ATTENTION)
+def test_a_cache_in_low_precision_stays_full(name):
+    setting, built = setting_of(small("gpt2-decode-1024")), {}
+    for one in (FLAX, name):
+        assert measure._add(built, setting, one, 1) is None  # its result is right
+    for calls in (40, 1, 2):
+        built[name].run(calls)
+    cache = setting.with_cache(cases.ATTENTION[name]).cache
+    function = setting.with_cache(cases.ATTENTION[name]).forward()
+    for _ in range(2):
+        result, cache = function(setting.parameters, cache, *setting.inputs)
+        assert np.isfinite(np.asarray(result)).all()
+
+
 def test_systems_are_chosen_by_their_weights():
     assert cases.systems(None, None) == list(SYSTEMS)
     of_int8 = [name for name, weights in (PACKED | PEERS).items() if weights == "int8"]
@@ -509,7 +523,8 @@ def test_tables_show_what_was_measured():
     assert times["flax"] == ["1.00"] and times["ceiling (not a model)"] == ["1.00"]
     assert not set(others) & set(times) - {"model"} and others[STATIC] == ["1.00"]
     assert shares["weights"] == ["int8"] and shares["dense layers"] == ["17 %"]
-    assert packed["weights"] == [*cases.WEIGHTS, "int8, calibrated"]
+    named = ["int8, calibrated", "int8, attention", "int4, attention"]
+    assert packed["weights"] == [*cases.WEIGHTS, *named]
     assert packed["fastest peer of the same precision / ours"][2] == "1.50 onnxruntime-int8"
     assert packed["fastest peer of the same precision / ours"][4] == f"1.50 {STATIC}"
     assert packed[f"{STATIC} / ours"] == ["–", "–", "1.50", "–", "1.50"]

@@ -445,8 +445,8 @@ def test_finds_norms(name, rows, products, dtype):
         y = norm(x.astype(jnp.float32), p).astype(dtype)
         return [y @ w.astype(dtype) for w in p["weights"]]
 
-    # As many rows as columns: axes that are mistaken for each other are not seen in shapes. A single
-    # row has the shape of scale and offset.
+    # As many rows as columns: axes that are mistaken for each other are not seen in shapes. A row
+    # alone has the shape of scale and offset.
     x = (3 * normal(rows, K, seed=7) + 1).astype(dtype)
     fast, packed = quake_jax.pack(fun, params, x, weights="float32", order=5)
     parts = ["float32", "2 weights" if products > 1 else None, called]
