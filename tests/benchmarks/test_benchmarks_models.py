@@ -527,7 +527,7 @@ def test_tables_show_what_was_measured():
     assert packed["weights"] == [*cases.WEIGHTS, *named]
     assert packed["fastest peer of the same precision / ours"][2] == "1.50 onnxruntime-int8"
     assert packed["fastest peer of the same precision / ours"][4] == f"1.50 {STATIC}"
-    assert packed[f"{STATIC} / ours"] == ["–", "–", "1.50", "–", "1.50"]
+    assert packed[f"{STATIC} / ours"] == ["–", "–", "1.50", "–", "1.50", "1.50", "–"]
     assert speeds["accelerate (quartiles)"] == ["1.50 (1.50–1.50)"]
     assert speeds["torch / accelerate"] == ["1.50"] and speeds["share of the ceiling"] == ["2 %"]
     assert memory["accelerate"] == theirs["torch"] == ["2"]
