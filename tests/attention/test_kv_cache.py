@@ -211,6 +211,14 @@ def test_vmap_gives_sequences_lengths_of_their_own(dtype):
     np.testing.assert_allclose(ys[2, 1], kv_cache.attend(query[1], caches[2]), atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "float32"])
+def test_appending_converts_no_whole_cache(dtype):
+    # XLA on CPUs computes what is bfloat16 in float32.
+    cache, key = kv_cache.init(2, ROOM, 2, 16, dtype=dtype), normal(2, 1, 2, 16)
+    append = jax.jit(kv_cache.append, donate_argnums=0).lower(cache, key, key).compile()
+    assert f"f32[2,{ROOM},2,16]" not in append.as_text()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 20])
 def test_derivatives(dtype, queries):
