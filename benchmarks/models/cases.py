@@ -56,7 +56,7 @@ MEANING = {
         for name, w in PACKED.items()
     },
     **{
-        name: f'the same with weights="{PACKED[name]}", attention="{dtype}", the cache as well'
+        name: f'pack(…, weights="{PACKED[name]}", attention="{dtype}"), and a cache of {dtype}'
         for name, dtype in ATTENTION.items()
     },
     CALIBRATED: 'weights="int8" with ranges of activations from the inputs (calibrate=)',

@@ -92,7 +92,24 @@ def _epsilon(norm: _Norm) -> float:
     epsilon = _epsilon_of_variance(norm)
     if not norm.centered and norm.offset is not None:
         raise _No
+    if any(row is not None and _reads(row, norm.nodes) for row in (norm.scale, norm.offset)):
+        raise _No  # of a single row, what is added to the norm, or multiplied, and made of it
     return epsilon
+
+
+def _reads(value: Value, nodes: set[Node]) -> bool:
+    """Whether a value depends on one of these nodes."""
+    first = min(node.index for node in nodes)
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop().node
+        if node is None or node.index < first or node in seen:
+            continue
+        if node in nodes:
+            return True
+        seen.add(node)
+        pending += node.inputs
+    return False
 
 
 def _match(root: Node, norm: _Norm, epsilon: float) -> Match:

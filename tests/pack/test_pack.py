@@ -416,7 +416,7 @@ def _rms_norm(x, p):
 
 
 def _almost_layer_norm(x, p):
-    mean = jnp.mean(x[::-1], -1, keepdims=True)  # of other rows
+    mean = jnp.mean(x[::-1], -1, keepdims=True)  # of other rows, if there are several
     return (x - mean) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5) * p["scale"] + p["offset"]
 
 
@@ -495,6 +495,31 @@ def test_a_norm_is_computed_once(results, calls, weights):
         assert got.dtype == wanted.dtype
         got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
         np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda h, x, a, b: h + jax.nn.gelu(h @ a) @ b,
+        lambda h, x, a, b: (h @ a) + h,
+        lambda h, x, a, b: (h * (h @ a)) @ b,
+        lambda h, x, a, b: x @ a + h,
+    ],
+    ids=["block", "residual", "product", "another product"],
+)
+def test_what_a_single_norm_is_added_to_is_no_offset(fun):
+    params = {"scale": 1 + normal(K), "weights": [SQUARE, normal(K, K, seed=2)]}
+
+    def whole(p, x):
+        return fun(_rms_norm(x, p), x, *p["weights"])
+
+    found = []
+    for rows in (1, 2):
+        x = normal(rows, K, seed=7)
+        fast, packed = quake_jax.pack(whole, params, x, weights="float32", order=5)
+        assert_close(fast(packed, x), whole(params, x))
+        found.append([call for call in replacements(fast) if "norm" in call])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", CASES)
