@@ -225,7 +225,7 @@ class PackedWeight:
             if activations is not None:
                 _check_range(name, "table", table, -128, 127, whole=True)
             table = jnp.broadcast_to(jnp.asarray(table, jnp.float32), (*lead, 16))
-        return _assembled(
+        packed = _assembled(
             jnp.asarray(codes),
             jnp.asarray(scales),
             None if offsets is None else jnp.asarray(offsets),
@@ -235,6 +235,8 @@ class PackedWeight:
             group_size=group_size,
             activations=activations,
         )
+        pages.gather(packed)
+        return packed
 
     @classmethod
     def from_gptq(
