@@ -19,8 +19,8 @@ constexpr DenseShapes kDenseShapes =
 constexpr std::size_t kFetchWords = 256, kFetchGroups = 16;
 constexpr int kFewRows = 8;
 
-// c[r][v] += sum over k of rows[k, r] · panels[k, v]. Where panels are read to their ends, those ends are `left`
-// words ahead, and the panels that are read then `skip` words behind them.
+// c[r][v] += sum over k of rows[k, r] · panels[k, v]. Where panels are read to their ends, those ends are
+// `left` words ahead, and the panels that are read then `skip` words behind them.
 template <class Words, int R, int V>
 QUAKE_INLINE void multiply_add(const Words& words, const PackedWord* rows, const PackedWord* const (&panels)[V],
                                std::size_t depth, std::size_t left, std::size_t skip,

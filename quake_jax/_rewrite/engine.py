@@ -242,9 +242,7 @@ class _Level:
             for node in self._graph.nodes:
                 self._try_rows(node)
             for match in [*self._matches]:
-                if norms.is_slow_alone(match):
-                    self._put_back(match)
-                elif too_small := self._too_small(match):
+                if too_small := self._too_small(match):
                     self._put_back(match)
                     self._leave(match, too_small)
         for node in self._graph.nodes:

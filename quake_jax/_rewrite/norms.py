@@ -310,13 +310,6 @@ def is_norm(match: Match | None) -> bool:
     return match is not None and match.name in NAMES.values()
 
 
-def is_slow_alone(match: Match) -> bool:
-    """Whether a norm that no dense layer takes in stays XLA's: in float32 the kernel gains little
-    where it stands alone (docs/results/dense.md), and XLA computes a norm together with what is
-    around it."""
-    return is_norm(match) and match.root.output.dtype == jnp.float32
-
-
 def applied(norm: LayerNorm | RMSNorm | None, x):
     """The rows that a norm of `dense` makes of x, in float32; x itself without one."""
     if norm is None:

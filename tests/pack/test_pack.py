@@ -462,7 +462,7 @@ def test_finds_norms(name, rows, products, dtype):
 @pytest.mark.parametrize(
     "results, calls",
     [
-        (lambda y, a, b, gate: (y @ a, y @ b, y), ["dense({}, 2 weights)"]),
+        (lambda y, a, b, gate: (y @ a, y @ b, y), ["dense({}, 2 weights)", "layer_norm"]),
         (
             lambda y, a, b, gate: (
                 jax.nn.silu(y.astype("bfloat16") @ gate.astype("bfloat16"))
@@ -472,7 +472,7 @@ def test_finds_norms(name, rows, products, dtype):
         ),
         (
             lambda y, a, b, gate: (y @ a, jax.nn.silu(y @ gate) * (y @ b)),
-            ["dense({})", "dense({}, silu, gate)"],
+            ["dense({})", "dense({}, silu, gate)", "layer_norm"],
         ),
         # Flax's layers cast each for themselves.
         (
