@@ -204,7 +204,7 @@ _write = lax.dynamic_update_slice_in_dim
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _write_bfloat16(into: jax.Array, x: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-    """`_write` of words: XLA on CPUs converts all of a bfloat16 array to float32 and back for it."""
+    """`_write` of words: XLA on CPUs converts all of a bfloat16 array to float32 and back."""
     words = (lax.bitcast_convert_type(array, jnp.uint16) for array in (into, x))
     return lax.bitcast_convert_type(_write(*words, start, axis), jnp.bfloat16)
 
