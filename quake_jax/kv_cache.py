@@ -183,7 +183,8 @@ def _append(cache, key, value):
         sharding = jax.typeof(into).sharding
         if jax.typeof(x).sharding != sharding and sharding.mesh.explicit_axes:
             x = jax.sharding.reshard(x, sharding)  # the cache decides
-        update = _write_bfloat16 if into.dtype == jnp.bfloat16 else _write
+        is_bfloat16 = into.dtype == jnp.bfloat16
+        update = _update_bfloat16 if is_bfloat16 else lax.dynamic_update_slice_in_dim
         return update(into, x, cache.length, axis)
 
     key_scales, value_scales = cache.key_scales, cache.value_scales
@@ -199,20 +200,20 @@ def _append(cache, key, value):
     )
 
 
-_write = lax.dynamic_update_slice_in_dim
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _write_bfloat16(into: jax.Array, x: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-    """`_write` of words: XLA on CPUs converts all of a bfloat16 array to float32 and back."""
+def _update_bfloat16(into: jax.Array, x: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """As `lax.dynamic_update_slice_in_dim`, but of words: XLA on CPUs would convert the whole array
+    to float32 and back."""
     words = (lax.bitcast_convert_type(array, jnp.uint16) for array in (into, x))
-    return lax.bitcast_convert_type(_write(*words, start, axis), jnp.bfloat16)
+    updated = lax.dynamic_update_slice_in_dim(*words, start, axis)
+    return lax.bitcast_convert_type(updated, jnp.bfloat16)
 
 
-@_write_bfloat16.defjvp
-def _write_bfloat16_jvp(axis, primals, tangents):
+@_update_bfloat16.defjvp
+def _update_bfloat16_jvp(axis, primals, tangents):
     *tangents, _ = tangents
-    return _write_bfloat16(*primals, axis), _write(*tangents, primals[-1], axis)
+    tangent = lax.dynamic_update_slice_in_dim(*tangents, primals[-1], axis)
+    return _update_bfloat16(*primals, axis), tangent
 
 
 def _encoded(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -192,7 +192,7 @@ class Plan:
                 weights.setdefault(slot.leaf, []).append(made)
                 layers.append(self._layer(slot, error))
                 advance()
-        pages.gather(weights)
+        pages.gather(weights)  # small ones fill a page together
         entries = [self._entry(i, leaf, tuple(weights.get(i, ()))) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(self._tree, entries), layers
 
